@@ -1,0 +1,7 @@
+"""Passes: small pure functions from graph to graph, one a file."""
+
+from .follow_device import follow_device
+from .remove_checks import remove_checks
+from .remove_dead import remove_dead
+
+__all__ = ["follow_device", "remove_checks", "remove_dead"]

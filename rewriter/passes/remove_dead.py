@@ -1,0 +1,14 @@
+"""Remove nodes that no output needs; inputs stay, writes to buffers stay."""
+
+from torch import fx
+
+
+def _keep(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op in ("placeholder", "output") or (schema is not None and schema.is_mutable)
+
+
+def remove_dead(graph: fx.Graph) -> fx.Graph:
+    """The graph without dead nodes."""
+    graph.eliminate_dead_code(is_impure_node=_keep)
+    return graph

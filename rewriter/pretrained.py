@@ -1,0 +1,152 @@
+"""The pretrained model that a spec names, through transformers: on the meta device for plans, with weights for runs."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import transformers
+from torch import nn
+from transformers.utils import logging as hf_logging
+
+from .errors import SpecError, SubspanError
+from .resources import is_local, resolve
+from .spec import Model, Spec
+
+AUTO = {
+    "sequence-classification": transformers.AutoModelForSequenceClassification,
+    "regression": transformers.AutoModelForSequenceClassification,
+    "causal-lm": transformers.AutoModelForCausalLM,
+    "seq2seq-lm": transformers.AutoModelForSeq2SeqLM,
+    "image-classification": transformers.AutoModelForImageClassification,
+    "token-classification": transformers.AutoModelForTokenClassification,
+}
+NAME = ("model", "name")
+
+
+@dataclass
+class Pretrained:
+    """A Hugging Face model, the names of its newly made parameters (a head, usually), and its class names in order."""
+
+    model: nn.Module
+    new: frozenset[str]
+    labels: list[str] = field(default_factory=list)
+
+
+def load_model(spec: Spec, meta: bool = False) -> Pretrained:
+    """Load the model of a spec; new parameters are drawn with the spec's seed.
+
+    Only safetensors files are read.
+
+    Args:
+        meta: shapes alone, on the meta device; no weight is read.
+
+    Raises:
+        SpecError: the model can't be found or loaded, or its head does not fit the task.
+    """
+    written = spec.model
+    location = resolve(written.name, NAME)
+    if is_local(location) and not os.path.exists(location):
+        raise SpecError(f"no such folder: {written.name}", NAME)
+    options = {"trust_remote_code": written.trust_remote_code, "revision": written.revision or "main"}
+    with quiet(), explained(written):
+        config = transformers.AutoConfig.from_pretrained(location, **options)
+        _configure(config, written)
+        transformers.set_seed(spec.train.seed)
+        model, info = AUTO[written.task].from_pretrained(
+            location,
+            config=config,
+            output_loading_info=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            dtype=getattr(torch, written.dtype),
+            device_map="meta" if meta else None,
+            **options,
+        )
+    model.eval()
+    mismatched = {entry[0] for entry in info["mismatched_keys"]}
+    names = {name for name, _ in model.named_parameters()}
+    new = frozenset(names & (set(info["missing_keys"]) | mismatched))
+    foreign = [name for name in sorted(mismatched) if name.startswith(f"{model.base_model_prefix}.")]
+    if foreign:
+        raise SpecError(f"the weights of {written.name} do not fit its config: {foreign[0]} has another shape", NAME)
+    labels = [model.config.id2label[i] for i in range(model.config.num_labels)] if "classification" in written.task else []
+    return Pretrained(model, new, labels)
+
+
+def _configure(config: transformers.PreTrainedConfig, written: Model) -> None:
+    if written.task == "regression":
+        config.num_labels, config.problem_type = 1, "regression"
+    elif "classification" in written.task and written.labels:
+        config.id2label = dict(enumerate(written.labels))
+        config.label2id = {label: i for i, label in enumerate(written.labels)}
+        config.problem_type = "single_label_classification" if written.task == "sequence-classification" else None
+    if written.task == "sequence-classification" and config.pad_token_id is None:
+        eos = config.eos_token_id
+        config.pad_token_id = eos[0] if isinstance(eos, list) else eos
+
+
+def load_processor(spec: Spec, folder: str | None = None):
+    """The tokenizer of the spec's model, or the image processor for image tasks.
+
+    Args:
+        folder: read it from here instead.
+
+    Raises:
+        SpecError: there is none.
+    """
+    auto = transformers.AutoImageProcessor if spec.model.task == "image-classification" else transformers.AutoTokenizer
+    options = {"trust_remote_code": spec.model.trust_remote_code, "revision": spec.model.revision or "main"}
+    with quiet(), explained(spec.model, "tokenizer or processor"):
+        processor = auto.from_pretrained(folder or resolve(spec.model.name, NAME), **options)
+        if getattr(processor, "pad_token", "") is None:
+            processor.pad_token = processor.eos_token
+    return processor
+
+
+@contextlib.contextmanager
+def explained(written: Model, what: str = "model") -> Iterator[None]:
+    """Turn what transformers raises on loading into one line about `model.name`."""
+    try:
+        yield
+    except (SubspanError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            message = f"{written.name} brings Python code of its own; set model.trust_remote_code: true to run it"
+        else:
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            message = f"can't load the {what} {written.name}: {reason.strip()}"
+        raise SpecError(message, NAME) from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """transformers' reports off: the plan says what is new, tuned and frozen."""
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.CRITICAL)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def save_model(pretrained: Pretrained, folder: str) -> None:
+    """Write the model as `from_pretrained` reads it: config and safetensors."""
+    with quiet():
+        pretrained.model.save_pretrained(folder)
+
+
+def module_configs(model: nn.Module) -> Iterator[transformers.PreTrainedConfig]:
+    """Every config that a submodule reads, each once."""
+    seen = set()
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, transformers.PreTrainedConfig) and id(config) not in seen:
+            seen.add(id(config))
+            yield config

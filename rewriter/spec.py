@@ -1,0 +1,438 @@
+"""The spec: what a user writes, as strict pydantic models; errors carry file, line and column."""
+
+import copy
+import difflib
+import io
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
+from ruamel.yaml import YAML
+
+from .errors import SpecError, SubspanError
+from .transforms import METHODS, Method
+from .yamlmap import YamlError, YamlMap, parse, parse_scalar
+
+Task = Literal[
+    "sequence-classification",
+    "regression",
+    "causal-lm",
+    "seq2seq-lm",
+    "image-classification",
+    "token-classification",
+]
+Metric = Literal["accuracy", "f1", "matthews_correlation", "mse", "pearson", "perplexity", "loss"]
+METRICS: dict[str, tuple[str, ...]] = {
+    "sequence-classification": ("accuracy", "f1", "matthews_correlation", "loss"),
+    "token-classification": ("accuracy", "f1", "loss"),
+    "image-classification": ("accuracy", "f1", "matthews_correlation", "loss"),
+    "regression": ("mse", "pearson", "loss"),
+    "causal-lm": ("perplexity", "loss", "accuracy"),
+    "seq2seq-lm": ("perplexity", "loss", "accuracy"),
+}
+Dtype = Literal["float32", "bfloat16", "float16"]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, populate_by_name=True)
+
+
+class Model(_Model):
+    """The pretrained model to adapt."""
+
+    name: str = Field(min_length=1, description="a hub id, a local folder, or package://<package>/<folder>")
+    task: Task = Field(description="decides the head, the loss and the metric")
+    labels: list[str | int] | None = Field(None, min_length=1, description="class names in order; default: the model's")
+    dtype: Dtype = Field("float32", description="storage type of the frozen weights")
+    revision: str | None = Field(None, description="commit or tag of a hub model")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+    @field_validator("labels")
+    @classmethod
+    def _unique(cls, labels: list[str | int] | None) -> list[str] | None:
+        if labels is None:
+            return None
+        names = [str(label) for label in labels]
+        if len(set(names)) < len(names):
+            raise ValueError("labels must differ from each other")
+        return names
+
+
+class Split(_Model):
+    """A share of the training data held out."""
+
+    validation: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] = Field(
+        description="rows (an integer) or share (a fraction) to hold out"
+    )
+    seed: int = Field(0, description="seed of the shuffle before the split")
+
+
+class Limit(_Model):
+    """At most so many rows."""
+
+    train: Count | None = Field(None, description="rows of training data; default: all")
+    validation: Count | None = Field(None, description="rows of validation data; default: all")
+
+
+Files = str | list[str]
+
+
+class Data(_Model):
+    """The data set, as `datasets.load_dataset` reads it."""
+
+    format: str | None = Field(None, description="csv, json, parquet, text, imagefolder, ...; with `files`")
+    files: Files | dict[Literal["train", "validation"], Files] | None = Field(
+        None, description="paths or package:// resources, or {train: ..., validation: ...}"
+    )
+    name: str | None = Field(None, description="hub id of a data set, instead of `format` and `files`")
+    config: str | None = Field(None, description="configuration of the hub data set")
+    where: dict[str, str | int | float | bool | list[str | int]] = Field(
+        default_factory=dict, description="keep rows whose column equals the value, or is in the list"
+    )
+    split: Split | None = Field(None, description="hold out a part of the training data")
+    limit: Limit = Field(Limit(), description="use only so many rows, after filter and split")
+    columns: dict[str, str] = Field(description="role -> column: text, text_pair, label, tokens, image")
+    max_length: Count = Field(128, description="longest sequence, in tokens; longer texts are cut")
+
+    @model_validator(mode="after")
+    def _source(self) -> "Data":
+        if (self.files is None) == (self.name is None):
+            raise ValueError("give either `format` and `files`, or `name` of a hub data set")
+        if self.files is not None and self.format is None:
+            raise ValueError("`files` needs a `format`, e.g. csv")
+        return self
+
+
+def _range(value: Any) -> Any:
+    if isinstance(value, list) and len(value) == 2 and all(type(v) is int for v in value) and 0 <= value[0] < value[1]:
+        return value
+    raise ValueError("expected [start, stop] with 0 <= start < stop")
+
+
+class Slice(_Model):
+    """A part of a fused weight, in the orientation y = xW: columns (`out`) or rows (`in`), half-open."""
+
+    out: Annotated[list[int], BeforeValidator(_range)] | None = Field(None, description="[start, stop) of the outputs")
+    in_: Annotated[list[int], BeforeValidator(_range)] | None = Field(
+        None, alias="in", description="[start, stop) of the inputs"
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> "Slice":
+        if (self.out is None) == (self.in_ is None):
+            raise ValueError("give either `out` or `in`")
+        return self
+
+    @property
+    def axis(self) -> str:
+        """ "out" or "in"."""
+        return "out" if self.out else "in"
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """start and stop, half-open."""
+        start, stop = self.out or self.in_
+        return start, stop
+
+
+def _method_of(value: Any) -> str | None:
+    if isinstance(value, BaseModel):
+        return next(iter(type(value).model_fields))
+    if isinstance(value, dict) and len(value) == 1:
+        return next(iter(value))
+    return value if isinstance(value, str) else None
+
+
+def _expand(value: Any) -> Any:
+    if isinstance(value, str):
+        return {value: {}}
+    return {key: {} if options is None else options for key, options in value.items()} if isinstance(value, dict) else value
+
+
+def _step(method: Method) -> Any:
+    config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model = create_model(f"{method.name}_step", __config__=config, **{method.name: (method.options, ...)})
+    return Annotated[model, BeforeValidator(_expand), Tag(method.name)]
+
+
+Step = Annotated[typing.Union[tuple(_step(m) for m in METHODS.values())], Discriminator(_method_of)]  # noqa: UP007
+
+
+class Rule(_Model):
+    """Which weights get which transforms."""
+
+    target: str | list[str] = Field(description="globs over parameter names: * in a part, ** across parts, {a,b}")
+    apply: list[Step] = Field(min_length=1, description="the chain, applied first to last: f, then g")
+    slice: Slice | None = Field(None, description="only a part of each matched weight")
+
+    @property
+    def targets(self) -> list[str]:
+        """The patterns, as a list."""
+        return [self.target] if isinstance(self.target, str) else self.target
+
+    @property
+    def chain(self) -> list[tuple[Method, BaseModel]]:
+        """The methods with their options, first to last."""
+        return [(METHODS[name], getattr(step, name)) for step in self.apply for name in type(step).model_fields]
+
+
+class Train(_Model):
+    """How the new tensors are tuned."""
+
+    epochs: float = Field(1, gt=0, description="passes over the training data")
+    batch_size: Count = Field(32, description="sequences per step and device")
+    gradient_accumulation: Count = Field(1, description="batches per optimiser step")
+    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up")
+    warmup: float = Field(0.0, ge=0, lt=1, description="share of the steps that warm up")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this 2-norm; 0 turns it off")
+    precision: Dtype = Field("float32", description="type of the computation (autocast); half types want CUDA")
+    metric: Metric | None = Field(None, description="validation metric; default: the task's first")
+    seed: int = Field(0, ge=0, description="seed of heads, start values, order and dropout")
+    log_steps: Count = Field(10, description="optimiser steps between log lines")
+    checkpoint_steps: Count = Field(50, description="optimiser steps between checkpoints")
+    checkpoint_keep: Count = Field(2, description="checkpoints kept")
+
+
+class Onnx(_Model):
+    """ONNX export."""
+
+    opset: Annotated[int, Field(ge=18, le=23)] = Field(18, description="ONNX operator set")
+
+
+class Verify(_Model):
+    """How equal the stages must be."""
+
+    atol: float = Field(1e-4, gt=0, description="largest absolute difference of any output")
+
+
+class Export(_Model):
+    """What is shipped."""
+
+    checkpoint: bool = Field(True, description="write merged/, which from_pretrained loads")
+    onnx: Onnx | None = Field(Onnx(), description="write onnx/; null: don't")
+    verify: Verify = Field(Verify(), description="the comparison of all stages")
+
+
+class Spec(_Model):
+    """A whole run: model, data, rules, training and export."""
+
+    version: Literal[1] = Field(description="version of this format")
+    model: Model
+    data: Data | None = Field(None, description="needed for training")
+    rules: list[Rule] = Field(min_length=1)
+    train: Train = Field(Train())
+    export: Export = Field(Export())
+    strict: bool = Field(False, description="warnings of the plan are errors")
+
+    _source: "Source | None" = PrivateAttr(None)
+
+    @model_validator(mode="after")
+    def _metric(self) -> "Spec":
+        known = METRICS[self.model.task]
+        if self.train.metric and self.train.metric not in known:
+            raise SpecError(
+                f"metric {self.train.metric!r} does not fit {self.model.task}: use one of {', '.join(known)}",
+                ("train", "metric"),
+            )
+        if self.data:
+            _check_columns(self.model.task, self.data.columns)
+        return self
+
+    @property
+    def metric(self) -> str:
+        """The validation metric: the one given, else the task's first."""
+        return self.train.metric or METRICS[self.model.task][0]
+
+    def locate(self, error: SpecError) -> SubspanError:
+        """`error` as one line with file, line and column, if the spec came from a file."""
+        return self._source.locate(error) if self._source else error
+
+
+ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "sequence-classification": (("text", "label"), ("text_pair",)),
+    "regression": (("text", "label"), ("text_pair",)),
+    "causal-lm": (("text",), ()),
+    "seq2seq-lm": (("text", "label"), ()),
+    "image-classification": (("image", "label"), ()),
+    "token-classification": (("tokens", "label"), ()),
+}
+
+
+def _check_columns(task: str, columns: dict[str, str]) -> None:
+    required, optional = ROLES[task]
+    for role in columns:
+        if role not in required + optional:
+            raise SpecError(
+                f"unknown key {role!r}{_nearest(role, required + optional)}; {task} reads {', '.join(required + optional)}",
+                ("data", "columns", role),
+                at_key=True,
+            )
+    for role in required:
+        if role not in columns:
+            raise SpecError(f"{role!r} is missing: {task} needs the columns {', '.join(required)}", ("data", "columns"))
+
+
+class Source:
+    """Where a spec came from: turns paths inside it into file, line and column."""
+
+    def __init__(self, file: str, places: YamlMap, overrides: dict[tuple[str | int, ...], str]):
+        self.file, self.places, self.overrides = file, places, overrides
+
+    def locate(self, error: SpecError) -> SubspanError:
+        """`<file>:<line>:<column>: <path>: <message>`, or the --set that is to blame."""
+        dotted = _dotted(error.path)
+        text = f"{dotted}: {error.message}" if dotted else error.message
+        for path, argument in self.overrides.items():
+            if error.path[: len(path)] == path:
+                return SubspanError(f"--set {argument}: {text}")
+        line, column = self.places.locate(error.path, error.at_key)
+        return SubspanError(f"{self.file}:{line}:{column}: {text}")
+
+
+def load_spec(path: str | Path, overrides: list[str] | None = None) -> Spec:
+    """Read and validate a spec.
+
+    Args:
+        path: a YAML file.
+        overrides: `dotted.key=value` settings; list items by number, e.g. `rules.0.apply.0.lora.rank=4`.
+
+    Raises:
+        SubspanError: one line with file, line and column of the first mistake.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise SubspanError(f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise SubspanError(f"{path}:1:1: not UTF-8 text (byte {error.start})") from None
+    try:
+        places = parse(text)
+    except YamlError as error:
+        raise SubspanError(f"{path}:{error.line}:{error.column}: {error.message}") from None
+    if not isinstance(places.data, dict):
+        raise SubspanError(f"{path}:1:1: a spec is a mapping with the keys {', '.join(Spec.model_fields)}")
+    data = copy.deepcopy(places.data)
+    arguments = dict(_override(data, argument) for argument in overrides or [])
+    source = Source(str(path), places, arguments)
+    try:
+        spec = Spec.model_validate(data)
+    except ValidationError as error:
+        raise source.locate(_explain(error, data)) from None
+    except SpecError as error:
+        raise source.locate(error) from None
+    spec._source = source
+    return spec
+
+
+def dump_spec(spec: Spec) -> str:
+    """The resolved spec as YAML: every default written out."""
+    out = io.StringIO()
+    writer = YAML(typ="safe", pure=True)
+    writer.default_flow_style = False
+    writer.sort_base_mapping_type_on_output = False
+    writer.dump(spec.model_dump(mode="json", by_alias=True, exclude_none=False), out)
+    return out.getvalue()
+
+
+def _override(data: dict, argument: str) -> tuple[tuple[str | int, ...], str]:
+    key, equals, value = argument.partition("=")
+    if not equals or not key:
+        raise SubspanError(f"--set {argument}: expected key=value, e.g. train.epochs=2")
+    path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+    try:
+        parsed = parse_scalar(value)
+    except YamlError as error:
+        raise SubspanError(f"--set {argument}: {error.message}") from None
+    place: Any = data
+    for i, part in enumerate(path):
+        last = i == len(path) - 1
+        if isinstance(place, list) and isinstance(part, int) and part < len(place):
+            if last:
+                place[part] = parsed
+            place = place[part]
+        elif isinstance(place, dict):
+            if last:
+                place[str(part)] = parsed
+            elif place.get(str(part)) is None:
+                place[str(part)] = {}
+            place = place[str(part)]
+        else:
+            raise SubspanError(f"--set {argument}: the spec has no {_dotted(path[: i + 1])}")
+    return path, argument
+
+
+def _dotted(path: tuple[str | int, ...]) -> str:
+    out = ""
+    for part in path:
+        out += f"[{part}]" if isinstance(part, int) else f".{part}" if out else part
+    return out
+
+
+def _nearest(word: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in typing.get_args(annotation) for model in _models(part)]
+
+
+def _known_keys(path: tuple[str | int, ...]) -> list[str]:
+    models: list[type[BaseModel]] = [Spec]
+    for part in path:
+        if isinstance(part, str):
+            found = [f.annotation for m in models for n, f in m.model_fields.items() if part in (n, f.alias)]
+            models = [model for annotation in found for model in _models(annotation)] if found else []
+    return [field.alias or name for model in models for name, field in model.model_fields.items()]
+
+
+def _explain(error: ValidationError, data: Any) -> SpecError:
+    """The first mistake, in words; its path as the user wrote it (pydantic's own steps through unions left out)."""
+    problem = error.errors(include_url=False)[0]
+    path: list[str | int] = []
+    place = data
+    for part in problem["loc"]:
+        if isinstance(place, dict) and part in place or isinstance(place, list) and isinstance(part, int):
+            path.append(part)
+            place = place[part]
+    kind, context, last = problem["type"], problem.get("ctx", {}), problem["loc"][-1] if problem["loc"] else ""
+    if kind == "extra_forbidden":
+        known = [key for key in _known_keys(tuple(path[:-1]))]
+        message = f"unknown key {last!r}{_nearest(str(last), known)}"
+        return SpecError(f"{message}; known: {', '.join(known)}" if known else f"{message}", tuple(path[:-1]) + (last,), True)
+    if kind == "missing":
+        return SpecError(f"{last!r} is missing", tuple(path))
+    if kind == "union_tag_invalid":
+        tag = context["tag"]
+        at_key = isinstance(place, dict) and tag in place
+        message = f"unknown method {tag!r}{_nearest(tag, METHODS)}; known: {', '.join(METHODS)}"
+        return SpecError(message, (*path, tag) if at_key else tuple(path), at_key)
+    if kind == "union_tag_not_found":
+        return SpecError("expected a method: its name, or {name: {option: value}}", tuple(path))
+    if kind == "value_error":
+        return SpecError(str(context["error"]), tuple(path))
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    shown = repr(problem["input"])
+    if isinstance(problem["input"], str | int | float | bool) and len(shown) < 60:
+        message += f", not {shown}"
+    if isinstance(problem["input"], str) and "number" in message:
+        message += "; write it without quotes"
+    return SpecError(message.replace("input should be", "should be"), tuple(path))

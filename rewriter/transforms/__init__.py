@@ -1,0 +1,195 @@
+"""Transforms: each method is one short function from an operator to an operator, registered by its name.
+
+A transform is called as `method(w, site, **options)`: `w` is the operator to transform, `site` declares its tensors. It
+runs unchanged on meta tensors (the plan), on tensors (start values, merge) and on proxies (lowering).
+"""
+
+import hashlib
+import inspect
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from ..algebra import Dense, Operator, Value
+from ..errors import SpecError
+
+Rank = Annotated[int, Field(ge=1, description="rank r of the low-rank factors; at most min(n, m)")]
+Alpha = Annotated[float, Field(gt=0, description="numerator of the scale s = alpha / rank; default: the rank, so s = 1")]
+Probability = Annotated[float, Field(ge=0, lt=1, description="dropout probability on the input of the factors")]
+Initial = float | Value | Callable[[tuple[int, ...], torch.Generator], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A tensor that a transform declares: tuned, or a constant computed once from the frozen weight."""
+
+    name: str
+    shape: tuple[int, ...]
+    initial: Initial
+    tuned: bool
+
+
+@dataclass
+class Scope:
+    """What a transform sees of the site it works on.
+
+    Attributes:
+        shape: (..., n, m) of the weight in the source's orientation.
+        lookup: leaf -> value; decides whether the leaves are meta tensors, tensors or proxies.
+        prefix: name of this step of the chain; leaves are called `<prefix>.<leaf>`.
+        frozen: whether `w` is the frozen weight itself, the first of a chain.
+    """
+
+    shape: tuple[int, ...]
+    lookup: Callable[[Leaf], Value]
+    prefix: str
+    frozen: bool = True
+    base: Operator | None = field(default=None, repr=False)
+
+    @property
+    def n(self) -> int:
+        """Inputs of the weight, the n of y = xW with W of shape (n, m)."""
+        return self.shape[-2]
+
+    @property
+    def m(self) -> int:
+        """Outputs of the weight."""
+        return self.shape[-1]
+
+    def tuned(self, name: str, shape: int | tuple[int, ...], initial: Initial) -> Value:
+        """Declare a tuned tensor of `shape` (a batch of weights gets one each) and return its value.
+
+        `initial` is a number, a value of that shape, or a function of (shape, generator).
+        """
+        return self._leaf(name, shape, initial, tuned=True)
+
+    def svd(self) -> tuple[Value, Value, Value]:
+        """U (..., n, k), S (..., k), Vt (..., k, m) of the frozen weight, k = min(n, m); computed once, then constants.
+
+        Raises:
+            SpecError: the weight is already transformed, so its decomposition would change while training.
+        """
+        if not self.frozen:
+            method = self.prefix.split(".")[-1]
+            raise SpecError(f"{method} decomposes the frozen weight, so it must be the first of its chain")
+        k = min(self.n, self.m)
+        shapes = {"u": (self.n, k), "s": k, "vt": (k, self.m)}
+        return tuple(self._leaf(name, shape, _factor(name), tuned=False) for name, shape in shapes.items())
+
+    def _leaf(self, name: str, shape: int | tuple[int, ...], initial: Initial, tuned: bool) -> Value:
+        shape = (shape,) if isinstance(shape, int) else shape
+        return self.lookup(Leaf(f"{self.prefix}.{name}", (*self.shape[:-2], *shape), initial, tuned))
+
+
+class _factor(str):
+    """Start value of a constant leaf: the named factor of the weight's singular value decomposition."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered transform: its name, kind (reconstruction, extension, combination), options and function."""
+
+    name: str
+    kind: str
+    function: Callable[..., Operator]
+    options: type[BaseModel]
+    vectors: bool
+    doc: str
+
+    def __call__(self, w: Operator, site: Scope, options: BaseModel) -> Operator:
+        return self.function(w, site, **{name: getattr(options, name) for name in type(options).model_fields})
+
+
+METHODS: dict[str, Method] = {}
+
+
+def transform(function: Callable[..., Operator] | None = None, *, vectors: bool | None = False):
+    """Register a method under its function's name; its keyword arguments become its validated options in a spec.
+
+    Args:
+        vectors: what it transforms: False matrices, True vectors (biases, norms), None both.
+    """
+    if function is None:
+        return lambda f: transform(f, vectors=vectors)
+    fields = {
+        name: (p.annotation, ... if p.default is p.empty else p.default)
+        for name, p in inspect.signature(function).parameters.items()
+        if p.kind is p.KEYWORD_ONLY
+    }
+    doc = inspect.cleandoc(function.__doc__)
+    config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    options: Any = create_model(f"{function.__name__}_options", __config__=config, __doc__=doc, **fields)
+    kind = function.__module__.rsplit(".", 1)[-1]
+    METHODS[function.__name__] = Method(function.__name__, kind, function, options, vectors, doc)
+    return function
+
+
+def kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """U(-1/sqrt(n), 1/sqrt(n)) for a factor of shape (..., n, r): Kaiming's with a = sqrt(5), as in LoRA (ref. 21)."""
+    bound = 1 / math.sqrt(shape[-2])
+    return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+
+
+def eye(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """The identity matrix of shape (..., r, r)."""
+    return torch.eye(shape[-1]).expand(shape).clone()
+
+
+def initial_value(leaf: Leaf, seed: int, svd: Callable[[], dict[str, torch.Tensor]]) -> torch.Tensor:
+    """The start value of a leaf, on the CPU or where its value was computed; float32 where it is drawn.
+
+    The generator is seeded by the seed and the leaf's name, so a value does not depend on the order of the sites.
+    """
+    initial = leaf.initial
+    if isinstance(initial, _factor):
+        return svd()[str(initial)]
+    if isinstance(initial, torch.Tensor):
+        return initial.detach().clone()
+    if callable(initial):
+        digest = hashlib.sha256(f"{seed}:{leaf.name}".encode()).digest()
+        return initial(leaf.shape, torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1))
+    return torch.full(leaf.shape, float(initial))
+
+
+def compose(
+    chain: list[tuple[Method, BaseModel]], w: Operator, shape: tuple[int, ...], lookup: Callable[[Leaf], Value], name: str
+) -> Operator:
+    """phi(W) of a chain, first to last (f, then g), with the leaves that `lookup` gives.
+
+    Leaves are named `<name>.<method>.<leaf>`; a method's second use in one chain is `<method>_2`.
+
+    Raises:
+        SpecError: a method can't stand where it stands.
+    """
+    for i, (method, options) in enumerate(chain):
+        uses = sum(other.name == method.name for other, _ in chain[: i + 1])
+        prefix = f"{name}.{method.name}" + (f"_{uses}" if uses > 1 else "")
+        w = method(w, Scope(shape, lookup, prefix, frozen=i == 0), options)
+    return w
+
+
+def decompose(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Thin singular value decomposition of (..., n, m), in float32 or wider.
+
+    Signs are fixed (the largest entry of every left vector is positive), so that a run elsewhere sees the same factors.
+    """
+    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    u, s, vt = torch.linalg.svd(wide, full_matrices=False)
+    peak = u.gather(-2, u.abs().argmax(-2, keepdim=True))
+    sign = torch.where(peak < 0, -1.0, 1.0).to(u.dtype)
+    return {"u": u * sign, "s": s, "vt": vt * sign.transpose(-2, -1)}
+
+
+def leaf_method(name: str) -> str:
+    """`...lora_2.a` -> `lora`: the method that declared a leaf."""
+    return re.sub(r"_\d+$", "", name.split(".")[-2])
+
+
+from . import combination, extension, reconstruction  # noqa: E402
+
+__all__ = ["METHODS", "Dense", "Leaf", "Method", "Scope", "combination", "compose", "extension", "reconstruction", "transform"]

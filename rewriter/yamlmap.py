@@ -1,0 +1,100 @@
+"""YAML with places: plain data by `safe_load` semantics, and the line and column of every key and value."""
+
+import io
+from dataclasses import dataclass, field
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
+
+MAX_NODES = 100_000
+_SCALARS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null")}
+_CORE = _SCALARS | {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "timestamp")}
+
+Path = tuple[str | int, ...]
+
+
+class YamlError(Exception):
+    """Text that is not acceptable YAML; `line` and `column` start at 1."""
+
+    def __init__(self, message: str, line: int = 1, column: int = 1):
+        super().__init__(message)
+        self.message, self.line, self.column = message, line, column
+
+
+@dataclass
+class YamlMap:
+    """Parsed data with the (line, column), from 1, of each path's value and key."""
+
+    data: Any
+    values: dict[Path, tuple[int, int]] = field(default_factory=dict)
+    keys: dict[Path, tuple[int, int]] = field(default_factory=dict)
+
+    def locate(self, path: Path, at_key: bool = False) -> tuple[int, int]:
+        """The place of `path`, or of the nearest enclosing path that the text has."""
+        if at_key and path in self.keys:
+            return self.keys[path]
+        while path and path not in self.values:
+            path = path[:-1]
+        return self.values.get(path, (1, 1))
+
+
+def parse(text: str) -> YamlMap:
+    """Parse one YAML 1.2 document of mappings, sequences and scalars.
+
+    Raises:
+        YamlError: broken syntax, a duplicate or non-string key, a tag beyond the core ones, aliases that expand to more
+            than `MAX_NODES` nodes or to themselves, or nesting too deep to read.
+    """
+    reader = YAML(typ="safe", pure=True)
+    try:
+        root = reader.compose(io.StringIO(text))
+        if root is None:
+            raise YamlError("the file is empty")
+        result = YamlMap(None)
+        result.data = _build(root, (), result, reader, [0])
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
+        raise YamlError(f"broken YAML: {error.problem or error.context}", line, column) from None
+    except RecursionError:
+        raise YamlError("nested too deeply, or an alias contains itself") from None
+    except (YAMLError, ValueError) as error:
+        raise YamlError("broken YAML: " + " ".join(str(error).split())) from None
+    return result
+
+
+def parse_scalar(text: str) -> Any:
+    """A value as it would be read in a spec, e.g. `2`, `1e-3`, `[a, b]`.
+
+    Raises:
+        YamlError: as `parse`.
+    """
+    return parse(text).data if text.strip() else ""
+
+
+def _build(node: Node, path: Path, out: YamlMap, reader: YAML, count: list[int]) -> Any:
+    place = (node.start_mark.line + 1, node.start_mark.column + 1)
+    count[0] += 1
+    if count[0] > MAX_NODES:
+        raise YamlError(f"aliases expand to more than {MAX_NODES:,} values", *place)
+    if node.tag not in _CORE:
+        raise YamlError(f"tag {node.tag!r} is not allowed: only plain YAML values are read", *place)
+    out.values.setdefault(path, place)
+    if isinstance(node, ScalarNode):
+        return reader.constructor.construct_object(node) if node.tag in _SCALARS else node.value
+    if isinstance(node, MappingNode):
+        data: dict[str, Any] = {}
+        for key, value in node.value:
+            at = (key.start_mark.line + 1, key.start_mark.column + 1)
+            if key.tag == "tag:yaml.org,2002:merge":
+                raise YamlError("merge keys (<<) are not read: write the keys out", *at)
+            if not isinstance(key, ScalarNode):
+                raise YamlError("a key must be plain text", *at)
+            if key.value in data:
+                raise YamlError(f"duplicate key {key.value!r}", *at)
+            out.keys.setdefault((*path, key.value), at)
+            data[key.value] = _build(value, (*path, key.value), out, reader, count)
+        return data
+    return [_build(item, (*path, i), out, reader, count) for i, item in enumerate(node.value)]
