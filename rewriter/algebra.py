@@ -81,6 +81,9 @@ class Dense(Operator):
             return x @ self.dense() if bias is None else x @ self.dense() + bias
         return F.linear(x, self.stored if self.transposed else self.stored.transpose(-2, -1), bias)
 
+    def times(self, matrix):
+        return matrix @ self.dense()
+
     def add_to(self, acc, x, scale=1.0):
         batched = isinstance(self.stored, Tensor) and self.stored.ndim > 2
         if batched or not isinstance(scale, int | float):
@@ -249,7 +252,8 @@ class Concat(Operator):
         if self.axis == "out":
             biases = [None] * len(self.sizes) if bias is None else bias.split(self.sizes, dim=-1)
             return torch.cat(
-                [op.apply(x, part) for op, part in zip(self.operands, _items(biases, len(self.sizes)), strict=True)], dim=-1
+                [op.apply(x, part) for op, part in zip(self.operands, _items(biases, len(self.sizes)), strict=True)],
+                dim=-1,
             )
         parts = _items(x.split(self.sizes, dim=-1), len(self.sizes))
         first, *rest = zip(self.operands, parts, strict=True)

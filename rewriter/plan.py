@@ -58,7 +58,8 @@ class Site:
         return ", ".join(
             method.name + (f"({', '.join(f'{k}={v:g}' for k, v in given.items())})" if given else "")
             for method, options in self.chain
-            if (given := {k: v for k, v in options.model_dump(exclude_none=True, exclude_defaults=True).items()}) is not None
+            if (given := {k: v for k, v in options.model_dump(exclude_none=True, exclude_defaults=True).items()})
+            is not None
         )
 
     @property
@@ -76,13 +77,16 @@ class Plan:
         total_parameters: of the model before the rewrite, a newly made head included; tied weights count once.
         warnings: what is probably not meant.
         notes: what is good to know.
+        rules: the rules that were resolved.
+        new: names of the model's newly made parameters.
     """
 
     sites: tuple[Site, ...]
     total_parameters: int
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    matches: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
+    rules: tuple[Rule, ...] = field(default=(), repr=False)
+    new: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def trainable_parameters(self) -> int:
@@ -150,20 +154,19 @@ def plan(model: GraphModel, rules: list[Rule], new: Iterable[str] = (), strict: 
         strict: warnings are errors.
 
     Raises:
-        SpecError: at the rule's place: nothing matched, two rules on one weight, a slice out of range, a rank larger than
-            the matrix, a method that can't stand where it does, and with `strict` an uneven match.
+        SpecError: at the rule's place: nothing matched, two rules on one weight, a slice out of range, a rank larger
+            than the matrix, a method that can't stand where it does, and with `strict` an uneven match.
     """
     shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False) if name in model.aliases}
-    names, new, graph = list(model.aliases), set(new), model.graphs["eval"]
+    names, graph = list(model.aliases), model.graphs["eval"]
+    new = {model.aliases[name] for name in new}
     used = {node.target for node in graph.find_nodes(op="get_attr")}
     sites: list[Site] = []
     warnings: list[str] = []
     notes: list[str] = []
-    matches = []
     for r, rule in enumerate(rules):
         path = ("rules", r, "target")
         hits = find(rule.targets, names, path)
-        matches.append(tuple(hits))
         found = [f"rules[{r}]: {sentence}" for sentence in uneven(rule.targets, hits, names)]
         if found and strict:
             raise SpecError(f"uneven match: {found[0].partition(': ')[2]}", path)
@@ -174,7 +177,9 @@ def plan(model: GraphModel, rules: list[Rule], new: Iterable[str] = (), strict: 
                 warnings.append(f"rules[{r}]: {weight} is not used by the model's forward; it is left out")
                 continue
             if len(aliases) > 1:
-                notes.append(f"{' = '.join(aliases)} are tied: every use sees the transform and the merge keeps the tie")
+                notes.append(
+                    f"{' = '.join(aliases)} are tied: every use sees the transform and the merge keeps the tie"
+                )
             layout = layout_of(tuple(shapes[weight]), uses(graph, aliases))
             site = _site(weight, layout, rule, r, weight in new)
             _check_overlap(site, sites)
@@ -187,7 +192,7 @@ def plan(model: GraphModel, rules: list[Rule], new: Iterable[str] = (), strict: 
     unique = {weight: shapes[weight] for weight in model.aliases.values()}
     total = sum(torch.Size(shape).numel() for shape in unique.values())
     sites.sort(key=lambda site: (order[site.weight], site.block or ()))
-    return Plan(tuple(sites), total, tuple(warnings), tuple(dict.fromkeys(notes)), tuple(matches))
+    return Plan(tuple(sites), total, tuple(warnings), tuple(dict.fromkeys(notes)), tuple(rules), tuple(sorted(new)))
 
 
 def _site(weight: str, layout: Layout, rule: Rule, r: int, head: bool) -> Site:
@@ -196,7 +201,9 @@ def _site(weight: str, layout: Layout, rule: Rule, r: int, head: bool) -> Site:
         axis, (start, stop) = rule.slice.axis, rule.slice.bounds
         size = shape[-1] if axis == "out" else shape[-2]
         if stop > size:
-            raise SpecError(f"{weight} has {size} {axis}puts, so [{start}, {stop}] is out of range", ("rules", r, "slice"))
+            raise SpecError(
+                f"{weight} has {size} {axis}puts, so [{start}, {stop}] is out of range", ("rules", r, "slice")
+            )
         block = (axis, start, stop)
         shape = (*shape[:-1], stop - start) if axis == "out" else (*shape[:-2], stop - start, shape[-1])
     for j, (method, options) in enumerate(rule.chain):
@@ -204,7 +211,9 @@ def _site(weight: str, layout: Layout, rule: Rule, r: int, head: bool) -> Site:
         _check_kind(weight, layout, method, path)
         rank = getattr(options, "rank", 0)
         if rank > min(shape[-2:]):
-            raise SpecError(f"rank {rank} is larger than {weight} allows: it is {shape[-2]} x {shape[-1]}", (*path, "rank"))
+            raise SpecError(
+                f"rank {rank} is larger than {weight} allows: it is {shape[-2]} x {shape[-1]}", (*path, "rank")
+            )
     leaves: dict[str, tuple[str, tuple[int, ...], bool]] = {}
 
     def lookup(leaf: Leaf) -> torch.Tensor:
@@ -225,7 +234,9 @@ def _site(weight: str, layout: Layout, rule: Rule, r: int, head: bool) -> Site:
 
 def _check_kind(weight: str, layout: Layout, method: Method, path: tuple[str | int, ...]) -> None:
     if layout.vector and method.vectors is False:
-        raise SpecError(f"{method.name} needs a matrix, but the target matches the vector {weight}; use full or bitfit", path)
+        raise SpecError(
+            f"{method.name} needs a matrix, but the target matches the vector {weight}; use full or bitfit", path
+        )
     if not layout.vector and method.vectors is True:
         raise SpecError(f"{method.name} tunes vectors (biases), but the target matches the matrix {weight}", path)
 
@@ -236,7 +247,9 @@ def _check_overlap(site: Site, others: list[Site]) -> None:
             continue
         path = ("rules", site.rule, "target")
         if not (site.block and other.block):
-            raise SpecError(f"{site.weight} is already transformed by rules[{other.rule}]; a chain in `apply` composes", path)
+            raise SpecError(
+                f"{site.weight} is already transformed by rules[{other.rule}]; a chain in `apply` composes", path
+            )
         if site.block[0] != other.block[0]:
             raise SpecError(f"{site.weight} is already sliced along the other axis by rules[{other.rule}]", path)
         if site.block[1] < other.block[2] and other.block[1] < site.block[2]:

@@ -1,6 +1,7 @@
 """The pretrained model that a spec names, through transformers: on the meta device for plans, with weights for runs."""
 
 import contextlib
+import inspect
 import logging
 import os
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from transformers.utils import logging as hf_logging
 from .errors import SpecError, SubspanError
 from .resources import is_local, resolve
 from .spec import Model, Spec
+from .trace import Inputs
 
 AUTO = {
     "sequence-classification": transformers.AutoModelForSequenceClassification,
@@ -72,7 +74,9 @@ def load_model(spec: Spec, meta: bool = False) -> Pretrained:
     foreign = [name for name in sorted(mismatched) if name.startswith(f"{model.base_model_prefix}.")]
     if foreign:
         raise SpecError(f"the weights of {written.name} do not fit its config: {foreign[0]} has another shape", NAME)
-    labels = [model.config.id2label[i] for i in range(model.config.num_labels)] if "classification" in written.task else []
+    labels = (
+        [model.config.id2label[i] for i in range(model.config.num_labels)] if "classification" in written.task else []
+    )
     return Pretrained(model, new, labels)
 
 
@@ -142,11 +146,25 @@ def save_model(pretrained: Pretrained, folder: str) -> None:
         pretrained.model.save_pretrained(folder)
 
 
-def module_configs(model: nn.Module) -> Iterator[transformers.PreTrainedConfig]:
-    """Every config that a submodule reads, each once."""
-    seen = set()
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if isinstance(config, transformers.PreTrainedConfig) and id(config) not in seen:
-            seen.add(id(config))
-            yield config
+def example_inputs(model: nn.Module, task: str) -> Inputs:
+    """Examples of what a model of a task reads, on the model's device, with dynamic batch and sequence.
+
+    Token ids are (batch, sequence) int64, pixels (batch, channels, height, width) in the model's dtype.
+    """
+    parameter, config = next(model.parameters()), model.config
+    if task == "image-classification":
+        size = config.image_size
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        pixels = torch.zeros(3, config.num_channels, height, width, dtype=parameter.dtype, device=parameter.device)
+        return Inputs(kwargs={"pixel_values": pixels}, dynamic={"pixel_values": {0: "batch"}})
+    lengths = {"input_ids": 11, "attention_mask": 11}
+    if getattr(config, "type_vocab_size", 0) > 1 and "token_type_ids" in inspect.signature(model.forward).parameters:
+        lengths["token_type_ids"] = 11
+    if task == "seq2seq-lm":
+        lengths["decoder_input_ids"] = 7
+    kwargs = {
+        name: torch.full((3, n), int(name == "attention_mask"), dtype=torch.long, device=parameter.device)
+        for name, n in lengths.items()
+    }
+    axes = {n: {0: "batch", 1: "decoder_sequence" if n.startswith("decoder") else "sequence"} for n in kwargs}
+    return Inputs(kwargs=kwargs, dynamic=axes)

@@ -41,8 +41,7 @@ def rewrite(model: GraphModel, plan: Plan, seed: int = 0) -> GraphModel:
     dtypes = {name: p.dtype for name, p in weights.items()}
     for graph in out.graphs.values():
         remove_dead(insert_transforms(graph, plan, model.tied, dtypes))
-    for graph in [out.graphs["eval"]]:
-        drop_dropout(graph)
+    drop_dropout(out.graphs["eval"])
     out.plan = plan
     out.recompile()
     return out

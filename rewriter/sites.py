@@ -173,7 +173,7 @@ def find(patterns: list[str], names: list[str], path: tuple[str | int, ...]) -> 
 
 
 def uneven(patterns: list[str], hits: list[str], names: list[str]) -> list[str]:
-    """What a rule left out: for every numbered group of equal layers, the layers in which it matched less than in others.
+    """What a rule left out: for every numbered group of layers, those in which it matched less than in others.
 
     Patterns that spell out a layer's number say on purpose which layers they mean; they are not checked.
 

@@ -160,7 +160,11 @@ def _method_of(value: Any) -> str | None:
 def _expand(value: Any) -> Any:
     if isinstance(value, str):
         return {value: {}}
-    return {key: {} if options is None else options for key, options in value.items()} if isinstance(value, dict) else value
+    return (
+        {key: {} if options is None else options for key, options in value.items()}
+        if isinstance(value, dict)
+        else value
+    )
 
 
 def _step(method: Method) -> Any:
@@ -278,8 +282,9 @@ def _check_columns(task: str, columns: dict[str, str]) -> None:
     required, optional = ROLES[task]
     for role in columns:
         if role not in required + optional:
+            known = required + optional
             raise SpecError(
-                f"unknown key {role!r}{_nearest(role, required + optional)}; {task} reads {', '.join(required + optional)}",
+                f"unknown key {role!r}{_nearest(role, known)}; {task} reads {', '.join(known)}",
                 ("data", "columns", role),
                 at_key=True,
             )
@@ -410,14 +415,14 @@ def _explain(error: ValidationError, data: Any) -> SpecError:
     path: list[str | int] = []
     place = data
     for part in problem["loc"]:
-        if isinstance(place, dict) and part in place or isinstance(place, list) and isinstance(part, int):
+        if (isinstance(place, dict) and part in place) or (isinstance(place, list) and isinstance(part, int)):
             path.append(part)
             place = place[part]
     kind, context, last = problem["type"], problem.get("ctx", {}), problem["loc"][-1] if problem["loc"] else ""
     if kind == "extra_forbidden":
         known = [key for key in _known_keys(tuple(path[:-1]))]
         message = f"unknown key {last!r}{_nearest(str(last), known)}"
-        return SpecError(f"{message}; known: {', '.join(known)}" if known else f"{message}", tuple(path[:-1]) + (last,), True)
+        return SpecError(f"{message}; known: {', '.join(known)}" if known else f"{message}", (*path[:-1], last), True)
     if kind == "missing":
         return SpecError(f"{last!r} is missing", tuple(path))
     if kind == "union_tag_invalid":

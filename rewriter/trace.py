@@ -22,7 +22,7 @@ class Inputs:
 
     Attributes:
         args, kwargs: tensors, as the module's forward takes them.
-        dynamic: for each input (position or keyword), {dimension: name}, e.g. {"input_ids": {0: "batch", 1: "sequence"}}.
+        dynamic: for each input (position or keyword), {dimension: name}, e.g. {"input_ids": {0: "batch"}}.
             Inputs left out have fixed shapes. Sizes of different names must differ in the examples.
     """
 
@@ -37,8 +37,8 @@ class Inputs:
 
     def to(self, device: torch.device | str) -> "Inputs":
         """The same examples on another device."""
-        move = lambda x: x.to(device) if isinstance(x, torch.Tensor) else x  # noqa: E731
-        return Inputs(pytree.tree_map(move, self.args), pytree.tree_map(move, self.kwargs), self.dynamic)
+        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), (self.args, self.kwargs))
+        return Inputs(args, kwargs, self.dynamic)
 
 
 def capture(model: nn.Module, inputs: Inputs, training: bool = False) -> ExportedProgram:
@@ -54,7 +54,9 @@ def capture(model: nn.Module, inputs: Inputs, training: bool = False) -> Exporte
     with _without_cache(model):
         model.train(training)
         try:
-            return torch.export.export(model, inputs.args, inputs.kwargs, dynamic_shapes=shapes, strict=False)
+            # Copies, since one tensor given for two inputs would be traced as one input.
+            args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (inputs.args, inputs.kwargs))
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise SubspanError(f"torch.export can't trace {type(model).__name__}: {reason.strip()}") from error
@@ -65,7 +67,9 @@ def capture(model: nn.Module, inputs: Inputs, training: bool = False) -> Exporte
 @contextlib.contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
     """A key-value cache is no output of a training step; the configs that ask for one are set back afterwards."""
-    configs = {id(m.config): m.config for m in model.modules() if getattr(getattr(m, "config", None), "use_cache", False)}
+    configs = {
+        id(m.config): m.config for m in model.modules() if getattr(getattr(m, "config", None), "use_cache", False)
+    }
     for config in configs.values():
         config.use_cache = False
     try:
@@ -124,7 +128,9 @@ class GraphModel(nn.Module):
 
     def clone(self) -> "GraphModel":
         """Copies of the graphs over the same tensors (no memory for weights); call `recompile` before use."""
-        other = GraphModel({mode: copy_graph(graph) for mode, graph in self.graphs.items()}, self.in_spec, self.out_spec)
+        other = GraphModel(
+            {mode: copy_graph(graph) for mode, graph in self.graphs.items()}, self.in_spec, self.out_spec
+        )
         other.aliases, other.plan = dict(self.aliases), self.plan
         seen: dict[int, nn.Parameter] = {}
         for name, p in self.named_parameters(remove_duplicate=False):
@@ -145,6 +151,21 @@ class GraphModel(nn.Module):
         flat = pytree.tree_leaves((args, kwargs))
         out = self._forwards["train" if self.training else "eval"](self, *flat)
         return pytree.tree_unflatten(out, self.out_spec)
+
+
+def assign(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Put new parameters in the place of the named ones and of all tied to them; the old tensors stay as they were.
+
+    Args:
+        values: name -> tensor of the parameter's shape; it is cast to the parameter's type and device.
+    """
+    named = dict(module.named_parameters(remove_duplicate=False))
+    for name, value in values.items():
+        old = named[name]
+        new = nn.Parameter(value.detach().to(old.device, old.dtype).clone(), requires_grad=old.requires_grad)
+        for alias in (alias for alias, parameter in named.items() if parameter is old):
+            path, _, last = alias.rpartition(".")
+            module.get_submodule(path).register_parameter(last, new)
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

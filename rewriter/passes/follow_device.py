@@ -7,7 +7,9 @@ from torch import fx
 def follow_device(graph: fx.Graph) -> fx.Graph:
     """The graph with every device constant replaced by the device of the first input."""
     inputs = graph.find_nodes(op="placeholder")
-    users = [node for node in graph.nodes if any(isinstance(a, torch.device) for a in (*node.args, *node.kwargs.values()))]
+    users = [
+        node for node in graph.nodes if any(isinstance(a, torch.device) for a in (*node.args, *node.kwargs.values()))
+    ]
     if not inputs or not users:
         return graph
     with graph.inserting_after(inputs[-1]):

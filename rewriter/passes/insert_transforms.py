@@ -16,8 +16,7 @@ PREFIX = "subspan."
 class _Tracer(fx.proxy.GraphAppendingTracer):
     """Writes nodes that belong to the module of the op they serve, and to a site."""
 
-    def __init__(self, graph: fx.Graph, consumer: fx.Node, site: Site):
-        super().__init__(graph)
+    def serve(self, consumer: fx.Node, site: Site) -> None:
         self.meta = {"nn_module_stack": consumer.meta.get("nn_module_stack", {}), "subspan": site.label}
 
     def create_node(self, *args, **kwargs):
@@ -26,7 +25,9 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
         return node
 
 
-def insert_transforms(graph: fx.Graph, plan: Plan, tied: dict[str, list[str]], dtypes: dict[str, torch.dtype]) -> fx.Graph:
+def insert_transforms(
+    graph: fx.Graph, plan: Plan, tied: dict[str, list[str]], dtypes: dict[str, torch.dtype]
+) -> fx.Graph:
     """The graph with every site of the plan transformed; the tensors are read from `subspan.<leaf>`.
 
     Args:
@@ -35,6 +36,8 @@ def insert_transforms(graph: fx.Graph, plan: Plan, tied: dict[str, list[str]], d
         tied: first name -> all names of a tied weight.
         dtypes: parameter name -> storage type; wider tuned tensors are cast to it.
     """
+    tracer = _Tracer(graph)
+    wrap = lambda n: fx.Proxy(n, tracer) if isinstance(n, fx.Node) else n  # noqa: E731
     for weight, sites in plan.by_weight().items():
         readers = uses(graph, tied.get(weight, [weight]))
         if not readers:
@@ -42,8 +45,7 @@ def insert_transforms(graph: fx.Graph, plan: Plan, tied: dict[str, list[str]], d
         operator: Operator | None = None
         formed: fx.Proxy | None = None
         for node, user in readers:
-            tracer = _Tracer(graph, user, sites[0])
-            wrap = lambda n, tracer=tracer: fx.Proxy(n, tracer) if isinstance(n, fx.Node) else n  # noqa: E731
+            tracer.serve(user, sites[0])
             with graph.inserting_before(user):
                 if operator is None:
                     # The weight may be read late in the graph but fetched first, so fetch it where it is used.

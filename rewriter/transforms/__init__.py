@@ -19,7 +19,9 @@ from ..algebra import Dense, Operator, Value
 from ..errors import SpecError
 
 Rank = Annotated[int, Field(ge=1, description="rank r of the low-rank factors; at most min(n, m)")]
-Alpha = Annotated[float, Field(gt=0, description="numerator of the scale s = alpha / rank; default: the rank, so s = 1")]
+Alpha = Annotated[
+    float, Field(gt=0, description="numerator of the scale s = alpha / rank; default: the rank, so s = 1")
+]
 Probability = Annotated[float, Field(ge=0, lt=1, description="dropout probability on the input of the factors")]
 Initial = float | Value | Callable[[tuple[int, ...], torch.Generator], torch.Tensor]
 
@@ -157,7 +159,11 @@ def initial_value(leaf: Leaf, seed: int, svd: Callable[[], dict[str, torch.Tenso
 
 
 def compose(
-    chain: list[tuple[Method, BaseModel]], w: Operator, shape: tuple[int, ...], lookup: Callable[[Leaf], Value], name: str
+    chain: list[tuple[Method, BaseModel]],
+    w: Operator,
+    shape: tuple[int, ...],
+    lookup: Callable[[Leaf], Value],
+    name: str,
 ) -> Operator:
     """phi(W) of a chain, first to last (f, then g), with the leaves that `lookup` gives.
 
@@ -192,4 +198,15 @@ def leaf_method(name: str) -> str:
 
 from . import combination, extension, reconstruction  # noqa: E402
 
-__all__ = ["METHODS", "Dense", "Leaf", "Method", "Scope", "combination", "compose", "extension", "reconstruction", "transform"]
+__all__ = [
+    "METHODS",
+    "Dense",
+    "Leaf",
+    "Method",
+    "Scope",
+    "combination",
+    "compose",
+    "extension",
+    "reconstruction",
+    "transform",
+]

@@ -5,9 +5,7 @@ from . import Alpha, Probability, Rank, Scope, eye, kaiming_uniform, transform
 
 
 @transform
-def lora(
-    w: Operator, site: Scope, *, rank: Rank, alpha: Alpha | None = None, dropout: Probability = 0.0
-) -> Operator:
+def lora(w: Operator, site: Scope, *, rank: Rank, alpha: Alpha | None = None, dropout: Probability = 0.0) -> Operator:
     """W + s A B, s = alpha / rank; A Kaiming-uniform and B = 0 at the start. (21)"""
     a = Dense(site.tuned("a", (site.n, rank), kaiming_uniform))
     b = Dense(site.tuned("b", (rank, site.m), 0.0))
@@ -24,7 +22,7 @@ def trilora(w: Operator, site: Scope, *, rank: Rank, alpha: Alpha | None = None)
 
 @transform
 def flora(w: Operator, site: Scope, *, rank: Rank, alpha: Alpha | None = None) -> Operator:
-    """W + s A M B, s = alpha / rank, M of shape (rank, rank); A Kaiming-uniform, M = I and B = 0 at the start. Ref. 38"""
+    """W + s A M B, s = alpha / rank, M (rank, rank); A Kaiming-uniform, M = I and B = 0 at the start. Ref. 38"""
     a = Dense(site.tuned("a", (site.n, rank), kaiming_uniform))
     b = Dense(site.tuned("b", (rank, site.m), 0.0))
     return w + (alpha or rank) / rank * (a @ Dense(site.tuned("m", (rank, rank), eye)) @ b)

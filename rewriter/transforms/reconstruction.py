@@ -1,4 +1,4 @@
-"""Reconstruction, phi(W) = f(W): the subspaces of W are rescaled, replaced or shifted. Equations of arXiv 2407.05417v2."""
+"""Reconstruction, phi(W) = f(W): W's subspaces are rescaled, replaced or shifted. Equations of arXiv 2407.05417v2."""
 
 from ..algebra import Dense, Diag, Operator
 from . import Scope, transform

@@ -1,0 +1,62 @@
+"""The command `subspan`: validate, train, export. Every expected failure is one line and a status of 1."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TQDM_DELAY", "0.5")
+
+import typer
+from rich.console import Console
+
+from rewriter.errors import SubspanError
+
+console = Console()
+app = typer.Typer(
+    help="Adapt a pretrained model with few parameters and ship it: a spec says which weights get which transform.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@contextlib.contextmanager
+def failures() -> Iterator[None]:
+    """Turn what can go wrong into one line on stderr and an exit status: 1 for a failure, 130 when interrupted."""
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except SubspanError as error:
+        _fail(str(error), getattr(error, "status", 1))
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        _fail(f"{place}{error.strerror or error}", 1)
+    except Exception as error:
+        if os.environ.get("SUBSPAN_TRACEBACK"):
+            raise
+        if "out of memory" in str(error):
+            _fail("out of memory; lower train.batch_size and raise train.gradient_accumulation", 1)
+        reason = next((line for line in str(error).splitlines() if line.strip()), "")
+        _fail(f"unexpected {type(error).__name__}: {reason.strip()} (set SUBSPAN_TRACEBACK=1 to see where)", 1)
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    raise typer.Exit(status) from None
+
+
+def main() -> None:
+    """Entry point of the installed command."""
+    from pipelines.export import export
+    from pipelines.train import train
+    from pipelines.validate import validate
+
+    for command in (validate, train, export):
+        app.command()(command)
+    app()

@@ -1,0 +1,129 @@
+"""Ship a tuned run: adapter -> merge -> checkpoint + ONNX -> verify -> report."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipelines.cli import console, failures
+from rewriter import (
+    Inputs,
+    Pretrained,
+    Spec,
+    SpecError,
+    SubspanError,
+    batches,
+    differences,
+    example_inputs,
+    export_onnx,
+    load_adapter,
+    load_model,
+    load_processor,
+    load_spec,
+    merge,
+    onnx_stage,
+    print_summary,
+    save_model,
+    torch_stage,
+    trace,
+)
+from rewriter.files import aside, write_json
+
+
+def export(run: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)]) -> None:
+    """Merge a run's adapter, write merged/ and onnx/, and compare every stage's outputs with the tuned model's.
+
+    A difference over export.verify.atol is an error, and then nothing is written.
+    """
+    with failures():
+        spec = load_spec(run / "spec.yaml")
+        try:
+            report = ship(spec, run)
+        except SpecError as error:
+            raise spec.locate(error) from None
+        summarise(spec, run, report)
+
+
+def ship(spec: Spec, run: Path) -> dict[str, Any]:
+    """Write merged/, onnx/ and verify.json into the run's folder; returns the content of verify.json."""
+    pretrained = load_model(spec)
+    inputs = example_inputs(pretrained.model, spec.model.task)
+    traced = trace(pretrained.model, inputs, modes=("eval",))
+    tuned = load_adapter(traced, run / "adapter")
+    stored = merge(tuned, traced)
+    merge(tuned, pretrained.model)
+    stages = {"merged": torch_stage(traced)}
+    with aside(run / "merged", run / "onnx", run / "verify.json") as (merged, onnx, verify):
+        if spec.export.checkpoint:
+            save_model(pretrained, str(merged))
+            load_processor(spec).save_pretrained(merged)
+            stages["checkpoint"] = torch_stage(reload(spec, merged).model)
+        if spec.export.onnx:
+            onnx.mkdir()
+            load_processor(spec).save_pretrained(onnx)
+            export_onnx(
+                pretrained.model.float(),
+                inputs,
+                onnx / "model.onnx",
+                spec.export.onnx.opset,
+                metadata(spec, pretrained, run),
+            )
+            stages["onnx"] = onnx_stage(onnx / "model.onnx")
+        found = differences(torch_stage(tuned), stages, samples(spec, pretrained, inputs))
+        report = {
+            "max_abs_diff": max(found.values()),
+            "atol": spec.export.verify.atol,
+            "stages": found,
+            "stored_weights": stored,
+        }
+        if not report["max_abs_diff"] <= report["atol"]:
+            worst = ", ".join(f"{name} {value:.2e}" for name, value in found.items())
+            raise SubspanError(
+                f"outputs differ from the tuned model's by more than export.verify.atol = {report['atol']:g}: {worst}; "
+                "nothing is written"
+            )
+        write_json(verify, report)
+    return report
+
+
+def reload(spec: Spec, folder: Path) -> Pretrained:
+    """The checkpoint as anyone would load it."""
+    model = spec.model.model_copy(update={"name": str(folder.absolute()), "revision": None})
+    return load_model(spec.model_copy(update={"model": model}))
+
+
+def samples(spec: Spec, pretrained: Pretrained, inputs: Inputs):
+    """Random inputs that the model takes."""
+    config = pretrained.model.config
+    limits = [spec.data.max_length if spec.data else None, getattr(config, "max_position_embeddings", None)]
+    return batches(inputs, getattr(config, "vocab_size", 2), min((n for n in limits if n and n > 0), default=None))
+
+
+def metadata(spec: Spec, pretrained: Pretrained, run: Path) -> dict[str, object]:
+    """What a server needs to know of an ONNX file."""
+    manifest = json.loads((run / "adapter" / "adapter.json").read_text(encoding="utf-8"))
+    return {
+        "task": spec.model.task,
+        "labels": pretrained.labels,
+        "base": manifest["base"],
+        "versions": manifest["versions"],
+    }
+
+
+def summarise(spec: Spec, run: Path, report: dict[str, Any]) -> None:
+    """Print what the run came to."""
+    plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))
+    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    share = f"{plan['trainable_thousandths']:.3f} thousandths of {plan['total_parameters']:,}"
+    facts = {
+        f"validation {spec.metric}": f"{metrics['validation'][spec.metric]:.4f}",
+        "tuned parameters": f"{plan['trainable_parameters']:,} ({share}), and {plan['head_parameters']:,} in new heads",
+        "largest difference": f"{report['max_abs_diff']:.2e} (atol {report['atol']:g}): {', '.join(report['stages'])}",
+    }
+    facts |= {name: run / name for name in ("adapter", "merged", "onnx") if (run / name).exists()}
+    print_summary(f"exported {run}", facts, console)
+
+
+if __name__ == "__main__":
+    typer.run(export)

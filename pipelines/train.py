@@ -1,0 +1,137 @@
+"""Tune a model as a spec says: spec -> trace -> plan -> rewrite -> tune -> adapter."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines.cli import console, failures
+from rewriter import (
+    Plan,
+    Pretrained,
+    Spec,
+    SpecError,
+    SubspanError,
+    collator,
+    dump_spec,
+    encode,
+    example_inputs,
+    load_model,
+    load_processor,
+    load_rows,
+    load_spec,
+    plan,
+    print_plan,
+    print_summary,
+    rewrite,
+    save_adapter,
+    trace,
+    tune,
+)
+from rewriter.files import remove, write_json, write_text
+from rewriter.tune import checkpoints
+
+
+def train(
+    spec: Annotated[Path, typer.Argument(help="The spec (YAML).", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder of the run; made new.", show_default=False)],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Override: key=value, e.g. train.epochs=2.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in --out from its newest checkpoint.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete what is in --out first.")] = False,
+) -> None:
+    """Tune a model and write the run folder: spec.yaml, plan.json, metrics.json, log.jsonl, checkpoints/, adapter/.
+
+    Ctrl-C ends the step in progress, writes a checkpoint and stops; --resume goes on to the same result.
+    """
+    with failures():
+        loaded = load_spec(spec, settings or [])
+        try:
+            run(loaded, out, resume, overwrite)
+        except SpecError as error:
+            raise loaded.locate(error) from None
+
+
+def plan_of(spec: Spec) -> tuple[Plan, Pretrained]:
+    """The plan of a spec and its model, on the meta device: no weight is read."""
+    pretrained = load_model(spec, meta=True)
+    traced = trace(pretrained.model, example_inputs(pretrained.model, spec.model.task), modes=("eval",))
+    return plan(traced, spec.rules, pretrained.new, spec.strict), pretrained
+
+
+def run(spec: Spec, out: Path, resume: bool, overwrite: bool) -> None:
+    """Tune into the folder `out`."""
+    check_folder(spec, out, resume, overwrite)
+    planned, _ = plan_of(spec)
+    print_plan(planned, console)
+    processor = load_processor(spec)
+    pretrained = load_model(spec)
+    rows = load_rows(spec, pretrained.labels)
+    train_rows, validation_rows = (encode(spec, part, processor, rows.labels) for part in (rows.train, rows.validation))
+    inputs = example_inputs(pretrained.model, spec.model.task)
+    collate = collator(processor, list(inputs.kwargs), getattr(pretrained.model.config, "decoder_start_token_id", None))
+    model = rewrite(trace(pretrained.model, inputs), planned, spec.train.seed)
+
+    if overwrite:
+        remove(out)
+    with new_folder(out):
+        write_text(out / "spec.yaml", dump_spec(spec))
+        write_json(out / "plan.json", planned.to_dict())
+        metrics = tune(model, spec, train_rows, validation_rows, collate, out, resume)
+        save_adapter(model, out / "adapter", spec, metrics)
+        write_json(out / "metrics.json", metrics)
+    facts = {
+        f"validation {spec.metric}": f"{metrics['validation'][spec.metric]:.4f}",
+        "adapter": out / "adapter",
+        "export it": f"python pipelines/export.py {out}",
+    }
+    print_summary("tuned", facts, console)
+
+
+def check_folder(spec: Spec, out: Path, resume: bool, overwrite: bool) -> None:
+    """Refuse to mix runs, and to delete what is not a run.
+
+    Raises:
+        SubspanError: saying which option is meant.
+    """
+    written = out / "spec.yaml"
+    if resume and overwrite:
+        raise SubspanError("--resume goes on, --overwrite starts anew: give one of them")
+    if out.exists() and not out.is_dir():
+        raise SubspanError(f"--out {out}: is a file, not a folder")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if overwrite and not written.is_file():
+        raise SubspanError(f"--overwrite: {out} has no spec.yaml, so it is not a run; delete it yourself")
+    if not (resume or overwrite):
+        raise SubspanError(
+            f"--out {out}: there is something in it; --resume goes on with that run, --overwrite deletes it"
+        )
+    if resume and not written.is_file():
+        raise SubspanError(f"--resume: {out} has no spec.yaml, so it is not a run")
+    if resume and load_spec(written) != spec:
+        raise SubspanError(f"--resume: {written} is of another run; its settings differ from this spec's")
+    if resume and (out / "metrics.json").exists():
+        raise SubspanError(f"--resume: {out} is finished; python pipelines/export.py {out}")
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[None]:
+    """Make the folder; take it away again after a failure that leaves no checkpoint to go on from."""
+    made = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        if made and not checkpoints(out / "checkpoints"):
+            remove(out)
+        raise
+
+
+if __name__ == "__main__":
+    typer.run(train)

@@ -1,0 +1,115 @@
+"""Files: they appear only when finished (written aside, then renamed); tensors are safetensors, never pickle."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from .errors import SubspanError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole text file or nothing.
+
+    Raises:
+        OSError: no space, no permission.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """`write_text` of indented JSON."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def aside(*targets: Path) -> Iterator[list[Path]]:
+    """Places beside `targets` to write to; they are renamed, in order, when the block ends without an error.
+
+    What stood at a target is replaced then and not before; after an error nothing of the block is left.
+    """
+    root = targets[0].parent
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=root) as folder:
+        places = [Path(folder) / "new" / target.name for target in targets]
+        (Path(folder) / "new").mkdir()
+        yield places
+        _open_up(Path(folder))
+        for place, target in zip(places, targets, strict=True):
+            if target.exists():
+                os.replace(target, Path(folder) / target.name)
+            if place.exists():
+                os.replace(place, target)
+
+
+def _open_up(folder: Path) -> None:
+    """Give files the usual permissions: safetensors makes them readable to their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: no space, no permission.
+    """
+    try:
+        safetensors.torch.save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"can't write {file}: {error}") from None
+
+
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU.
+
+    Raises:
+        SubspanError: there is no such file, or it is truncated or not a safetensors file.
+    """
+    try:
+        return safetensors.torch.load_file(file)
+    except FileNotFoundError:
+        raise SubspanError(f"{file}: no such file") from None
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise SubspanError(f"{file}: truncated, or not a safetensors file ({error})") from None
+
+
+def load_into(parameters: Mapping[str, torch.nn.Parameter], file: Path) -> None:
+    """Copy the tensors of a file into parameters of the same names.
+
+    Raises:
+        SubspanError: the file can't be read, or names or shapes differ.
+    """
+    found = load_tensors(file)
+    if odd := sorted(found.keys() ^ parameters.keys()):
+        raise SubspanError(f"{file}: made for other sites; differs in {odd[0]}")
+    for name, parameter in parameters.items():
+        if found[name].shape != parameter.shape:
+            raise SubspanError(f"{file}: {name} is {tuple(found[name].shape)}, expected {tuple(parameter.shape)}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(found[name])

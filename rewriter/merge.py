@@ -1,0 +1,66 @@
+"""Merge: every tuned subspace becomes a plain weight under the weight's own name."""
+
+import torch
+from torch import nn
+
+from .errors import SubspanError
+from .plan import Site, transformed
+from .rewrite import PREFIX
+from .trace import GraphModel, assign
+from .transforms import Leaf
+
+
+@torch.no_grad()
+def merged_weights(model: GraphModel) -> dict[str, torch.Tensor]:
+    """phi(W) of every transformed weight, in the weight's own shape, computed in float32 or wider.
+
+    Args:
+        model: from `rewrite` or `load_adapter`.
+
+    Raises:
+        SubspanError: a transform can't merge, or a merged weight is not finite.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+    def lookup(site: Site, leaf: Leaf) -> torch.Tensor:
+        return named[PREFIX + leaf.name].detach()
+
+    merged = {}
+    for weight, sites in model.plan.by_weight().items():
+        for site in sites:
+            if not site.merges:
+                raise SubspanError(f"{site.label}: {site.transform} can't merge into a plain weight")
+        stored = named[weight].detach()
+        wide = stored.to(torch.promote_types(stored.dtype, torch.float32))
+        value = sites[0].layout.restore(transformed(sites, wide, lookup).dense())
+        if not torch.isfinite(value.to(stored.dtype)).all():
+            raise SubspanError(f"{weight}: the merged weight is not finite in {stored.dtype}")
+        merged[weight] = value
+    return merged
+
+
+def merge(model: GraphModel, into: nn.Module) -> float:
+    """Write the merged weights of a tuned model into a plain module that has the same parameter names.
+
+    Tied weights stay tied. The tensors that `into` shared with other modules are left as they were.
+
+    Args:
+        model: from `rewrite` or `load_adapter`.
+        into: the traced model, or the module it was traced from.
+
+    Returns:
+        Largest absolute difference that storing in the module's own type made.
+
+    Raises:
+        SubspanError: as `merged_weights`, or `into` lacks a weight.
+    """
+    weights = merged_weights(model)
+    named = dict(into.named_parameters(remove_duplicate=False))
+    if missing := sorted(weights.keys() - named.keys()):
+        raise SubspanError(f"the module has no parameter {missing[0]}")
+    own = dict(model.named_parameters(remove_duplicate=False))
+    assign(into, {name: own[name] for name in model.plan.new} | weights)
+    named = dict(into.named_parameters(remove_duplicate=False))
+    return max(
+        (float((named[name].detach().to(w) - w).abs().max()) for name, w in weights.items() if w.numel()), default=0.0
+    )

@@ -1,0 +1,321 @@
+"""Tuning on `transformers.Trainer`: losses and metrics per task, checkpoints of the tuned tensors alone, no pickle."""
+
+import contextlib
+import json
+import math
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from sklearn import metrics as sk
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .data import IGNORED
+from .errors import SpecError, SubspanError
+from .files import aside, load_into, load_tensors, remove, save_tensors
+from .rewrite import tuned_parameters
+from .spec import Spec
+from .trace import GraphModel
+
+TUNED, OPTIMISER, STATE, TRAINER_STATE = (
+    "tuned.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "trainer_state.json",
+)
+
+
+class Interrupted(SubspanError):
+    """Tuning was stopped by a signal; a checkpoint holds everything up to there. `status` is a shell's for that."""
+
+    status = 130
+
+
+def loss(task: str, logits: Tensor, labels: Tensor, count: Tensor | int | None = None) -> Tensor:
+    """Mean cross entropy over the labels that are not ignored; mean squared error for regression.
+
+    Args:
+        logits: (batch, classes), (batch, sequence, classes), or (batch, 1) for regression.
+        labels: (batch,) or (batch, sequence), -100 where ignored.
+        count: divide by this instead (labels in all batches of one optimiser step).
+    """
+    reduction = "mean" if count is None else "sum"
+    if task == "regression":
+        value = F.mse_loss(logits.squeeze(-1).float(), labels.float(), reduction=reduction)
+    else:
+        value = F.cross_entropy(
+            logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED, reduction=reduction
+        )
+    return value if count is None else value / count
+
+
+def summary(task: str, logits: Tensor, labels: Tensor) -> Tensor:
+    """What metrics need of one batch, small: (batch, 1) predictions, (batch, sequence) for tags, or for language models
+    (batch, 3): sum of the negative log-likelihoods, tokens, correct tokens."""
+    if task == "regression":
+        return logits.float()
+    if not task.endswith("-lm"):
+        return logits.argmax(-1, keepdim=task != "token-classification")
+    kept = labels != IGNORED
+    nll = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+    right = (logits.argmax(-1) == labels) & kept
+    return torch.stack([nll.double().sum(1), kept.sum(1), right.sum(1)], dim=1)
+
+
+def measure(spec: Spec, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """The metric of a spec from `summary`'s predictions of a whole data set."""
+    name, task = spec.metric, spec.model.task
+    if task.endswith("-lm"):
+        nll, tokens, right = predictions.sum(0)
+        value = {"perplexity": math.exp(min(nll / tokens, 700.0)), "accuracy": right / tokens, "loss": nll / tokens}[
+            name
+        ]
+    elif name == "loss":
+        return {}
+    elif task == "regression":
+        guess = predictions[:, 0]
+        value = sk.mean_squared_error(labels, guess) if name == "mse" else np.corrcoef(labels, guess)[0, 1]
+    else:
+        kept = labels != IGNORED
+        truth, guess = labels[kept], (predictions[..., 0] if labels.ndim == 1 else predictions)[kept]
+        average = "binary" if len(set(truth.tolist()) | set(guess.tolist()) | {0, 1}) == 2 else "macro"
+        value = {
+            "accuracy": lambda: sk.accuracy_score(truth, guess),
+            "f1": lambda: sk.f1_score(truth, guess, average=average, zero_division=0),
+            "matthews_correlation": lambda: sk.matthews_corrcoef(truth, guess),
+        }[name]()
+    return {name: float(value)}
+
+
+class _Progress(transformers.TrainerCallback):
+    """log.jsonl, the check for a finite loss, and a checkpoint on Ctrl-C."""
+
+    def __init__(self, log: Path):
+        self.log, self.signalled, self.finite = log, False, True
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.log.write_text("".join(json.dumps(entry) + "\n" for entry in state.log_history), encoding="utf-8")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.check(state)
+        with self.log.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(state.log_history[-1]) + "\n")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.signalled:
+            control.should_save = control.should_training_stop = True
+
+    def check(self, state: transformers.TrainerState) -> None:
+        """Raises SpecError if any loss since the start was infinite or not a number. Waits for the device."""
+        if not bool(self.finite):
+            reason = f"the loss is not finite (noticed at step {state.global_step}); lower the rate, or warm up"
+            raise SpecError(reason, ("train", "learning_rate"))
+
+
+class _Tuner(transformers.Trainer):
+    """A Trainer whose checkpoints hold the tuned tensors and the optimiser's state, as safetensors and JSON."""
+
+    progress: _Progress
+
+    def training_step(self, *args, **kwargs):
+        value = super().training_step(*args, **kwargs)
+        self.progress.finite &= torch.isfinite(value.detach())
+        return value
+
+    def _save_checkpoint(self, model, trial):
+        if not self.args.should_save:
+            return
+        self.progress.check(self.state)
+        root = Path(self.args.output_dir)
+        root.mkdir(parents=True, exist_ok=True)
+        with aside(root / f"checkpoint-{self.state.global_step}") as (place,):
+            place.mkdir()
+            save_tensors(tuned_parameters(self.model), place / TUNED)
+            save_tensors(_flat_optimiser(self.optimizer), place / OPTIMISER)
+            random = {"cpu": torch.get_rng_state()} | (
+                {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+            )
+            scaler = self.accelerator.scaler
+            state = {
+                "random": {device: bytes(value.tolist()).hex() for device, value in random.items()},
+                "scheduler": {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"},
+                "scaler": scaler.state_dict() if scaler else None,
+            }
+            (place / STATE).write_text(json.dumps(state))
+            self.state.stateful_callbacks = {}
+            self.state.save_to_json(str(place / TRAINER_STATE))
+        for old in checkpoints(root)[: -self.args.save_total_limit]:
+            remove(old)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        load_into(Path(resume_from_checkpoint) / TUNED, tuned_parameters(self.model))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        flat = load_tensors(folder / OPTIMISER)
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in flat.items():
+            index, _, key = name.partition(".")
+            state.setdefault(int(index), {})[key] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        self.lr_scheduler.load_state_dict(self._extra(folder)["scheduler"])
+        # The scheduler's own state has the rates; the optimiser's groups were made anew.
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+
+    def _load_scaler(self, checkpoint):
+        if checkpoint is not None and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(self._extra(Path(checkpoint))["scaler"])
+
+    def _load_rng_state(self, checkpoint):
+        if checkpoint is None:
+            return
+        random = self._extra(Path(checkpoint))["random"]
+        torch.set_rng_state(torch.tensor(list(bytes.fromhex(random["cpu"])), dtype=torch.uint8))
+        if torch.cuda.is_available() and "cuda" in random:
+            torch.cuda.set_rng_state(torch.tensor(list(bytes.fromhex(random["cuda"])), dtype=torch.uint8))
+
+    @staticmethod
+    def _extra(folder: Path) -> dict[str, Any]:
+        return json.loads((folder / STATE).read_text())
+
+
+def _flat_optimiser(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state = optimiser.state_dict()["state"]
+    return {f"{index}.{key}": torch.as_tensor(value) for index, entry in state.items() for key, value in entry.items()}
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def tune(
+    model: GraphModel,
+    spec: Spec,
+    train: Dataset,
+    validation: Dataset,
+    collate: Callable[[list], dict[str, Tensor]],
+    folder: Path,
+    resume: bool = False,
+) -> dict[str, dict[str, float]]:
+    """Tune a rewritten model and measure it; writes `log.jsonl` and `checkpoints/` into `folder`.
+
+    On Ctrl-C or SIGTERM the step in progress ends and a checkpoint is written; a second Ctrl-C stops at once.
+
+    Args:
+        model: from `rewrite`; its output has `logits`.
+        spec: its `train` section, task and metric are read.
+        train, validation: rows for `collate`.
+        collate: rows -> inputs of the model by name, and `labels`.
+        folder: must exist.
+        resume: continue from the newest checkpoint in `folder`, if there is one.
+
+    Returns:
+        {"validation": {metric: value, "loss": value}, "train": {"loss", "steps", "epochs", "seconds"}}.
+
+    Raises:
+        SpecError: the loss is not finite; half precision where the hardware has none.
+        Interrupted: stopped by a signal.
+    """
+    settings, task = spec.train, spec.model.task
+    cuda = torch.cuda.is_available()
+    if settings.precision == "float16" and not cuda:
+        raise SpecError("float16 needs CUDA; use bfloat16 or float32", ("train", "precision"))
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.precision == "bfloat16",
+        fp16=settings.precision == "float16",
+        use_cpu=not cuda,
+        dataloader_pin_memory=cuda,
+        logging_steps=settings.log_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy="epoch" if settings.epochs > 1 else "no",
+        save_strategy="steps",
+        save_steps=settings.checkpoint_steps,
+        save_total_limit=settings.checkpoint_keep,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        label_names=["labels"],
+        remove_unused_columns=False,
+        report_to="none",
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # DataParallel copies modules by their attributes; a graph has more.
+    progress = _Progress(folder / "log.jsonl")
+    tuner = _Tuner(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=validation,
+        data_collator=collate,
+        compute_loss_func=lambda out, labels, num_items_in_batch=None: loss(
+            task, out.logits, labels, num_items_in_batch
+        ),
+        preprocess_logits_for_metrics=lambda out, labels: summary(
+            task, out[0] if isinstance(out, tuple) else out, labels
+        ),
+        compute_metrics=lambda out: measure(spec, out.predictions, out.label_ids),
+        callbacks=[progress],
+    )
+    tuner.model_accepts_loss_kwargs = False  # `forward(**kwargs)` looks as if it did.
+    tuner.progress = progress
+    last = checkpoints(folder / "checkpoints")[-1:] if resume else []
+    with _signals(progress):
+        result = tuner.train(resume_from_checkpoint=str(last[0]) if last else None)
+        progress.check(tuner.state)
+        if progress.signalled:
+            step, steps = tuner.state.global_step, tuner.state.max_steps
+            raise Interrupted(f"stopped at step {step} of {steps}; a checkpoint is written, resume goes on from it")
+        if not any(
+            "eval_loss" in entry and entry["step"] == tuner.state.global_step for entry in tuner.state.log_history
+        ):
+            tuner.evaluate()
+    history = tuner.state.log_history
+    evaluated = next(entry for entry in reversed(history) if "eval_loss" in entry)
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    return {
+        "validation": {name: evaluated[f"eval_{name}"] for name in dict.fromkeys((spec.metric, "loss"))},
+        "train": {
+            "loss": losses[-1] if losses else result.training_loss,
+            "steps": tuner.state.global_step,
+            "epochs": tuner.state.epoch,
+            "seconds": round(result.metrics["train_runtime"], 2),
+        },
+    }
+
+
+@contextlib.contextmanager
+def _signals(progress: _Progress) -> Iterator[None]:
+    def stop(number, frame):
+        if progress.signalled:
+            raise KeyboardInterrupt
+        progress.signalled = True
+        print("\nstopping after this step; once more stops at once", flush=True)
+
+    try:
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # Only the main thread may handle signals.
+        before = {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
