@@ -1,0 +1,203 @@
+"""Every method in float64: apply equals x @ dense, so do gradients; start values; counts by METHODS' formulas."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rewriter import SpecError
+from rewriter.algebra import Concat, Dense
+from rewriter.transforms import METHODS, compose, decompose, initial_value
+
+# Method -> (options, count of a site of n inputs, m outputs and rank r). All are the identity at the start.
+COUNTS = {
+    "full": ((), lambda n, m, r: n * m),
+    "sam_parser": ((), lambda n, m, r: min(n, m)),
+    "ia3": ((), lambda n, m, r: m),
+    "ssl": ((), lambda n, m, r: n),
+    "ssb": ((), lambda n, m, r: n + m),
+    "bitfit": ((), lambda n, m, r: m),
+    "lora": (("rank", "alpha"), lambda n, m, r: r * (n + m)),
+    "trilora": (("rank", "alpha"), lambda n, m, r: r * (n + m) + r),
+    "flora": (("rank", "alpha"), lambda n, m, r: r * (n + m) + r * r),
+    "dora": (("rank", "alpha"), lambda n, m, r: r * (n + m) + m),
+    "spectral": (("rank",), lambda n, m, r: r * (n + m)),
+    "svdiff": ((), lambda n, m, r: min(n, m)),
+}
+MATRIX = [name for name in COUNTS if name != "bitfit"]
+ANYWHERE = [name for name in MATRIX if name not in ("sam_parser", "spectral", "svdiff")]
+CLOSE = {"rtol": 1e-9, "atol": 1e-10}  # float64, sizes below 10: rounding is of the order of 1e-14.
+
+
+def chain_of(names, rank):
+    values = {"rank": rank, "alpha": 2.5}
+    return [(METHODS[name], METHODS[name].options(**{key: values[key] for key in COUNTS[name][0]})) for name in names]
+
+
+class Tensors:
+    """Leaves of one site as tensors; `noise` moves the tuned ones away from their start."""
+
+    def __init__(self, base, noise=0.0, seed=0):
+        self.base, self.noise, self.tuned = base, noise, {}
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, leaf):
+        value = initial_value(leaf, 0, lambda: decompose(self.base)).double().reshape(leaf.shape)
+        if leaf.tuned:
+            value = value + self.noise * torch.randn(value.shape, generator=self.generator, dtype=torch.float64)
+            value = self.tuned[leaf.name] = value.requires_grad_()
+        return value
+
+
+def gradients(value, weights, tensors):
+    return torch.autograd.grad(
+        (value * weights).sum(), list(tensors.tuned.values()), allow_unused=True, retain_graph=True
+    )
+
+
+def check(base, wrap, names, rank, noise=0.3, bias=True):
+    """apply == x @ dense (+ bias), and the same gradients, for a chain on a base operator."""
+    tensors = Tensors(base, noise)
+    op = compose(chain_of(names, rank), wrap(base), tuple(base.shape), tensors, "w")
+    n, m = base.shape[-2:]
+    x = torch.randn(*base.shape[:-2], 3, n, dtype=torch.float64)
+    b = torch.randn(m, dtype=torch.float64) if bias else None
+    weights = torch.randn(*base.shape[:-2], 3, m, dtype=torch.float64)
+    expected = x @ op.dense() + (b if bias else 0)
+    torch.testing.assert_close(op.apply(x, b), expected, **CLOSE)
+    torch.testing.assert_close(op.times(x), x @ op.dense(), **CLOSE)
+    for one, other in zip(
+        gradients(op.apply(x, b), weights, tensors), gradients(expected, weights, tensors), strict=True
+    ):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, **CLOSE)
+    return op, tensors
+
+
+sizes = st.tuples(st.integers(1, 9), st.integers(1, 9))
+
+
+def matrix(shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", MATRIX)
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(size=sizes, rank=st.integers(1, 9), seed=st.integers(0, 99), transposed=st.booleans())
+def test_apply_is_x_times_dense(name, size, rank, seed, transposed):
+    rank = min(rank, *size)
+    wrap = (lambda w: Dense(w.mT.contiguous(), transposed=True)) if transposed else Dense
+    check(matrix(size, seed), wrap, [name], rank)
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_batches_of_matrices(name):
+    base = matrix((4, 6, 5), 1)
+    check(base, Dense, [name], 2, bias=False)
+    check(base, lambda w: Dense(w.mT.contiguous(), transposed=True), [name], 2, bias=False)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(size=sizes, rank=st.integers(1, 9), seed=st.integers(0, 99))
+def test_identity_at_the_start_and_count(name, size, rank, seed):
+    n, m = (1, size[1]) if name == "bitfit" else size
+    rank = min(rank, n, m)
+    base = matrix((n, m), seed)
+    tensors = Tensors(base)
+    op = compose(chain_of([name], rank), Dense(base), (n, m), tensors, "w")
+    torch.testing.assert_close(op.dense(), base, rtol=1e-6, atol=1e-6)  # Random start values are drawn in float32.
+    assert sum(t.numel() for t in tensors.tuned.values()) == COUNTS[name][1](n, m, rank)
+
+
+@pytest.mark.parametrize("first", MATRIX)
+@pytest.mark.parametrize("second", ANYWHERE)
+def test_chains_of_two(first, second):
+    op, tensors = check(matrix((6, 5), 3), Dense, [first, second], 2)
+    n, m = 6, 5
+    assert sum(t.numel() for t in tensors.tuned.values()) == COUNTS[first][1](n, m, 2) + COUNTS[second][1](n, m, 2)
+    f, g = Tensors(matrix((6, 5), 3), 0.3), None
+    inner = compose(chain_of([first], 2), Dense(f.base), (6, 5), f, "w").dense().detach()
+    values = iter([t for name, t in tensors.tuned.items() if name not in f.tuned] if first != second else [])
+    if first != second:
+        # g(f(W)): the second method on the first one's result, with the same tensors.
+        g = compose(chain_of([second], 2), Dense(inner), (6, 5), lambda leaf: next(values), "w")
+        torch.testing.assert_close(op.dense(), g.dense(), **CLOSE)
+
+
+@pytest.mark.parametrize("second", ["sam_parser", "spectral", "svdiff"])
+def test_decompositions_come_first(second):
+    with pytest.raises(SpecError, match="must be the first"):
+        check(matrix((4, 4), 0), Dense, ["lora", second], 2)
+
+
+@pytest.mark.parametrize("name", MATRIX)
+@pytest.mark.parametrize("axis", ["out", "in"])
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(size=st.tuples(st.integers(3, 9), st.integers(3, 9)), cut=st.integers(1, 8), seed=st.integers(0, 99))
+def test_slices(name, axis, size, cut, seed):
+    n, m = size
+    width = m if axis == "out" else n
+    cut = min(cut, width - 1)
+    base = matrix(size, seed)
+    dim = -1 if axis == "out" else -2
+    left, right = base.narrow(dim, 0, cut), base.narrow(dim, cut, width - cut)
+    tensors = Tensors(left, 0.3)
+    op = Concat(
+        (compose(chain_of([name], 1), Dense(left), tuple(left.shape), tensors, "w"), Dense(right)),
+        (cut, width - cut),
+        axis,
+    )
+    x, b = matrix((3, n), seed + 1), matrix((m,), seed + 2)
+    expected = x @ op.dense() + b
+    torch.testing.assert_close(op.apply(x, b), expected, **CLOSE)
+    torch.testing.assert_close(op.dense().narrow(dim, cut, width - cut), right, **CLOSE)
+    weights = matrix((3, m), seed + 3)
+    pairs = zip(gradients(op.apply(x, b), weights, tensors), gradients(expected, weights, tensors), strict=True)
+    assert all(torch.allclose(one, other, **CLOSE) for one, other in pairs)
+
+
+def test_lora_dropout_is_on_the_input_and_leaves_dense_alone():
+    method = METHODS["lora"]
+    base = matrix((6, 5), 0)
+    tensors = Tensors(base, 0.3)
+    chain = [(method, method.options(rank=2, dropout=0.5))]
+    op = compose(chain, Dense(base), (6, 5), tensors, "w")
+    a, b = tensors.tuned["w.lora.a"], tensors.tuned["w.lora.b"]
+    torch.testing.assert_close(op.dense(), base + a @ b, **CLOSE)
+    x = matrix((200, 6), 1)
+    torch.manual_seed(3)
+    dropped = torch.dropout(x, 0.5, True)
+    torch.manual_seed(3)
+    torch.testing.assert_close(op.apply(x), x @ base + dropped @ a @ b, **CLOSE)
+
+
+def test_dora_norm_takes_no_gradient():
+    """(33): the norm is a constant, so the gradient of A is that of V m / c with c fixed."""
+    base = matrix((6, 5), 0)
+    tensors = Tensors(base, 0.3)
+    op = compose(chain_of(["dora"], 2), Dense(base), (6, 5), tensors, "w")
+    a, b, m = (tensors.tuned[f"w.dora.{name}"] for name in "abm")
+    v = base + 2.5 / 2 * a @ b
+    by_hand = v * (m / v.detach().norm(dim=0))
+    torch.testing.assert_close(op.dense(), by_hand, **CLOSE)
+    for one, other in zip(
+        torch.autograd.grad(op.dense().sum(), [a, b, m]), torch.autograd.grad(by_hand.sum(), [a, b, m]), strict=True
+    ):
+        torch.testing.assert_close(one, other, **CLOSE)
+
+
+def test_start_values_do_not_depend_on_other_sites():
+    base = matrix((6, 5), 0)
+    one, other = Tensors(base), Tensors(base)
+    compose(chain_of(["lora"], 2), Dense(base), (6, 5), one, "a")
+    compose(chain_of(["lora"], 2), Dense(base), (6, 5), other, "b")
+    again = Tensors(base)
+    compose(chain_of(["lora"], 2), Dense(base), (6, 5), again, "a")
+    assert torch.equal(one.tuned["a.lora.a"], again.tuned["a.lora.a"])
+    assert not torch.equal(one.tuned["a.lora.a"], other.tuned["b.lora.a"])
+
+
+def test_every_method_is_covered():
+    assert set(COUNTS) == set(METHODS)
