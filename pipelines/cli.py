@@ -6,14 +6,13 @@ import sys
 from collections.abc import Iterator
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("TQDM_DELAY", "0.5")
 
 import typer
 from rich.console import Console
 
 from rewriter.errors import SubspanError
 
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 140)
 app = typer.Typer(
     help="Adapt a pretrained model with few parameters and ship it: a spec says which weights get which transform.",
     no_args_is_help=True,

@@ -114,7 +114,7 @@ def check_folder(spec: Spec, out: Path, resume: bool, overwrite: bool) -> None:
         )
     if resume and not written.is_file():
         raise SubspanError(f"--resume: {out} has no spec.yaml, so it is not a run")
-    if resume and load_spec(written) != spec:
+    if resume and dump_spec(load_spec(written)) != dump_spec(spec):
         raise SubspanError(f"--resume: {written} is of another run; its settings differ from this spec's")
     if resume and (out / "metrics.json").exists():
         raise SubspanError(f"--resume: {out} is finished; python pipelines/export.py {out}")

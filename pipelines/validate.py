@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from pipelines.cli import console, failures
 from pipelines.train import plan_of
@@ -39,7 +40,7 @@ def check(path: Path, settings: list[str]) -> None:
             load_rows(spec, pretrained.labels)
     except SpecError as error:
         raise spec.locate(error) from None
-    console.print(f"[bold green]{path}[/] is valid")
+    console.print(f"[bold green]{escape(str(path))}[/] is valid", soft_wrap=True, highlight=False)
     print_plan(plan, console)
 
 

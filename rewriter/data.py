@@ -165,13 +165,13 @@ def label_reader(spec: Spec, rows: datasets.Dataset, labels: list[str]) -> Calla
 
     A value is a class name, or else an index into the names. It raises ValueError for anything else.
     """
-    index = {label: i for i, label in enumerate(labels)}
+    index, task = {label: i for i, label in enumerate(labels)}, spec.model.task
     feature = rows.features[spec.data.columns["label"]]
     feature = getattr(feature, "feature", feature)
     names = feature.names if isinstance(feature, datasets.ClassLabel) and set(feature.names) <= set(labels) else None
 
     def read(value: Any) -> int | float:
-        if spec.model.task == "regression":
+        if task == "regression":
             number = float(value)
             if number != number or abs(number) == float("inf"):
                 raise ValueError(value)

@@ -163,7 +163,7 @@ def find(patterns: list[str], names: list[str], path: tuple[str | int, ...]) -> 
     for pattern in patterns:
         try:
             hits = match([pattern], names)
-            nearest = difflib.get_close_matches(expand_braces(pattern)[0], names, n=3, cutoff=0.3)
+            nearest = difflib.get_close_matches(expand_braces(pattern)[0].replace("*", "0"), names, n=3, cutoff=0.3)
         except ValueError as error:
             raise SpecError(f"{pattern!r}: {error}", path) from None
         if not hits:

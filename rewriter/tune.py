@@ -144,7 +144,7 @@ class _Tuner(transformers.Trainer):
             scaler = self.accelerator.scaler
             state = {
                 "random": {device: bytes(value.tolist()).hex() for device, value in random.items()},
-                "scheduler": {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"},
+                "scheduler": self.lr_scheduler.state_dict(),
                 "scaler": scaler.state_dict() if scaler else None,
             }
             (place / STATE).write_text(json.dumps(state))
@@ -154,7 +154,7 @@ class _Tuner(transformers.Trainer):
             remove(old)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        load_into(Path(resume_from_checkpoint) / TUNED, tuned_parameters(self.model))
+        load_into(tuned_parameters(self.model), Path(resume_from_checkpoint) / TUNED)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None:
@@ -278,7 +278,7 @@ def tune(
     tuner.model_accepts_loss_kwargs = False  # `forward(**kwargs)` looks as if it did.
     tuner.progress = progress
     last = checkpoints(folder / "checkpoints")[-1:] if resume else []
-    with _signals(progress):
+    with _signals(progress), _closed_bars(tuner):
         result = tuner.train(resume_from_checkpoint=str(last[0]) if last else None)
         progress.check(tuner.state)
         if progress.signalled:
@@ -300,6 +300,17 @@ def tune(
             "seconds": round(result.metrics["train_runtime"], 2),
         },
     }
+
+
+@contextlib.contextmanager
+def _closed_bars(tuner: transformers.Trainer) -> Iterator[None]:
+    """End the lines of progress bars, so that an error message starts on its own."""
+    try:
+        yield
+    finally:
+        for callback in tuner.callback_handler.callbacks:
+            if (bar := getattr(callback, "training_bar", None)) is not None:
+                bar.close()
 
 
 @contextlib.contextmanager
