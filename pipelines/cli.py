@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -23,8 +24,12 @@ app = typer.Typer(
 
 
 @contextlib.contextmanager
-def failures() -> Iterator[None]:
-    """Turn what can go wrong into one line on stderr and an exit status: 1 for a failure, 130 when interrupted."""
+def failures(place: Path | None = None) -> Iterator[None]:
+    """Turn what can go wrong into one line on stderr and an exit status: 1 for a failure, 130 when interrupted.
+
+    Args:
+        place: where the command writes, for errors of the system that don't say.
+    """
     try:
         yield
     except typer.Exit:
@@ -34,8 +39,8 @@ def failures() -> Iterator[None]:
     except SubspanError as error:
         _fail(str(error), getattr(error, "status", 1))
     except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        _fail(f"{place}{error.strerror or error}", 1)
+        where = error.filename or place
+        _fail(f"{where}: {error.strerror or error}" if where else str(error), 1)
     except Exception as error:
         if os.environ.get("SUBSPAN_TRACEBACK"):
             raise

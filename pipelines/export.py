@@ -36,7 +36,7 @@ def export(run: Annotated[Path, typer.Argument(help="Folder of a finished run.",
 
     A difference over export.verify.atol is an error, and then nothing is written.
     """
-    with failures():
+    with failures(run):
         spec = load_spec(run / "spec.yaml")
         try:
             report = ship(spec, run)

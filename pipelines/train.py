@@ -49,7 +49,7 @@ def train(
 
     Ctrl-C ends the step in progress, writes a checkpoint and stops; --resume goes on to the same result.
     """
-    with failures():
+    with failures(out):
         loaded = load_spec(spec, settings or [])
         try:
             run(loaded, out, resume, overwrite)

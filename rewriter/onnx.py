@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .errors import SubspanError
+from .passes import copy_contiguous
 from .trace import Inputs, capture
 
 _LIMIT = 2_000_000_000
@@ -38,6 +39,8 @@ def export_onnx(
         OSError: no space, no permission.
     """
     program = capture(module, inputs)
+    copy_contiguous(program.graph_module.graph)
+    program.graph_module.recompile()
     names = _names(program.call_spec.in_spec.child(1), "input")
     outputs = _names(program.call_spec.out_spec, "output")
     with _quiet():

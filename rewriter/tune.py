@@ -199,6 +199,46 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
+def training_arguments(spec: Spec, folder: Path) -> transformers.TrainingArguments:
+    """A spec's `train` section for a Trainer that writes checkpoints into `folder`.
+
+    Raises:
+        SpecError: half precision where the hardware has none.
+    """
+    settings, cuda = spec.train, torch.cuda.is_available()
+    if settings.precision == "float16" and not cuda:
+        raise SpecError("float16 needs CUDA; use bfloat16 or float32", ("train", "precision"))
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.precision == "bfloat16",
+        fp16=settings.precision == "float16",
+        use_cpu=not cuda,
+        dataloader_pin_memory=cuda,
+        logging_steps=settings.log_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy="epoch" if settings.epochs > 1 else "no",
+        save_strategy="steps",
+        save_steps=settings.checkpoint_steps,
+        save_total_limit=settings.checkpoint_keep,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        label_names=["labels"],
+        remove_unused_columns=False,
+        report_to="none",
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # DataParallel copies modules by their attributes; a graph has more.
+    return arguments
+
+
 def tune(
     model: GraphModel,
     spec: Spec,
@@ -227,42 +267,11 @@ def tune(
         SpecError: the loss is not finite; half precision where the hardware has none.
         Interrupted: stopped by a signal.
     """
-    settings, task = spec.train, spec.model.task
-    cuda = torch.cuda.is_available()
-    if settings.precision == "float16" and not cuda:
-        raise SpecError("float16 needs CUDA; use bfloat16 or float32", ("train", "precision"))
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder / "checkpoints"),
-        num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
-        warmup_steps=settings.warmup,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        bf16=settings.precision == "bfloat16",
-        fp16=settings.precision == "float16",
-        use_cpu=not cuda,
-        dataloader_pin_memory=cuda,
-        logging_steps=settings.log_steps,
-        logging_nan_inf_filter=False,
-        eval_strategy="epoch" if settings.epochs > 1 else "no",
-        save_strategy="steps",
-        save_steps=settings.checkpoint_steps,
-        save_total_limit=settings.checkpoint_keep,
-        seed=settings.seed,
-        data_seed=settings.seed,
-        label_names=["labels"],
-        remove_unused_columns=False,
-        report_to="none",
-    )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # DataParallel copies modules by their attributes; a graph has more.
+    task = spec.model.task
     progress = _Progress(folder / "log.jsonl")
     tuner = _Tuner(
         model=model,
-        args=arguments,
+        args=training_arguments(spec, folder / "checkpoints"),
         train_dataset=train,
         eval_dataset=validation,
         data_collator=collate,

@@ -1,0 +1,158 @@
+"""Subspan beside PEFT on one setting: accuracy over seeds, and the cost of a step. Needs the extras demo and dev."""
+
+import statistics
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import peft
+import torch
+import transformers
+import typer
+from rich.table import Table
+from torch import nn
+
+from pipelines.cli import console, failures
+from rewriter import (
+    Inputs,
+    Rule,
+    Spec,
+    collator,
+    encode,
+    example_inputs,
+    load_model,
+    load_processor,
+    load_rows,
+    load_spec,
+    plan,
+    rewrite,
+    trace,
+    tune,
+)
+from rewriter.tune import training_arguments
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+LINEARS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
+
+
+@app.command()
+def accuracy(
+    seeds: Annotated[list[int] | None, typer.Option("--seed", help="Seeds; by default 0, 1 and 2.")] = None,
+    spec: Annotated[Path, typer.Option(help="LoRA on all six linears of a BERT.")] = Path("specs/quickstart.yaml"),
+) -> None:
+    """Validation accuracy of Subspan and of PEFT, same data, rank, rate and batches, over seeds."""
+    with failures():
+        table = Table("seed", "Subspan", "PEFT")
+        results = []
+        for seed in seeds or [0, 1, 2]:
+            loaded = load_spec(spec, [f"train.seed={seed}"])
+            results.append((ours(loaded), theirs(loaded)))
+            table.add_row(str(seed), *(f"{value:.4f}" for value in results[-1]))
+        table.add_row("mean", *(f"{statistics.mean(column):.4f}" for column in zip(*results, strict=True)))
+        console.print(table)
+
+
+def prepared(spec: Spec):
+    """Model and encoded data of a spec."""
+    pretrained, processor = load_model(spec), load_processor(spec)
+    rows = load_rows(spec, pretrained.labels)
+    train, validation = (encode(spec, part, processor, rows.labels) for part in (rows.train, rows.validation))
+    inputs = example_inputs(pretrained.model, spec.model.task)
+    return pretrained, inputs, train, validation, collator(processor, list(inputs.kwargs), None)
+
+
+def ours(spec: Spec) -> float:
+    """Accuracy of Subspan."""
+    pretrained, inputs, train, validation, collate = prepared(spec)
+    traced = trace(pretrained.model, inputs)
+    model = rewrite(traced, plan(traced, spec.rules, pretrained.new), spec.train.seed)
+    with TemporaryDirectory() as folder:
+        return tune(model, spec, train, validation, collate, Path(folder))["validation"]["accuracy"]
+
+
+def theirs(spec: Spec) -> float:
+    """Accuracy of PEFT's LoRA with the rank and alpha of the spec's first rule."""
+    pretrained, _, train, validation, collate = prepared(spec)
+    ((_, options),) = spec.rules[0].chain
+    config = peft.LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha,
+        target_modules=LINEARS,
+        modules_to_save=["classifier"],
+        task_type="SEQ_CLS",
+    )
+    model = peft.get_peft_model(pretrained.model, config)
+    with TemporaryDirectory() as folder:
+        trainer = transformers.Trainer(
+            model=model,
+            args=training_arguments(spec, Path(folder)),
+            train_dataset=train,
+            eval_dataset=validation,
+            data_collator=collate,
+            compute_metrics=lambda out: {"accuracy": float((out.predictions.argmax(-1) == out.label_ids).mean())},
+        )
+        trainer.train()
+        return trainer.evaluate()["eval_accuracy"]
+
+
+@app.command()
+def step(
+    method: Annotated[str, typer.Option(help="lora or dora.")] = "lora",
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds; the median counts.")] = 15,
+) -> None:
+    """Time and saved memory of a training step (BERT, hidden 768, 4 layers, batch 8 x 64, rank 8) over the frozen model's.
+
+    The floor is forward and backward of the frozen model down to the first layer's input, nothing inserted.
+    """
+    torch.manual_seed(0)
+    config = transformers.BertConfig(num_hidden_layers=4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    make = lambda: transformers.BertForSequenceClassification._from_config(config).train()  # noqa: E731
+    ids = torch.randint(1000, (8, 64))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    floor = make().requires_grad_(False)
+    floor.bert.embeddings.LayerNorm.requires_grad_(True)
+    theirs = peft.LoraConfig(r=8, lora_alpha=16, target_modules=LINEARS, use_dora=method == "dora")
+    model = make()
+    traced = trace(model, Inputs(kwargs=batch, dynamic={name: {0: "batch", 1: "sequence"} for name in batch}))
+    target = "bert.encoder.layer.*.{attention.self.{query,key,value},**.dense}.weight"
+    rule = Rule(target=target, apply=[{method: {"rank": 8, "alpha": 16}}])
+    models = {
+        "floor": floor,
+        "PEFT": peft.get_peft_model(make(), theirs),
+        "Subspan": rewrite(traced, plan(traced, [rule])).train(),
+    }
+    times: dict[str, list[float]] = {name: [] for name in models}
+    saved = {name: saved_bytes(one, batch) for name, one in models.items()}
+    for _ in range(rounds):
+        for name, one in models.items():
+            started = time.perf_counter()
+            one(**batch).logits.sum().backward()
+            times[name].append(time.perf_counter() - started)
+    table = Table("model", "step / floor", "saved for backward, MB", "tuned parameters")
+    for name, one in models.items():
+        ratio = statistics.median(a / b for a, b in zip(times[name], times["floor"], strict=True))
+        tuned = sum(p.numel() for p in one.parameters() if p.requires_grad)
+        table.add_row(name, f"{ratio:.2f}", f"{saved[name] / 1e6:.0f}", f"{tuned:,}")
+    console.print(table)
+
+
+def saved_bytes(model: nn.Module, batch: dict[str, torch.Tensor]) -> int:
+    """Bytes of activations that autograd keeps for the backward; parameters and buffers apart, shared storage once."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(**batch).logits.sum()
+    out.backward()
+    return sum(kept.values())
+
+
+if __name__ == "__main__":
+    app()
