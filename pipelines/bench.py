@@ -101,7 +101,7 @@ def step(
     method: Annotated[str, typer.Option(help="lora or dora.")] = "lora",
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; the median counts.")] = 15,
 ) -> None:
-    """Time and saved memory of a training step (BERT, hidden 768, 4 layers, batch 8 x 64, rank 8) over the frozen model's.
+    """Time and saved memory of a step (BERT, hidden 768, 4 layers, batch 8 x 64, rank 8) over the frozen model's.
 
     The floor is forward and backward of the frozen model down to the first layer's input, nothing inserted.
     """

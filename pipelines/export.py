@@ -17,6 +17,7 @@ from rewriter import (
     differences,
     example_inputs,
     export_onnx,
+    for_onnx,
     load_adapter,
     load_model,
     load_processor,
@@ -63,7 +64,7 @@ def ship(spec: Spec, run: Path) -> dict[str, Any]:
             onnx.mkdir()
             load_processor(spec).save_pretrained(onnx)
             export_onnx(
-                pretrained.model.float(),
+                for_onnx(pretrained.model),
                 inputs,
                 onnx / "model.onnx",
                 spec.export.onnx.opset,

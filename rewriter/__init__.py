@@ -6,7 +6,7 @@ from .errors import SpecError, SubspanError
 from .merge import merge, merged_weights
 from .onnx import export_onnx
 from .plan import Plan, Site, plan
-from .pretrained import Pretrained, example_inputs, load_model, load_processor, save_model
+from .pretrained import Pretrained, example_inputs, for_onnx, load_model, load_processor, save_model
 from .report import print_plan, print_summary
 from .rewrite import rewrite, tuned_parameters
 from .spec import Rule, Spec, dump_spec, load_spec
@@ -34,6 +34,7 @@ __all__ = [
     "example_inputs",
     "export_onnx",
     "fingerprint",
+    "for_onnx",
     "load_adapter",
     "load_model",
     "load_processor",

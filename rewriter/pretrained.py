@@ -146,6 +146,13 @@ def save_model(pretrained: Pretrained, folder: str) -> None:
         pretrained.model.save_pretrained(folder)
 
 
+def for_onnx(model: nn.Module) -> nn.Module:
+    """The model in float32 and with its experts, if any, as batched products: ONNX has no grouped ones. In place."""
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("batched_mm")
+    return model.float()
+
+
 def example_inputs(model: nn.Module, task: str) -> Inputs:
     """Examples of what a model of a task reads, on the model's device, with dynamic batch and sequence.
 

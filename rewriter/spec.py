@@ -411,7 +411,9 @@ def _known_keys(path: tuple[str | int, ...]) -> list[str]:
 
 def _explain(error: ValidationError, data: Any) -> SpecError:
     """The first mistake, in words; its path as the user wrote it (pydantic's own steps through unions left out)."""
-    problem = error.errors(include_url=False)[0]
+    problems = error.errors(include_url=False)
+    # A misspelt key often leaves a required one missing: the misspelling is the mistake.
+    problem = next((one for one in problems if one["type"] == "extra_forbidden"), problems[0])
     path: list[str | int] = []
     place = data
     for part in problem["loc"]:
@@ -438,6 +440,6 @@ def _explain(error: ValidationError, data: Any) -> SpecError:
     shown = repr(problem["input"])
     if isinstance(problem["input"], str | int | float | bool) and len(shown) < 60:
         message += f", not {shown}"
-    if isinstance(problem["input"], str) and "number" in message:
+    if isinstance(problem["input"], str) and ("number" in message or "integer" in message):
         message += "; write it without quotes"
     return SpecError(message.replace("input should be", "should be"), tuple(path))

@@ -70,6 +70,7 @@ CASES = {
     "tags": ("token-classification", "bert", hf.BertForTokenClassification, "{tokens: words, label: tags}", BERT, "accuracy"),
     "gpt2": ("causal-lm", "gpt2", None, "{text: a}", "transformer.h.*.attn.c_attn.weight", "perplexity"),
     "llama": ("causal-lm", "llama", None, "{text: a}", "model.layers.*.self_attn.{q,v}_proj.weight", "perplexity"),
+    "mixtral": ("causal-lm", "mixtral", None, "{text: a}", "model.layers.*.mlp.experts.{gate_up_proj,down_proj}", "perplexity"),
     "t5": ("seq2seq-lm", "t5", None, "{text: a, label: b}", "{encoder,decoder}.block.*.layer.*.**.{q,v}.weight", "perplexity"),
 }  # fmt: skip
 LABELS = {"names": "[awful, superb]", "tags": "[O, NOUN]", "pairs": "[no, yes]", "decoder": "[no, yes]"}

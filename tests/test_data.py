@@ -1,0 +1,135 @@
+"""Rows: filters, splits, limits, labels, and what a batch looks like."""
+
+import datasets
+import pytest
+import torch
+
+from rewriter import Spec, SpecError, collator, encode, load_rows
+from rewriter.data import IGNORED, label_reader
+from tests.tiny import make_tokenizer
+
+
+def spec_of(files, columns, task="sequence-classification", format="csv", **data):
+    return Spec(
+        version=1,
+        model={"name": "x", "task": task},
+        data={"format": format, "files": str(files), "columns": columns, "max_length": 12, **data},
+        rules=[{"target": "w", "apply": ["ssb"]}],
+    )
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    file = tmp_path_factory.mktemp("data") / "rows.csv"
+    rows = [f"t{i},{i % 2},{'ab'[i // 30]},{i / 2}" for i in range(60)]
+    file.write_text("\n".join(["text,label,source,score", *rows, ",1,a,0"]) + "\n")
+    return file
+
+
+COLUMNS = {"text": "text", "label": "label"}
+
+
+def test_where_split_limit(table):
+    spec = spec_of(table, COLUMNS, where={"source": "a"}, split={"validation": 10, "seed": 1}, limit={"train": 12})
+    rows = load_rows(spec, ["no", "yes"])
+    assert (len(rows.train), len(rows.validation)) == (12, 10)
+    texts = [set(part["text"]) for part in (rows.train, rows.validation)]
+    assert not texts[0] & texts[1]
+    again = load_rows(spec, ["no", "yes"])
+    assert again.train["text"] == rows.train["text"]
+    share = load_rows(spec_of(table, COLUMNS, where={"source": ["a", "b"]}, split={"validation": 0.5}), ["no", "yes"])
+    assert len(share.validation) == pytest.approx(30, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("data", "labels", "message", "path"),
+    [
+        (
+            {"split": {"validation": 5}, "where": {"sauce": "a"}},
+            ["0", "1"],
+            "no column 'sauce'",
+            ("data", "where", "sauce"),
+        ),
+        (
+            {"split": {"validation": 5}, "where": {"source": "c"}},
+            ["0", "1"],
+            "source holds a, b",
+            ("data", "where", "source"),
+        ),
+        ({"split": {"validation": 61}}, ["0", "1"], "can't hold out 61 of 61", ("data", "split", "validation")),
+        ({"split": {"validation": 5}}, ["yes"], "expected one of the labels yes", ("data", "columns", "label")),
+        ({}, ["0", "1"], "no validation data", ("data",)),
+    ],
+)
+def test_refused(table, data, labels, message, path):
+    with pytest.raises(SpecError, match=message) as caught:
+        load_rows(spec_of(table, COLUMNS, **data), labels)
+    assert caught.value.path == path
+
+
+@pytest.mark.parametrize(
+    ("value", "labels", "index"),
+    [(0, ["no", "yes"], 0), (1.0, ["no", "yes"], 1), ("yes", ["no", "yes"], 1), (5, ["1", "5"], 1), ("1", ["no", "yes"], None),
+     (2, ["no", "yes"], None), (-1, ["no", "yes"], None), (None, ["no", "yes"], None), (float("nan"), ["no", "yes"], None)],
+)  # fmt: skip
+def test_labels(value, labels, index):
+    rows = datasets.Dataset.from_dict({"text": ["a"], "label": [value]})
+    read = label_reader(spec_of("x", COLUMNS), rows, labels)
+    if index is None:
+        with pytest.raises(ValueError):
+            read(value)
+    else:
+        assert read(value) == index
+
+
+def test_class_labels_go_by_name():
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["yes", "no"])})
+    rows = datasets.Dataset.from_dict({"text": ["a"], "label": [0]}, features=features)
+    assert label_reader(spec_of("x", COLUMNS), rows, ["no", "yes"])(0) == 1
+
+
+def test_regression_wants_numbers(table):
+    rows = load_rows(spec_of(table, {"text": "text", "label": "score"}, "regression", split={"validation": 5}), [])
+    assert len(rows.train) == 56
+    with pytest.raises(SpecError, match="expected a finite number"):
+        load_rows(spec_of(table, {"text": "text", "label": "source"}, "regression", split={"validation": 5}), [])
+
+
+def encoded(task, columns, rows):
+    data = datasets.Dataset.from_dict(rows)
+    return encode(spec_of("x", columns, task), data, make_tokenizer(), ["O", "N"])
+
+
+def test_batches_are_padded_to_their_longest():
+    tokenizer = make_tokenizer()
+    rows = encoded("sequence-classification", COLUMNS, {"text": ["good", "the plot was bad", None], "label": [1, 0, 0]})
+    batch = collator(tokenizer, ["input_ids", "attention_mask"], None)([rows[0], rows[1], rows[2]])
+    assert list(batch) == ["input_ids", "attention_mask", "labels"]
+    assert batch["attention_mask"].sum(1).tolist() == [3, 6, 2] and batch["input_ids"].shape == (3, 6)
+    assert batch["labels"].tolist() == [1, 0, 0]
+
+
+def test_next_token_labels():
+    rows = encoded("causal-lm", {"text": "text"}, {"text": ["good film", "the plot was bad"]})
+    tokenizer = make_tokenizer()
+    for side in ("right", "left"):
+        tokenizer.padding_side = side
+        batch = collator(tokenizer, ["input_ids", "attention_mask"], None)([rows[0], rows[1]])
+        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+            real = ids[mask.bool()]
+            assert labels[mask.bool()].tolist() == [*real[1:].tolist(), IGNORED]
+            assert (labels[~mask.bool()] == IGNORED).all()
+
+
+def test_tags_on_the_first_token_of_a_word():
+    rows = encoded("token-classification", {"tokens": "w", "label": "t"}, {"w": [["good", "bad film"]], "t": [[0, 1]]})
+    assert rows[0]["labels"] == [IGNORED, 0, 1, IGNORED, IGNORED]
+
+
+def test_a_decoder_reads_the_shifted_labels():
+    rows = encoded("seq2seq-lm", COLUMNS, {"text": ["good", "bad film"], "label": ["bad", "the good film"]})
+    names = ["input_ids", "attention_mask", "decoder_input_ids"]
+    batch = collator(make_tokenizer(), names, start=2)([rows[0], rows[1]])
+    assert batch["decoder_input_ids"][:, 0].tolist() == [2, 2]
+    kept = batch["labels"][:, :-1]
+    assert torch.equal(batch["decoder_input_ids"][:, 1:], kept.masked_fill(kept == IGNORED, 0))
