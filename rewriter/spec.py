@@ -422,15 +422,16 @@ def _explain(error: ValidationError, data: Any) -> SpecError:
             place = place[part]
     kind, context, last = problem["type"], problem.get("ctx", {}), problem["loc"][-1] if problem["loc"] else ""
     if kind == "extra_forbidden":
-        known = [key for key in _known_keys(tuple(path[:-1]))]
+        known = _known_keys(tuple(path[:-1]))
         message = f"unknown key {last!r}{_nearest(str(last), known)}"
-        return SpecError(f"{message}; known: {', '.join(known)}" if known else f"{message}", (*path[:-1], last), True)
+        message += f" (known: {', '.join(known)})" if known else ""
+        return SpecError(message, (*path[:-1], last), True)
     if kind == "missing":
         return SpecError(f"{last!r} is missing", tuple(path))
     if kind == "union_tag_invalid":
         tag = context["tag"]
         at_key = isinstance(place, dict) and tag in place
-        message = f"unknown method {tag!r}{_nearest(tag, METHODS)}; known: {', '.join(METHODS)}"
+        message = f"unknown method {tag!r}{_nearest(tag, METHODS)} (known: {', '.join(METHODS)})"
         return SpecError(message, (*path, tag) if at_key else tuple(path), at_key)
     if kind == "union_tag_not_found":
         return SpecError("expected a method: its name, or {name: {option: value}}", tuple(path))

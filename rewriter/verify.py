@@ -101,6 +101,7 @@ def differences(
                 largest = np.inf
             else:
                 # np.max, since max() can lose a NaN.
-                largest = np.max([np.abs(a - b).max() for a, b in zip(found, expected, strict=True)])
+                with np.errstate(invalid="ignore"):
+                    largest = np.max([np.abs(a - b).max() for a, b in zip(found, expected, strict=True)])
             worst[name] = float(max(worst[name], largest if np.isfinite(largest) else np.inf))
     return worst

@@ -61,9 +61,9 @@ def test_built_in_python():
     [
         ("version: 1\n", "", "1:1", "'version' is missing"),
         ("version: 1", "version: 2", "1:10", "1"),
-        ("task: sequence", "tsak: sequence", "2:26", "did you mean 'task'"),
-        ("[no, yes]", "[no, no]", "2:65", "labels must differ"),
-        ("ssb, ", "sbs, ", "9:13", "unknown method 'sbs'; did you mean 'ssb'"),
+        ("task: sequence", "tsak: sequence", "2:27", "did you mean 'task'"),
+        ("[no, yes]", "[no, no]", "2:66", "labels must differ"),
+        ("ssb, ", "ssbb, ", "9:13", "unknown method 'ssbb'; did you mean 'ssb'"),
         ("{rank: 8}", "{rank: 0}", "9:32", "greater than or equal to 1"),
         ("{rank: 8}", "{rnak: 8}", "9:26", "did you mean 'rank'"),
         ("{rank: 8}", '{rank: "8"}', "9:32", "write it without quotes"),

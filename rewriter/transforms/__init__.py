@@ -5,9 +5,10 @@ runs unchanged on meta tensors (the plan), on tensors (start values, merge) and 
 """
 
 import hashlib
+import importlib
 import inspect
 import math
-import re
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -15,12 +16,12 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from ..algebra import Dense, Operator, Value
+from ..algebra import Operator, Value
 from ..errors import SpecError
 
 Rank = Annotated[int, Field(ge=1, description="rank r of the low-rank factors; at most min(n, m)")]
 Alpha = Annotated[
-    float, Field(gt=0, description="numerator of the scale s = alpha / rank; default: the rank, so s = 1")
+    float | None, Field(gt=0, description="numerator of the scale s = alpha / rank; default: the rank, so s = 1")
 ]
 Probability = Annotated[float, Field(ge=0, lt=1, description="dropout probability on the input of the factors")]
 Initial = float | Value | Callable[[tuple[int, ...], torch.Generator], torch.Tensor]
@@ -191,22 +192,17 @@ def decompose(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"u": u * sign, "s": s, "vt": vt * sign.transpose(-2, -1)}
 
 
-def leaf_method(name: str) -> str:
-    """`...lora_2.a` -> `lora`: the method that declared a leaf."""
-    return re.sub(r"_\d+$", "", name.split(".")[-2])
-
-
-from . import combination, extension, reconstruction  # noqa: E402
+for _file in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_file.name}")
 
 __all__ = [
     "METHODS",
-    "Dense",
     "Leaf",
     "Method",
     "Scope",
-    "combination",
     "compose",
-    "extension",
-    "reconstruction",
+    "decompose",
+    "initial_value",
+    "kaiming_uniform",
     "transform",
 ]

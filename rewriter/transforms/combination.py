@@ -5,7 +5,7 @@ from . import Alpha, Rank, Scope, kaiming_uniform, transform
 
 
 @transform
-def dora(w: Operator, site: Scope, *, rank: Rank, alpha: Alpha | None = None) -> Operator:
+def dora(w: Operator, site: Scope, *, rank: Rank, alpha: Alpha = None) -> Operator:
     """V Diag(m / column_norm(V)), V = W + s A B; m = column norms of W; the norm takes no gradient. (32)(33)"""
     a = Dense(site.tuned("a", (site.n, rank), kaiming_uniform))
     b = Dense(site.tuned("b", (rank, site.m), 0.0))

@@ -5,7 +5,7 @@ from . import Alpha, Probability, Rank, Scope, eye, kaiming_uniform, transform
 
 
 @transform
-def lora(w: Operator, site: Scope, *, rank: Rank, alpha: Alpha | None = None, dropout: Probability = 0.0) -> Operator:
+def lora(w: Operator, site: Scope, *, rank: Rank, alpha: Alpha = None, dropout: Probability = 0.0) -> Operator:
     """W + s A B, s = alpha / rank; A Kaiming-uniform and B = 0 at the start. (21)"""
     a = Dense(site.tuned("a", (site.n, rank), kaiming_uniform))
     b = Dense(site.tuned("b", (rank, site.m), 0.0))
@@ -13,7 +13,7 @@ def lora(w: Operator, site: Scope, *, rank: Rank, alpha: Alpha | None = None, dr
 
 
 @transform
-def trilora(w: Operator, site: Scope, *, rank: Rank, alpha: Alpha | None = None) -> Operator:
+def trilora(w: Operator, site: Scope, *, rank: Rank, alpha: Alpha = None) -> Operator:
     """W + s A Diag(d) B, s = alpha / rank; A Kaiming-uniform, d = 1 and B = 0 at the start. Ref. 70"""
     a = Dense(site.tuned("a", (site.n, rank), kaiming_uniform))
     b = Dense(site.tuned("b", (rank, site.m), 0.0))
@@ -21,7 +21,7 @@ def trilora(w: Operator, site: Scope, *, rank: Rank, alpha: Alpha | None = None)
 
 
 @transform
-def flora(w: Operator, site: Scope, *, rank: Rank, alpha: Alpha | None = None) -> Operator:
+def flora(w: Operator, site: Scope, *, rank: Rank, alpha: Alpha = None) -> Operator:
     """W + s A M B, s = alpha / rank, M (rank, rank); A Kaiming-uniform, M = I and B = 0 at the start. Ref. 38"""
     a = Dense(site.tuned("a", (site.n, rank), kaiming_uniform))
     b = Dense(site.tuned("b", (rank, site.m), 0.0))

@@ -1,0 +1,85 @@
+"""What README shows, run."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+
+from rewriter import METHODS, Spec
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_spec_is_the_quickstart():
+    block = README[README.index("## A spec") :].split("\n\n")[1]
+    shown = yaml.safe_load(block)
+    assert shown == yaml.safe_load((ROOT / "specs" / "quickstart.yaml").read_text())
+    Spec.model_validate(shown)
+
+
+def test_the_table_has_every_method():
+    table = README[README.index("## Methods") : README.index("### A new method")]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(METHODS)
+
+
+def test_a_new_method_is_one_file(tmp_path):
+    """In a copy of the package: no other file knows of it."""
+    shutil.copytree(ROOT / "rewriter", tmp_path / "rewriter", ignore=shutil.ignore_patterns("__pycache__"))
+    (snippet,) = [block for block in BLOCKS if "@transform" in block]
+    assert len(snippet.splitlines()) <= 10
+    head = "import math\nfrom ..algebra import *\nfrom . import Alpha, Rank, Scope, kaiming_uniform, transform\n\n"
+    (tmp_path / "rewriter" / "transforms" / "stabilised.py").write_text(head + snippet)
+    script = """
+import torch
+from torch import nn
+from rewriter import Inputs, Rule, merge, plan, rewrite, trace, tuned_parameters
+model = nn.Sequential(nn.Linear(6, 5)).double()
+graph = trace(model, Inputs(args=(torch.zeros(3, 6, dtype=torch.float64),)))
+found = plan(graph, [Rule(target="0.weight", apply=[{"rslora": {"rank": 4}}])])
+assert found.trainable_parameters == 4 * (6 + 5), found
+tuned = rewrite(graph, found)
+a, b = tuned_parameters(tuned).values()
+torch.nn.init.normal_(b)
+x = torch.randn(3, 6, dtype=torch.float64)
+expected = model(x) + 4 / 4 ** 0.5 * x @ a @ b
+torch.testing.assert_close(tuned(x), expected)
+merge(tuned, model)
+torch.testing.assert_close(model(x), expected)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+def test_the_library(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (snippet,) = [block for block in BLOCKS if "load_adapter" in block]
+    model, x = Net(), torch.randn(5, 16)
+    space = {"model": model}
+    before, loop = snippet.split("...", 1)
+    exec(before, space)
+    space["tuned"](x).square().sum().backward()
+    space["optimiser"].step()
+    expected = space["tuned"](x).detach()
+    assert not torch.allclose(expected, model(x))
+    exec(loop.partition("\n")[2], space)
+    torch.testing.assert_close(model(x), expected)
