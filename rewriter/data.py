@@ -76,10 +76,10 @@ def _read(data: Data) -> dict[str, datasets.Dataset]:
         }
         if data.format == "imagefolder":
             return {
-                name: datasets.load_dataset("imagefolder", data_dir=folders[0], split="train")
+                name: datasets.load_dataset("imagefolder", data_dir=folders[0], split="train", **data.options)
                 for name, folders in files.items()
             }
-        return dict(datasets.load_dataset(data.format, data_files=files))
+        return dict(datasets.load_dataset(data.format, data_files=files, **data.options))
 
 
 @contextlib.contextmanager

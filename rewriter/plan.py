@@ -186,6 +186,11 @@ def plan(model: GraphModel, rules: list[Rule], new: Iterable[str] = (), strict: 
             sites.append(site)
     tuned = {site.weight for site in sites}
     warnings += [f"{name} is newly made and no rule tunes it: it stays random" for name in sorted(new - tuned)]
+    warnings += [
+        f"{s.label}: {s.transform} can't merge into a plain weight, so it can't be exported"
+        for s in sites
+        if not s.merges
+    ]
     if strict and warnings:
         raise SpecError(warnings[0], ("rules",))
     order = {name: i for i, name in enumerate(names)}

@@ -89,12 +89,18 @@ class Limit(_Model):
 
 
 Files = str | list[str]
+Scalar = str | int | float | bool | None
+# What `datasets` reads from files, less the formats that run queries or load pickles.
+Format = Literal["csv", "json", "parquet", "arrow", "text", "imagefolder"]
 
 
 class Data(_Model):
     """The data set, as `datasets.load_dataset` reads it."""
 
-    format: str | None = Field(None, description="csv, json, parquet, text, imagefolder, ...; with `files`")
+    format: Format | None = Field(None, description="how `files` are read")
+    options: dict[str, Scalar | list[Scalar]] = Field(
+        default_factory=dict, description="of that reader, e.g. {sep: ';', column_names: [id, label, text]} for csv"
+    )
     files: Files | dict[Literal["train", "validation"], Files] | None = Field(
         None, description="paths or package:// resources, or {train: ..., validation: ...}"
     )
@@ -114,6 +120,8 @@ class Data(_Model):
             raise ValueError("give either `format` and `files`, or `name` of a hub data set")
         if self.files is not None and self.format is None:
             raise ValueError("`files` needs a `format`, e.g. csv")
+        if clash := {"data_files", "data_dir", "name", "path", "split", "trust_remote_code"} & self.options.keys():
+            raise ValueError(f"`options` are of the format's reader; it has no {min(clash)!r}")
         return self
 
 

@@ -133,3 +133,16 @@ def test_a_decoder_reads_the_shifted_labels():
     assert batch["decoder_input_ids"][:, 0].tolist() == [2, 2]
     kept = batch["labels"][:, :-1]
     assert torch.equal(batch["decoder_input_ids"][:, 1:], kept.masked_fill(kept == IGNORED, 0))
+
+
+def test_options_of_the_reader(tmp_path):
+    """A table with tabs, no header, and quotes that mean nothing, as CoLA's."""
+    file = tmp_path / "rows.tsv"
+    file.write_text("".join(f'a{i}\t{i % 2}\t*\t"the plot\n' for i in range(10)))
+    options = {"sep": "\t", "column_names": ["source", "label", "mark", "text"], "quoting": 3}
+    rows = load_rows(spec_of(file, COLUMNS, options=options, split={"validation": 2}), ["0", "1"])
+    assert len(rows.train) == 8 and rows.train["text"][0] == '"the plot'
+    with pytest.raises(SpecError, match="can't read the data"):
+        load_rows(spec_of(file, COLUMNS, options={"seperator": "x"}, split={"validation": 2}), ["0", "1"])
+    with pytest.raises(ValueError, match="no 'data_files'"):
+        spec_of(file, COLUMNS, options={"data_files": "/etc/passwd"})

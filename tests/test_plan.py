@@ -113,3 +113,17 @@ def test_heads_are_apart():
     found = planned("bert", rules, new=["classifier.weight", "classifier.bias", "bert.pooler.dense.bias"])
     assert (found.trainable_parameters, found.head_parameters) == (16, 34)
     assert found.warnings == ("bert.pooler.dense.bias is newly made and no rule tunes it: it stays random",)
+
+
+def test_what_cannot_merge_is_told(monkeypatch):
+    from rewriter.algebra import Operator
+    from rewriter.transforms import METHODS
+
+    class Opaque(Operator):
+        def dense(self):
+            raise NotImplementedError
+
+    ssb = METHODS["ssb"]
+    monkeypatch.setattr(type(ssb), "__call__", lambda self, w, site, options: Opaque())
+    found = planned("bert", [{"target": "bert.pooler.dense.weight", "apply": ["ssb"]}])
+    assert not found.sites[0].merges and "can't merge" in found.warnings[0]
