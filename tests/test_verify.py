@@ -10,7 +10,8 @@ from rewriter import Inputs, SubspanError, batches, differences, export_onnx, on
 from rewriter.files import aside, write_text
 from tests.architectures import ARCHITECTURES, build
 
-EXPORTED = [name for name in ARCHITECTURES if name not in ("mixtral", "t5", "qwen3", "distilbert", "roberta")]
+# The others are exported in test_tasks.
+EXPORTED = [name for name in ARCHITECTURES if name not in ("mixtral", "t5", "distilbert", "roberta")]
 
 
 def sample():
