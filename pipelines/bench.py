@@ -14,16 +14,11 @@ from rich.table import Table
 from torch import nn
 
 from pipelines.cli import console, failures
+from pipelines.train import prepare
 from rewriter import (
     Inputs,
     Rule,
     Spec,
-    collator,
-    encode,
-    example_inputs,
-    load_model,
-    load_processor,
-    load_rows,
     load_spec,
     plan,
     rewrite,
@@ -53,27 +48,18 @@ def accuracy(
         console.print(table)
 
 
-def prepared(spec: Spec):
-    """Model and encoded data of a spec."""
-    pretrained, processor = load_model(spec), load_processor(spec)
-    rows = load_rows(spec, pretrained.labels)
-    train, validation = (encode(spec, part, processor, rows.labels) for part in (rows.train, rows.validation))
-    inputs = example_inputs(pretrained.model, spec.model.task)
-    return pretrained, inputs, train, validation, collator(processor, list(inputs.kwargs), None)
-
-
 def ours(spec: Spec) -> float:
     """Accuracy of Subspan."""
-    pretrained, inputs, train, validation, collate = prepared(spec)
-    traced = trace(pretrained.model, inputs)
-    model = rewrite(traced, plan(traced, spec.rules, pretrained.new), spec.train.seed)
+    job = prepare(spec)
+    traced = trace(job.pretrained.model, job.inputs)
+    model = rewrite(traced, plan(traced, spec.rules, job.pretrained.new), spec.train.seed)
     with TemporaryDirectory() as folder:
-        return tune(model, spec, train, validation, collate, Path(folder))["validation"]["accuracy"]
+        return tune(model, spec, job.train, job.validation, job.collate, Path(folder))["validation"]["accuracy"]
 
 
 def theirs(spec: Spec) -> float:
     """Accuracy of PEFT's LoRA with the rank and alpha of the spec's first rule."""
-    pretrained, _, train, validation, collate = prepared(spec)
+    job = prepare(spec)
     ((_, options),) = spec.rules[0].chain
     config = peft.LoraConfig(
         r=options.rank,
@@ -82,14 +68,14 @@ def theirs(spec: Spec) -> float:
         modules_to_save=["classifier"],
         task_type="SEQ_CLS",
     )
-    model = peft.get_peft_model(pretrained.model, config)
+    model = peft.get_peft_model(job.pretrained.model, config)
     with TemporaryDirectory() as folder:
         trainer = transformers.Trainer(
             model=model,
             args=training_arguments(spec, Path(folder)),
-            train_dataset=train,
-            eval_dataset=validation,
-            data_collator=collate,
+            train_dataset=job.train,
+            eval_dataset=job.validation,
+            data_collator=job.collate,
             compute_metrics=lambda out: {"accuracy": float((out.predictions.argmax(-1) == out.label_ids).mean())},
         )
         trainer.train()

@@ -5,13 +5,15 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
 from rich.console import Console
 
-from rewriter.errors import SubspanError
+from rewriter import Spec, SpecError, SubspanError
+from rewriter.errors import reason
 
 console = Console(width=None if sys.stdout.isatty() else 140)
 app = typer.Typer(
@@ -21,6 +23,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+Settings = Annotated[list[str] | None, typer.Option("--set", help="Override: key=value, e.g. train.epochs=2.")]
+
+
+@contextlib.contextmanager
+def located(spec: Spec) -> Iterator[None]:
+    """Give mistakes of a spec their file, line and column."""
+    try:
+        yield
+    except SpecError as error:
+        raise spec.locate(error) from None
 
 
 @contextlib.contextmanager
@@ -46,8 +60,7 @@ def failures(place: Path | None = None) -> Iterator[None]:
             raise
         if "out of memory" in str(error):
             _fail("out of memory; lower train.batch_size and raise train.gradient_accumulation", 1)
-        reason = next((line for line in str(error).splitlines() if line.strip()), "")
-        _fail(f"unexpected {type(error).__name__}: {reason.strip()} (set SUBSPAN_TRACEBACK=1 to see where)", 1)
+        _fail(f"unexpected {type(error).__name__}: {reason(error)} (set SUBSPAN_TRACEBACK=1 to see where)", 1)
 
 
 def _fail(message: str, status: int) -> None:

@@ -6,12 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines.cli import console, failures
+from pipelines.cli import console, failures, located
 from rewriter import (
     Inputs,
     Pretrained,
     Spec,
-    SpecError,
     SubspanError,
     batches,
     differences,
@@ -29,6 +28,7 @@ from rewriter import (
     torch_stage,
     trace,
 )
+from rewriter.adapter import read_manifest
 from rewriter.files import aside, write_json
 
 
@@ -39,16 +39,14 @@ def export(run: Annotated[Path, typer.Argument(help="Folder of a finished run.",
     """
     with failures(run):
         spec = load_spec(run / "spec.yaml")
-        try:
+        with located(spec):
             report = ship(spec, run)
-        except SpecError as error:
-            raise spec.locate(error) from None
         summarise(spec, run, report)
 
 
 def ship(spec: Spec, run: Path) -> dict[str, Any]:
     """Write merged/, onnx/ and verify.json into the run's folder; returns the content of verify.json."""
-    pretrained = load_model(spec)
+    pretrained, processor = load_model(spec), load_processor(spec)
     inputs = example_inputs(pretrained.model, spec.model.task)
     traced = trace(pretrained.model, inputs, modes=("eval",))
     tuned = load_adapter(traced, run / "adapter")
@@ -58,11 +56,11 @@ def ship(spec: Spec, run: Path) -> dict[str, Any]:
     with aside(run / "merged", run / "onnx", run / "verify.json") as (merged, onnx, verify):
         if spec.export.checkpoint:
             save_model(pretrained, str(merged))
-            load_processor(spec).save_pretrained(merged)
+            processor.save_pretrained(merged)
             stages["checkpoint"] = torch_stage(reload(spec, merged).model)
         if spec.export.onnx:
             onnx.mkdir()
-            load_processor(spec).save_pretrained(onnx)
+            processor.save_pretrained(onnx)
             export_onnx(
                 for_onnx(pretrained.model),
                 inputs,
@@ -103,7 +101,7 @@ def samples(spec: Spec, pretrained: Pretrained, inputs: Inputs):
 
 def metadata(spec: Spec, pretrained: Pretrained, run: Path) -> dict[str, object]:
     """What a server needs to know of an ONNX file."""
-    manifest = json.loads((run / "adapter" / "adapter.json").read_text(encoding="utf-8"))
+    manifest = read_manifest(run / "adapter")
     return {
         "task": spec.model.task,
         "labels": pretrained.labels,

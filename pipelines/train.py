@@ -1,18 +1,21 @@
 """Tune a model as a spec says: spec -> trace -> plan -> rewrite -> tune -> adapter."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from datasets import Dataset
+from torch import Tensor
 
-from pipelines.cli import console, failures
+from pipelines.cli import Settings, console, failures, located
 from rewriter import (
+    Inputs,
     Plan,
     Pretrained,
     Spec,
-    SpecError,
     SubspanError,
     collator,
     dump_spec,
@@ -37,9 +40,7 @@ from rewriter.tune import checkpoints
 def train(
     spec: Annotated[Path, typer.Argument(help="The spec (YAML).", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder of the run; made new.", show_default=False)],
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Override: key=value, e.g. train.epochs=2.")
-    ] = None,
+    settings: Settings = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in --out from its newest checkpoint.")
     ] = False,
@@ -51,10 +52,8 @@ def train(
     """
     with failures(out):
         loaded = load_spec(spec, settings or [])
-        try:
+        with located(loaded):
             run(loaded, out, resume, overwrite)
-        except SpecError as error:
-            raise loaded.locate(error) from None
 
 
 def plan_of(spec: Spec) -> tuple[Plan, Pretrained]:
@@ -64,25 +63,41 @@ def plan_of(spec: Spec) -> tuple[Plan, Pretrained]:
     return plan(traced, spec.rules, pretrained.new, spec.strict), pretrained
 
 
+@dataclass
+class Job:
+    """What tuning needs: the model with its weights, encoded rows, and how they become batches."""
+
+    pretrained: Pretrained
+    inputs: Inputs
+    train: Dataset
+    validation: Dataset
+    collate: Callable[[list], dict[str, Tensor]]
+
+
+def prepare(spec: Spec) -> Job:
+    """Load the model and the data of a spec."""
+    processor, pretrained = load_processor(spec), load_model(spec)
+    rows = load_rows(spec, pretrained.labels)
+    train, validation = (encode(spec, part, processor, pretrained.labels) for part in (rows.train, rows.validation))
+    inputs = example_inputs(pretrained.model, spec.model.task)
+    start = getattr(pretrained.model.config, "decoder_start_token_id", None)
+    return Job(pretrained, inputs, train, validation, collator(processor, list(inputs.kwargs), start))
+
+
 def run(spec: Spec, out: Path, resume: bool, overwrite: bool) -> None:
     """Tune into the folder `out`."""
     check_folder(spec, out, resume, overwrite)
     planned, _ = plan_of(spec)
     print_plan(planned, console)
-    processor = load_processor(spec)
-    pretrained = load_model(spec)
-    rows = load_rows(spec, pretrained.labels)
-    train_rows, validation_rows = (encode(spec, part, processor, rows.labels) for part in (rows.train, rows.validation))
-    inputs = example_inputs(pretrained.model, spec.model.task)
-    collate = collator(processor, list(inputs.kwargs), getattr(pretrained.model.config, "decoder_start_token_id", None))
-    model = rewrite(trace(pretrained.model, inputs), planned, spec.train.seed)
+    job = prepare(spec)
+    model = rewrite(trace(job.pretrained.model, job.inputs), planned, spec.train.seed)
 
     if overwrite:
         remove(out)
     with new_folder(out):
         write_text(out / "spec.yaml", dump_spec(spec))
         write_json(out / "plan.json", planned.to_dict())
-        metrics = tune(model, spec, train_rows, validation_rows, collate, out, resume)
+        metrics = tune(model, spec, job.train, job.validation, job.collate, out, resume)
         save_adapter(model, out / "adapter", spec, metrics)
         write_json(out / "metrics.json", metrics)
     facts = {

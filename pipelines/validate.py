@@ -6,16 +6,14 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from pipelines.cli import console, failures
+from pipelines.cli import Settings, console, failures, located
 from pipelines.train import plan_of
-from rewriter import SpecError, load_rows, load_spec, print_plan
+from rewriter import load_rows, load_spec, print_plan
 
 
 def validate(
     specs: Annotated[list[Path], typer.Argument(help="Specs (YAML files).", show_default=False)],
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Override: key=value, e.g. train.epochs=2.")
-    ] = None,
+    settings: Settings = None,
 ) -> None:
     """Check specs and print their plans; nothing is written.
 
@@ -34,12 +32,10 @@ def validate(
 def check(path: Path, settings: list[str]) -> None:
     """Raise SubspanError if the spec is wrong; print its plan."""
     spec = load_spec(path, settings)
-    try:
+    with located(spec):
         plan, pretrained = plan_of(spec)
         if spec.data and spec.data.files is not None:
             load_rows(spec, pretrained.labels)
-    except SpecError as error:
-        raise spec.locate(error) from None
     console.print(f"[bold green]{escape(str(path))}[/] is valid", soft_wrap=True, highlight=False)
     print_plan(plan, console)
 

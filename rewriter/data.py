@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import torch
 
-from .errors import SpecError, SubspanError
+from .errors import SpecError, SubspanError, reason
 from .resources import existing
 from .spec import Data, Spec
 
@@ -19,11 +19,10 @@ _SHOWN = 5
 
 @dataclass
 class Rows:
-    """Checked rows, as read; `labels` are the class names in order (classification tasks)."""
+    """Checked rows, as read."""
 
     train: datasets.Dataset
     validation: datasets.Dataset
-    labels: list[str]
 
 
 def load_rows(spec: Spec, labels: list[str]) -> Rows:
@@ -61,7 +60,7 @@ def load_rows(spec: Spec, labels: list[str]) -> Rows:
         if len(part) == 0:
             raise SpecError(f"no rows of {name} data", _DATA)
         check_labels(spec, part, labels)
-    return Rows(train, validation, labels)
+    return Rows(train, validation)
 
 
 def _read(data: Data) -> dict[str, datasets.Dataset]:
@@ -94,9 +93,8 @@ def _explained(data: Data) -> Iterator[None]:
             cause = cause.__cause__
         if isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, FileNotFoundError):
             raise cause from None
-        reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
         path = ("data", "name") if data.files is None else ("data", "files")
-        raise SpecError(f"can't read the data: {reason.strip()}", path) from error
+        raise SpecError(f"can't read the data: {reason(cause)}", path) from error
 
 
 def _filter(part: datasets.Dataset, data: Data, name: str) -> datasets.Dataset:

@@ -29,3 +29,8 @@ class TrainingError(SubspanError):
 
 class VerificationError(SubspanError):
     """Two stages that must agree do not."""
+
+
+def reason(error: BaseException) -> str:
+    """The first line that an exception says, or its type's name: libraries often say much more."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -23,12 +23,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: no space, no permission.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with aside(path) as (place,):
+        place.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -49,7 +45,8 @@ def aside(*targets: Path) -> Iterator[list[Path]]:
         yield places
         _open_up(Path(folder))
         for place, target in zip(places, targets, strict=True):
-            if target.exists():
+            # A file is replaced in one step; a folder has to make room first.
+            if target.is_dir() or (target.exists() and not place.exists()):
                 os.replace(target, Path(folder) / target.name)
             if place.exists():
                 os.replace(place, target)

@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 from transformers.utils import logging as hf_logging
 
-from .errors import SpecError, SubspanError
+from .errors import SpecError, SubspanError, reason
 from .resources import is_local, resolve
 from .spec import Model, Spec
 from .trace import Inputs
@@ -121,8 +121,7 @@ def explained(written: Model, what: str = "model") -> Iterator[None]:
         if "trust_remote_code" in str(error):
             message = f"{written.name} brings Python code of its own; set model.trust_remote_code: true to run it"
         else:
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            message = f"can't load the {what} {written.name}: {reason.strip()}"
+            message = f"can't load the {what} {written.name}: {reason(error)}"
         raise SpecError(message, NAME) from error
 
 

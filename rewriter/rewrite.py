@@ -1,14 +1,15 @@
 """The rewrite: a traced model and a plan become a module that holds the tuned tensors beside the frozen weights."""
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import nn
 
 from .errors import SubspanError
+from .files import aside, load_tensors, save_tensors
 from .passes import remove_dead
 from .passes.insert_transforms import PREFIX, insert_transforms
 from .plan import Plan, Site, transformed
@@ -85,16 +86,13 @@ def cached_svd(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     root = Path(os.environ.get("SUBSPAN_CACHE") or Path.home() / ".cache" / "subspan")
     file = root / "svd" / f"{digest.hexdigest()}.safetensors"
     try:
-        return safetensors.torch.load_file(file, device=str(weight.device))
-    except (OSError, safetensors.SafetensorError):
-        factors = {key: value.contiguous() for key, value in decompose(weight).items()}
-    aside = file.with_suffix(f".{os.getpid()}")
-    try:
+        return {name: factor.to(weight.device) for name, factor in load_tensors(file).items()}
+    except (OSError, SubspanError):
+        factors = decompose(weight)
+    with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file(factors, aside)
-        aside.replace(file)
-    except (OSError, safetensors.SafetensorError):
-        aside.unlink(missing_ok=True)
+        with aside(file) as (place,):
+            save_tensors(factors, place)
     return factors
 
 

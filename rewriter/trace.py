@@ -12,7 +12,7 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
-from .errors import SubspanError
+from .errors import SubspanError, reason
 from .passes import follow_device, remove_checks, remove_dead
 
 
@@ -58,8 +58,7 @@ def capture(model: nn.Module, inputs: Inputs, training: bool = False) -> Exporte
             args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (inputs.args, inputs.kwargs))
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise SubspanError(f"torch.export can't trace {type(model).__name__}: {reason.strip()}") from error
+            raise SubspanError(f"torch.export can't trace {type(model).__name__}: {reason(error)}") from error
         finally:
             model.train(was_training)
 

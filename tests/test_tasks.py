@@ -132,14 +132,20 @@ def test_files_for_validation_and_labels_of_the_model(tmp_path):
     assert "no validation data" in fails("validate", spec, "--set", f"data.files={train}")
 
 
-def test_half_precision_runs_on_the_cpu(tmp_path):
-    model = text_model(tmp_path / "model", "bert")
-    spec = tmp_path / "spec.yaml"
+def sentences(folder):
+    """A spec for labelled sentences."""
+    model = text_model(folder / "model", "bert")
+    spec = folder / "spec.yaml"
     text = COMMON.format(
         model=model, task="sequence-classification", more=", labels: [a, b]", format="csv",
-        files=save_csv(tmp_path / "data.csv"), columns="{text: text, label: label}", target=BERT,
+        files=save_csv(folder / "data.csv"), columns="{text: text, label: label}", target=BERT,
     )  # fmt: skip
     spec.write_text(text)
+    return spec
+
+
+def test_half_precision_runs_on_the_cpu(tmp_path):
+    spec = sentences(tmp_path)
     succeeds("train", spec, "--out", tmp_path / "run", "--set", "train.precision=bfloat16")
     if not torch.cuda.is_available():
         assert "float16 needs CUDA" in fails(
@@ -149,13 +155,7 @@ def test_half_precision_runs_on_the_cpu(tmp_path):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cuda(tmp_path):
-    model = text_model(tmp_path / "model", "bert")
-    spec = tmp_path / "spec.yaml"
-    text = COMMON.format(
-        model=model, task="sequence-classification", more=", labels: [a, b]", format="csv",
-        files=save_csv(tmp_path / "data.csv"), columns="{text: text, label: label}", target=BERT,
-    )  # fmt: skip
-    spec.write_text(text)
+    spec = sentences(tmp_path)
     for precision in ("float32", "bfloat16", "float16"):
         out = tmp_path / precision
         succeeds("train", spec, "--out", out, "--set", f"train.precision={precision}")
