@@ -12,7 +12,7 @@ import onnx
 import torch
 from torch import nn
 
-from .errors import SubspanError
+from .errors import SubspanError, reason
 from .passes import copy_contiguous
 from .trace import Inputs, capture
 
@@ -24,7 +24,7 @@ def export_onnx(
 ) -> None:
     """Write a module, in eval mode, as ONNX; weights of more than 2 GB lie beside it in `<file>.data`.
 
-    Inputs have the names of the module's keywords and outputs the names of its output's fields (`output_<i>` where it
+    Inputs have the names of the module's parameters and outputs the names of its output's fields (`output_<i>` where it
     has none); dynamic dimensions have the names given in `inputs.dynamic`.
 
     Args:
@@ -41,23 +41,19 @@ def export_onnx(
     program = capture(module, inputs)
     copy_contiguous(program.graph_module.graph)
     program.graph_module.recompile()
-    names = _names(program.call_spec.in_spec.child(1), "input")
-    outputs = _names(program.call_spec.out_spec, "output")
     with _quiet():
         try:
             made = torch.onnx.export(
                 program,
                 dynamo=True,
                 opset_version=opset,
-                input_names=names,
-                output_names=outputs,
+                input_names=list(program.graph_signature.user_inputs),
+                output_names=_names(program.call_spec.out_spec),
                 optimize=True,
                 verbose=False,
             )
         except Exception as error:
-            cause = error.__cause__ or error
-            reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
-            raise SubspanError(f"can't export to ONNX: {reason.strip()}") from error
+            raise SubspanError(f"can't export to ONNX: {reason(error.__cause__ or error)}") from error
     found = made.model.opset_imports.get("", 0)
     if found != opset:
         raise SubspanError(
@@ -72,14 +68,14 @@ def export_onnx(
     onnx.save(proto, file, save_as_external_data=large, location=f"{file.name}.data" if large else None)
 
 
-def _names(spec: torch.utils._pytree.TreeSpec, other: str) -> list[str]:
-    """Names of the leaves of a pytree: keys of the outermost mapping, numbered where a key holds several."""
+def _names(spec: torch.utils._pytree.TreeSpec) -> list[str]:
+    """Names of an output's leaves: keys of the outermost mapping, numbered where a key holds several."""
     keys = spec.context if isinstance(spec.context, list | tuple) and spec.type not in (list, tuple) else None
     if keys and isinstance(keys[0], list | tuple):
         keys = keys[0]
     names = []
     for i, child in enumerate(spec.children() if not spec.is_leaf() else [spec]):
-        key = str(keys[i]) if keys else f"{other}_{i}"
+        key = str(keys[i]) if keys else f"output_{i}"
         count = child.num_leaves
         names += [key] if count == 1 else [f"{key}_{k}" for k in range(count)]
     return names
@@ -88,10 +84,10 @@ def _names(spec: torch.utils._pytree.TreeSpec, other: str) -> list[str]:
 def _rename(graph: onnx.GraphProto, inputs: Inputs) -> None:
     """Call the dynamic dimensions by the names given, wherever the exporter's symbols stand."""
     symbols = {}
-    for key, value in zip(inputs.dynamic, graph.input, strict=False):
-        found = next((i for i in graph.input if i.name == key), value)
-        for dim, name in inputs.dynamic[key].items():
-            if symbol := found.type.tensor_type.shape.dim[dim].dim_param:
+    by_key = dict(enumerate(graph.input)) | {value.name: value for value in graph.input}
+    for key, axes in inputs.dynamic.items():
+        for dim, name in axes.items():
+            if symbol := by_key[key].type.tensor_type.shape.dim[dim].dim_param:
                 symbols[symbol] = name
     for value in (*graph.input, *graph.output, *graph.value_info):
         for dim in value.type.tensor_type.shape.dim:

@@ -74,6 +74,23 @@ def test_onnx_of_a_plain_module(tmp_path):
     assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "rows"
 
 
+def test_onnx_of_positional_and_keyword_inputs(tmp_path):
+    """Each input goes under the name of its own parameter."""
+
+    class Scaled(nn.Module):
+        def forward(self, x, *, scale):
+            return {"y": x * scale}
+
+    inputs = Inputs((torch.zeros(3, 4),), {"scale": torch.ones(5, 1, 1)}, {0: {0: "rows"}, "scale": {0: "scales"}})
+    export_onnx(Scaled(), inputs, tmp_path / "net.onnx")
+    proto = onnx.load(tmp_path / "net.onnx")
+    axes = {v.name: v.type.tensor_type.shape.dim[0].dim_param for v in proto.graph.input}
+    assert axes == {"x": "rows", "scale": "scales"} and [v.name for v in proto.graph.output] == ["y"]
+    x, scale = torch.randn(2, 4), torch.randn(6, 1, 1)
+    (found,) = onnx_stage(tmp_path / "net.onnx")({"x": x, "scale": scale})
+    np.testing.assert_allclose(found, (x * scale).numpy(), atol=1e-6)
+
+
 def test_what_onnx_cannot_express_is_one_line(tmp_path):
     class Odd(nn.Module):
         def forward(self, x):
