@@ -54,7 +54,7 @@ def ours(spec: Spec) -> float:
     traced = trace(job.pretrained.model, job.inputs)
     model = rewrite(traced, plan(traced, spec.rules, job.pretrained.new), spec.train.seed)
     with TemporaryDirectory() as folder:
-        return tune(model, spec, job.train, job.validation, job.collate, Path(folder))["validation"]["accuracy"]
+        return tune(model, spec, job.train, job.validation, job.collate, Path(folder))[1]["validation"]["accuracy"]
 
 
 def theirs(spec: Spec) -> float:

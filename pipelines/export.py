@@ -24,6 +24,7 @@ from rewriter import (
     merge,
     onnx_stage,
     print_summary,
+    rest,
     save_model,
     torch_stage,
     trace,
@@ -35,7 +36,8 @@ from rewriter.files import aside, write_json
 def export(run: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)]) -> None:
     """Merge a run's adapter, write merged/ and onnx/, and compare every stage's outputs with the tuned model's.
 
-    A difference over export.verify.atol is an error, and then nothing is written.
+    A difference over export.verify.atol is an error, and then nothing is written. What can't merge (prefixes, prompts,
+    adapters with a nonlinearity) stays in the ONNX graph, and there is no merged/ then.
     """
     with failures(run):
         spec = load_spec(run / "spec.yaml")
@@ -50,19 +52,21 @@ def ship(spec: Spec, run: Path) -> dict[str, Any]:
     inputs = example_inputs(pretrained.model, spec.model.task)
     traced = trace(pretrained.model, inputs, modes=("eval",))
     tuned = load_adapter(traced, run / "adapter")
-    stored = merge(tuned, traced)
-    merge(tuned, pretrained.model)
-    stages = {"merged": torch_stage(traced)}
+    whole = tuned.plan.merges
+    stored = merge(tuned, traced, partly=True)
+    merge(tuned, pretrained.model, partly=True)
+    stages = {"merged": torch_stage(traced if whole else rest(tuned, traced))}
     with aside(run / "merged", run / "onnx", run / "verify.json") as (merged, onnx, verify):
-        if spec.export.checkpoint:
+        if spec.export.checkpoint and whole:
             save_model(pretrained, str(merged))
             processor.save_pretrained(merged)
             stages["checkpoint"] = torch_stage(reload(spec, merged).model)
         if spec.export.onnx:
             onnx.mkdir()
             processor.save_pretrained(onnx)
+            plain = for_onnx(pretrained.model)
             export_onnx(
-                for_onnx(pretrained.model),
+                plain if whole else rest(tuned, trace(plain, inputs, modes=("eval",))),
                 inputs,
                 onnx / "model.onnx",
                 spec.export.onnx.opset,
@@ -95,8 +99,9 @@ def reload(spec: Spec, folder: Path) -> Pretrained:
 def samples(spec: Spec, pretrained: Pretrained, inputs: Inputs):
     """Random inputs that the model takes."""
     config = pretrained.model.config
-    limits = [spec.data.max_length if spec.data else None, getattr(config, "max_position_embeddings", None)]
-    return batches(inputs, getattr(config, "vocab_size", 2), min((n for n in limits if n and n > 0), default=None))
+    positions = (getattr(config, "max_position_embeddings", None) or 0) - spec.prompt_length
+    limits = [spec.data.max_length if spec.data else 0, positions]
+    return batches(inputs, getattr(config, "vocab_size", 2), min((n for n in limits if n > 0), default=None))
 
 
 def metadata(spec: Spec, pretrained: Pretrained, run: Path) -> dict[str, object]:
@@ -121,6 +126,8 @@ def summarise(spec: Spec, run: Path, report: dict[str, Any]) -> None:
         "largest difference": f"{report['max_abs_diff']:.2e} (atol {report['atol']:g}): {', '.join(report['stages'])}",
     }
     facts |= {name: run / name for name in ("adapter", "merged", "onnx") if (run / name).exists()}
+    if spec.export.checkpoint and not plan["merges"]:
+        facts["merged"] = "not written: what can't merge is in the ONNX graph alone"
     print_summary(f"exported {run}", facts, console)
 
 

@@ -1,6 +1,7 @@
 """Tune a model as a spec says: spec -> trace -> plan -> rewrite -> tune -> adapter."""
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,13 @@ from torch import Tensor
 
 from pipelines.cli import Settings, console, failures, located
 from rewriter import (
+    GraphModel,
     Inputs,
     Plan,
     Pretrained,
     Spec,
     SubspanError,
+    allocate,
     collator,
     dump_spec,
     encode,
@@ -34,7 +37,7 @@ from rewriter import (
     tune,
 )
 from rewriter.files import remove, write_json, write_text
-from rewriter.tune import checkpoints
+from rewriter.tune import checkpoints, objective, resumed_choices
 
 
 def train(
@@ -90,15 +93,18 @@ def run(spec: Spec, out: Path, resume: bool, overwrite: bool) -> None:
     planned, _ = plan_of(spec)
     print_plan(planned, console)
     job = prepare(spec)
-    model = rewrite(trace(job.pretrained.model, job.inputs), planned, spec.train.seed)
+    traced = trace(job.pretrained.model, job.inputs)
+    planned, chosen = choose(spec, job, traced, planned, out if resume else None)
+    model = rewrite(traced, planned, spec.train.seed, chosen)
 
     if overwrite:
         remove(out)
     with new_folder(out):
         write_text(out / "spec.yaml", dump_spec(spec))
         write_json(out / "plan.json", planned.to_dict())
-        metrics = tune(model, spec, job.train, job.validation, job.collate, out, resume)
+        model, metrics = tune(model, spec, job.train, job.validation, job.collate, out, resume)
         save_adapter(model, out / "adapter", spec, metrics)
+        write_json(out / "plan.json", model.plan.to_dict())
         write_json(out / "metrics.json", metrics)
     facts = {
         f"validation {spec.metric}": f"{metrics['validation'][spec.metric]:.4f}",
@@ -106,6 +112,17 @@ def run(spec: Spec, out: Path, resume: bool, overwrite: bool) -> None:
         "export it": f"python pipelines/export.py {out}",
     }
     print_summary("tuned", facts, console)
+
+
+def choose(
+    spec: Spec, job: Job, traced: GraphModel, planned: Plan, resumed: Path | None
+) -> tuple[Plan, dict[str, Tensor]]:
+    """What sparse methods tune: chosen on the training data, or as the run to resume chose it."""
+    if resumed and (chosen := resumed_choices(resumed / "checkpoints")) is not None:
+        sites = json.loads((resumed / "plan.json").read_text(encoding="utf-8"))["sites"]
+        given = {step: sizes for site in sites for step, sizes in site["settled"].items()}
+        return plan(traced, spec.rules, job.pretrained.new, spec.strict, given), chosen
+    return allocate(traced, planned, job.train, job.collate, objective(spec.model.task))
 
 
 def check_folder(spec: Spec, out: Path, resume: bool, overwrite: bool) -> None:

@@ -1,9 +1,10 @@
 """Subspan, a compiler for parameter-efficient fine-tuning: a method is a matrix expression, the rest follows."""
 
 from .adapter import fingerprint, load_adapter, save_adapter
+from .allocate import Budget, allocate, settle
 from .data import collator, encode, load_rows
 from .errors import SpecError, SubspanError
-from .merge import merge, merged_weights
+from .merge import merge, merged_weights, rest
 from .onnx import export_onnx
 from .plan import Plan, Site, plan
 from .pretrained import Pretrained, example_inputs, for_onnx, load_model, load_processor, save_model
@@ -17,6 +18,7 @@ from .verify import batches, differences, onnx_stage, torch_stage
 
 __all__ = [
     "METHODS",
+    "Budget",
     "GraphModel",
     "Inputs",
     "Plan",
@@ -26,6 +28,7 @@ __all__ = [
     "Spec",
     "SpecError",
     "SubspanError",
+    "allocate",
     "batches",
     "collator",
     "differences",
@@ -46,9 +49,11 @@ __all__ = [
     "plan",
     "print_plan",
     "print_summary",
+    "rest",
     "rewrite",
     "save_adapter",
     "save_model",
+    "settle",
     "torch_stage",
     "trace",
     "transform",

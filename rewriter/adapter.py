@@ -9,13 +9,11 @@ from typing import Any
 
 import torch
 import transformers
-from pydantic import ValidationError
-from torch import nn
 
 from .errors import SubspanError
 from .files import aside, load_into, load_tensors, save_tensors
 from .plan import Plan, plan
-from .rewrite import rewrite, tuned_parameters
+from .rewrite import chosen_indices, rewrite, tuned_parameters
 from .spec import Rule, Spec
 from .trace import GraphModel, assign
 
@@ -37,13 +35,15 @@ def fingerprint(model: GraphModel, new: tuple[str, ...] = ()) -> str:
 
 def _random(plan: Plan) -> list[str]:
     """Newly made parameters whose start value is still part of the result."""
-    replaced = {site.weight for site in plan.sites if site.block is None and site.chain[0][0].name == "full"}
+    replaced = {
+        site.place for site in plan.sites if site.layout and site.block is None and site.chain[0][0].name == "full"
+    }
     return [name for name in plan.new if name not in replaced]
 
 
-def _tensors(model: GraphModel) -> dict[str, nn.Parameter]:
+def _tensors(model: GraphModel) -> dict[str, torch.Tensor]:
     base = dict(model.named_parameters(remove_duplicate=False))
-    return tuned_parameters(model) | {BASE + name: base[name] for name in _random(model.plan)}
+    return tuned_parameters(model) | chosen_indices(model) | {BASE + name: base[name] for name in _random(model.plan)}
 
 
 def save_adapter(
@@ -51,7 +51,8 @@ def save_adapter(
 ) -> None:
     """Write `adapter.safetensors` and `adapter.json` into `folder`, whole or not at all.
 
-    The tensors are the tuned ones, and the start values of newly made parameters that no `full` replaces.
+    The tensors are the tuned ones with the indices of chosen entries, and the start values of newly made parameters
+    that no `full` replaces.
 
     Args:
         model: from `rewrite`.
@@ -69,6 +70,7 @@ def save_adapter(
         "format": FORMAT,
         "base": fingerprint(model, plan.new),
         "new": list(plan.new),
+        "given": plan.given,
         "rules": [rule.model_dump(mode="json", by_alias=True) for rule in plan.rules],
         "spec": spec.model_dump(mode="json", by_alias=True) if spec else None,
         "trainable_parameters": plan.trainable_parameters,
@@ -103,12 +105,14 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         if manifest["format"] != FORMAT:
             raise SubspanError(f"{file}: format {manifest['format']}, this version reads {FORMAT}")
         manifest["rules"] = [Rule.model_validate(rule) for rule in manifest["rules"]]
+        given = manifest.get("given", {}).items()
+        manifest["given"] = {step: {key: int(value) for key, value in sizes.items()} for step, sizes in given}
         manifest["base"], manifest["new"] = str(manifest["base"]), [str(name) for name in manifest["new"]]
     except FileNotFoundError:
         raise SubspanError(f"{file}: no such file; is training finished?") from None
     except json.JSONDecodeError as error:
         raise SubspanError(f"{file}:{error.lineno}:{error.colno}: broken JSON: {error.msg}") from None
-    except (KeyError, TypeError, UnicodeDecodeError, ValidationError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise SubspanError(f"{file}: not an adapter's manifest ({str(error).splitlines()[0]})") from None
     return manifest
 
@@ -127,11 +131,13 @@ def load_adapter(model: GraphModel, folder: str | Path) -> GraphModel:
     new = tuple(manifest["new"])
     if fingerprint(model, new) != manifest["base"]:
         raise SubspanError(f"{folder / MANIFEST}: tuned for other base weights than this model has")
-    found = plan(model, manifest["rules"], new)
+    found = plan(model, manifest["rules"], new, given=manifest["given"])
+    stored = load_tensors(folder / TENSORS)
     if random := _random(found):
-        base = load_tensors(folder / TENSORS)
         model = model.clone()
-        assign(model, {name: base[BASE + name] for name in random if BASE + name in base})
-    tuned = rewrite(model, found)
+        assign(model, {name: stored[BASE + name] for name in random if BASE + name in stored})
+    # Only so that nothing has to be chosen again; what the file holds is checked and loaded below.
+    chosen = {name: torch.zeros(shape) for site in found.sites for name, shape, role in site.leaves if role == "chosen"}
+    tuned = rewrite(model, found, values=chosen)
     load_into(_tensors(tuned), folder / TENSORS)
     return tuned

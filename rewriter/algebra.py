@@ -15,6 +15,12 @@ from torch import Tensor
 from torch.fx import Proxy
 
 Value = Tensor | Proxy
+NONLINEARITIES: dict[str, Callable[[Value], Value]] = {
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
 
 
 class Operator:
@@ -28,7 +34,11 @@ class Operator:
         raise NotImplementedError
 
     def dense(self) -> Value:
-        """W itself, of shape (..., n, m)."""
+        """W itself, of shape (..., n, m).
+
+        Raises:
+            NotImplementedError: the map is no matrix (nonlinear, or with an offset).
+        """
         raise NotImplementedError
 
     def add_to(self, acc: Value, x: Value, scale: float | Value = 1.0) -> Value:
@@ -36,8 +46,8 @@ class Operator:
         return acc + scale * self.apply(x)
 
     def times(self, matrix: Value) -> Value:
-        """matrix @ W for a matrix of shape (..., k, n)."""
-        return self.apply(matrix)
+        """matrix @ W for a matrix of shape (..., k, n); raises as `dense`."""
+        return matrix @ self.dense()
 
     def map(self, fn: Callable[[Value], Value]) -> "Operator":
         """The same expression with `fn` applied to every leaf."""
@@ -81,9 +91,6 @@ class Dense(Operator):
             return x @ self.dense() if bias is None else x @ self.dense() + bias
         return F.linear(x, self.stored if self.transposed else self.stored.transpose(-2, -1), bias)
 
-    def times(self, matrix):
-        return matrix @ self.dense()
-
     def add_to(self, acc, x, scale=1.0):
         batched = isinstance(self.stored, Tensor) and self.stored.ndim > 2
         if batched or not isinstance(scale, int | float):
@@ -108,8 +115,103 @@ class Diag(Operator):
             return x * self.entries.unsqueeze(-2)
         return torch.addcmul(bias, x, self.entries.unsqueeze(-2))
 
+    def times(self, matrix):
+        return self.apply(matrix)
+
     def map(self, fn):
         return Diag(fn(self.entries))
+
+
+@dataclass(frozen=True)
+class Identity(Operator):
+    """The identity, of whatever size it meets."""
+
+    def apply(self, x, bias=None):
+        return x if bias is None else x + bias
+
+    def map(self, fn):
+        return self
+
+
+@dataclass(frozen=True)
+class Affine(Operator):
+    """x W + b: W with the row b below, applied to (x, 1) as in (12). It is no matrix, so it does not merge."""
+
+    operand: Operator
+    offset: Value
+
+    def apply(self, x, bias=None):
+        y = self.operand.apply(x, self.offset)
+        return y if bias is None else y + bias
+
+    def map(self, fn):
+        return Affine(self.operand.map(fn), fn(self.offset))
+
+
+@dataclass(frozen=True)
+class Pointwise(Operator):
+    """h(x), a nonlinearity on every entry. It is no matrix, so it does not merge."""
+
+    name: str
+
+    def apply(self, x, bias=None):
+        y = NONLINEARITIES[self.name](x)
+        return y if bias is None else y + bias
+
+    def map(self, fn):
+        return self
+
+
+@dataclass(frozen=True)
+class Computed(Operator):
+    """A frozen part of the model, known by its result on its one input: a layer's attention or feed-forward."""
+
+    result: Value
+
+    def apply(self, x, bias=None):
+        return self.result if bias is None else self.result + bias
+
+    def map(self, fn):
+        return Computed(fn(self.result))
+
+
+@dataclass(frozen=True)
+class Prepend(Operator):
+    """concat(P, x W): the rows P, shape (l, m), stand before every sequence of xW. (13)(14)"""
+
+    rows: Value
+    operand: Operator
+
+    def apply(self, x, bias=None):
+        y = self.operand.apply(x, bias)
+        # A proxy's shape can't be unpacked, but broadcasting gives every sequence its rows.
+        return torch.cat([self.rows + torch.zeros_like(y[..., :1, :]), y], dim=-2)
+
+    def map(self, fn):
+        return Prepend(fn(self.rows), self.operand.map(fn))
+
+
+@dataclass(frozen=True)
+class Patch(Operator):
+    """W + S for a sparse S: `values` (..., k) added at the row-major `indices` (..., k) of W.
+
+    W + S is formed for the product: the gradient of S then costs one product, of which k entries are kept, and nothing
+    of W's size outlives the step.
+    """
+
+    operand: Operator
+    indices: Value
+    values: Value
+
+    def dense(self):
+        w = self.operand.dense()
+        return w.flatten(-2).scatter_add(-1, self.indices, self.values).unflatten(-1, w.shape[-2:])
+
+    def apply(self, x, bias=None):
+        return Dense(self.dense().transpose(-2, -1), transposed=True).apply(x, bias)
+
+    def map(self, fn):
+        return Patch(self.operand.map(fn), self.indices, fn(self.values))
 
 
 @dataclass(frozen=True)
@@ -135,7 +237,7 @@ class Dropout(Operator):
 
 @dataclass(frozen=True)
 class Scale(Operator):
-    """s W for a number or a scalar tensor s."""
+    """s W for a number s, or a tensor of shape (..., 1, 1)."""
 
     scale: float | Value
     operand: Operator
@@ -221,6 +323,8 @@ class Sum(Operator):
         rows = left.transpose(-2, -1)
         cross = (base.times(rows) * right).sum(-2)
         own = ((rows @ left @ right) * right).sum(-2)
+        if not isinstance(scale, int | float):
+            scale = scale.squeeze(-1)
         return base.column_square_sum() + 2 * scale * cross + scale * scale * own
 
 

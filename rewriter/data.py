@@ -205,8 +205,9 @@ def encode(spec: Spec, rows: datasets.Dataset, processor: Any, labels: list[str]
             return {"pixel_values": out["pixel_values"], "labels": [read(value) for value in batch[columns["label"]]]}
 
         return rows.with_transform(pixels)
-    if length > processor.model_max_length:
-        raise SpecError(f"the model takes at most {processor.model_max_length} tokens", ("data", "max_length"))
+    if length + spec.prompt_length > processor.model_max_length:
+        prompt = f", {spec.prompt_length} of them the prompt's" if spec.prompt_length else ""
+        raise SpecError(f"the model takes at most {processor.model_max_length} tokens{prompt}", ("data", "max_length"))
 
     def words(values: list[Any]) -> list[str]:
         return ["" if value is None else str(value) for value in values]

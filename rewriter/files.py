@@ -95,8 +95,8 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
         raise SubspanError(f"{file}: truncated, or not a safetensors file ({error})") from None
 
 
-def load_into(parameters: Mapping[str, torch.nn.Parameter], file: Path) -> None:
-    """Copy the tensors of a file into parameters of the same names.
+def load_into(parameters: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Copy the tensors of a file into parameters or buffers of the same names.
 
     Raises:
         SubspanError: the file can't be read, or names or shapes differ.

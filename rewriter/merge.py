@@ -1,21 +1,24 @@
 """Merge: every tuned subspace becomes a plain weight under the weight's own name."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
 from .errors import SubspanError
 from .plan import Site, transformed
-from .rewrite import PREFIX
+from .rewrite import PREFIX, rewrite
 from .trace import GraphModel, assign
 from .transforms import Leaf
 
 
 @torch.no_grad()
-def merged_weights(model: GraphModel) -> dict[str, torch.Tensor]:
+def merged_weights(model: GraphModel, partly: bool = False) -> dict[str, torch.Tensor]:
     """phi(W) of every transformed weight, in the weight's own shape, computed in float32 or wider.
 
     Args:
         model: from `rewrite` or `load_adapter`.
+        partly: leave out weights that can't merge.
 
     Raises:
         SubspanError: a transform can't merge, or a merged weight is not finite.
@@ -26,10 +29,13 @@ def merged_weights(model: GraphModel) -> dict[str, torch.Tensor]:
         return named[PREFIX + leaf.name].detach()
 
     merged = {}
+    stay = [site for site in model.plan.sites if not site.merges]
+    for site in stay:
+        if not partly:
+            raise SubspanError(f"{site.label}: {site.transform} can't merge into a plain weight")
     for weight, sites in model.plan.by_weight().items():
-        for site in sites:
-            if not site.merges:
-                raise SubspanError(f"{site.label}: {site.transform} can't merge into a plain weight")
+        if any(site.place == weight for site in stay):
+            continue
         stored = named[weight].detach()
         wide = stored.to(torch.promote_types(stored.dtype, torch.float32))
         value = sites[0].layout.restore(transformed(sites, wide, lookup).dense())
@@ -39,7 +45,7 @@ def merged_weights(model: GraphModel) -> dict[str, torch.Tensor]:
     return merged
 
 
-def merge(model: GraphModel, into: nn.Module) -> float:
+def merge(model: GraphModel, into: nn.Module, partly: bool = False) -> float:
     """Write the merged weights of a tuned model into a plain module that has the same parameter names.
 
     Tied weights stay tied. The tensors that `into` shared with other modules are left as they were.
@@ -47,6 +53,7 @@ def merge(model: GraphModel, into: nn.Module) -> float:
     Args:
         model: from `rewrite` or `load_adapter`.
         into: the traced model, or the module it was traced from.
+        partly: leave the weights that can't merge as they were; `rest` puts what is missing on top.
 
     Returns:
         Largest absolute difference that storing in the module's own type made.
@@ -54,7 +61,7 @@ def merge(model: GraphModel, into: nn.Module) -> float:
     Raises:
         SubspanError: as `merged_weights`, or `into` lacks a weight.
     """
-    weights = merged_weights(model)
+    weights = merged_weights(model, partly)
     named = dict(into.named_parameters(remove_duplicate=False))
     if missing := sorted(weights.keys() - named.keys()):
         raise SubspanError(f"the module has no parameter {missing[0]}")
@@ -64,3 +71,16 @@ def merge(model: GraphModel, into: nn.Module) -> float:
     return max(
         (float((named[name].detach().to(w) - w).abs().max()) for name, w in weights.items() if w.numel()), default=0.0
     )
+
+
+def rest(model: GraphModel, onto: GraphModel) -> GraphModel:
+    """What merges no further: `onto` with the sites of a tuned model that can't merge.
+
+    Args:
+        model: from `rewrite` or `load_adapter`.
+        onto: traced, with everything merged into it that can be.
+    """
+    plan = replace(model.plan, sites=tuple(site for site in model.plan.sites if not site.merges))
+    named = dict(model.named_parameters()) | dict(model.named_buffers())
+    values = {name.removeprefix(PREFIX): value.detach() for name, value in named.items() if name.startswith(PREFIX)}
+    return rewrite(onto, plan, values=values)

@@ -23,7 +23,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         ).append(site)
     table = Table(title="plan", title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
     for column, justify in (
-        ("weight", "left"),
+        ("site", "left"),
         ("transform", "left"),
         ("n x m", "right"),
         ("sites", "right"),

@@ -3,21 +3,31 @@
 import contextlib
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from .algebra import Computed, Dense, Operator
 from .errors import SubspanError
 from .files import aside, load_tensors, save_tensors
 from .passes import remove_dead
-from .passes.insert_transforms import PREFIX, insert_transforms
+from .passes.add_penalties import add_penalties
+from .passes.insert_adapters import insert_adapters
+from .passes.insert_prefixes import insert_prefixes
+from .passes.insert_prompts import insert_prompts
+from .passes.insert_transforms import insert_transforms
+from .passes.lowering import PREFIX, Lowering
 from .plan import Plan, Site, transformed
+from .sublayers import embeddings
 from .trace import GraphModel
 from .transforms import Leaf, decompose, initial_value
 
 
-def rewrite(model: GraphModel, plan: Plan, seed: int = 0) -> GraphModel:
+def rewrite(
+    model: GraphModel, plan: Plan, seed: int = 0, values: Mapping[str, torch.Tensor] | None = None
+) -> GraphModel:
     """A new module with every site transformed; the frozen weights are shared with `model`, not copied.
 
     Parameters named `subspan.*` are tuned (float32 or wider), all others are frozen.
@@ -26,9 +36,11 @@ def rewrite(model: GraphModel, plan: Plan, seed: int = 0) -> GraphModel:
         model: a traced model with weights.
         plan: made from the same model, or from the same model on the meta device.
         seed: seed of the start values.
+        values: leaf name -> value, instead of the start value; what `allocate` chose, for example.
 
     Raises:
         SubspanError: the model is on the meta device.
+        SpecError: a method needs a choice that `values` lacks.
     """
     out = model.clone()
     weights = dict(out.named_parameters(remove_duplicate=False))
@@ -38,12 +50,24 @@ def rewrite(model: GraphModel, plan: Plan, seed: int = 0) -> GraphModel:
     for weight, sites in plan.by_weight().items():
         stored = weights[weight].detach()
         wide = stored.to(torch.promote_types(stored.dtype, torch.float32))
-        transformed(sites, wide, _initialiser(out, wide, seed))
+        transformed(sites, wide, _initialiser(out, wide, seed, values or {}))
     dtypes = {name: p.dtype for name, p in weights.items()}
-    for graph in out.graphs.values():
-        remove_dead(insert_transforms(graph, plan, model.tied, dtypes))
+    common = next(iter(dtypes.values()))
+    for site in plan.sites:
+        if site.layout is None:
+            w, start = _base(model, site, common)
+            site.compose(w, lambda leaf, s=site, at=start: _initialiser(out, at, seed, values or {})(s, leaf))
+    for mode, graph in out.graphs.items():
+        lowering = Lowering(graph, mode == "train")
+        insert_adapters(lowering, plan, common)
+        insert_prefixes(lowering, plan, common)
+        insert_prompts(lowering, plan, common)
+        insert_transforms(lowering, plan, model.tied, dtypes)
+        if mode == "train":
+            add_penalties(lowering)
+        remove_dead(graph)
     drop_dropout(out.graphs["eval"])
-    out.plan = plan
+    out.plan, out.base = plan, model
     out.recompile()
     return out
 
@@ -57,22 +81,31 @@ def drop_dropout(graph: torch.fx.Graph) -> torch.fx.Graph:
     return graph
 
 
-def _initialiser(out: GraphModel, stored: torch.Tensor, seed: int):
+def _base(model: GraphModel, site: Site, dtype: torch.dtype) -> tuple[Operator, torch.Tensor]:
+    """What the start values of a site inside a module are taken from, and an example of their type and device.
+
+    For embeddings the vocabulary, for others nothing.
+    """
+    example = next(model.parameters()).detach()
+    example = example.to(torch.promote_types(dtype, torch.float32))
+    if site.kind != "embeddings":
+        return Computed(example), example
+    node = embeddings(model.graphs["eval"], site.place)[0]
+    table = dict(model.named_parameters(remove_duplicate=False))[node.args[0].target].detach()
+    return Dense(table.to(example.dtype)), example
+
+
+def _initialiser(out: GraphModel, stored: torch.Tensor, seed: int, values: Mapping[str, torch.Tensor]):
     def lookup(site: Site, leaf: Leaf) -> torch.Tensor:
-        value = initial_value(leaf, seed, lambda: cached_svd(_block(site, stored)))
-        value = value.to(stored.device, stored.dtype).reshape(leaf.shape).contiguous()
-        out.add(PREFIX + leaf.name, nn.Parameter(value) if leaf.tuned else value, persistent=False)
+        value = values.get(leaf.name)
+        if value is None:
+            value = initial_value(leaf, seed, lambda: cached_svd(site.part(stored)))
+        dtype = torch.int64 if leaf.role == "chosen" else stored.dtype
+        value = value.to(stored.device, dtype).reshape(leaf.shape).contiguous()
+        out.add(PREFIX + leaf.name, nn.Parameter(value) if leaf.role == "tuned" else value, persistent=False)
         return value
 
     return lookup
-
-
-def _block(site: Site, stored: torch.Tensor) -> torch.Tensor:
-    w = site.layout.present(stored).dense()
-    if site.block:
-        axis, start, stop = site.block
-        w = w.narrow(-1 if axis == "out" else -2, start, stop - start)
-    return w
 
 
 def cached_svd(weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -98,6 +131,13 @@ def cached_svd(weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def tuned_parameters(model: GraphModel) -> dict[str, nn.Parameter]:
     """Leaf name -> tuned parameter, without the `subspan.` prefix."""
-    tuned = {name for site in model.plan.sites for name, _, is_tuned in site.leaves if is_tuned}
+    tuned = {name for site in model.plan.sites for name, _, role in site.leaves if role == "tuned"}
     named = ((name.removeprefix(PREFIX), p) for name, p in model.named_parameters() if name.startswith(PREFIX))
     return {name: p for name, p in named if name in tuned}
+
+
+def chosen_indices(model: GraphModel) -> dict[str, torch.Tensor]:
+    """Leaf name -> indices (int64) of the entries that are tuned, without the `subspan.` prefix."""
+    chosen = {name for site in model.plan.sites for name, _, role in site.leaves if role == "chosen"}
+    named = ((name.removeprefix(PREFIX), b) for name, b in model.named_buffers() if name.startswith(PREFIX))
+    return {name: b for name, b in named if name in chosen}

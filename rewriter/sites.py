@@ -87,6 +87,20 @@ def layout_of(stored: tuple[int, ...], uses: Iterable[tuple[fx.Node, fx.Node]]) 
     return default
 
 
+def factored(user: fx.Node, weight: fx.Node, layout: Layout) -> tuple[fx.Node, fx.Node | None] | None:
+    """(x, bias) where an op is x @ W (+ bias) in a weight's layout; None where phi(W) has to be formed."""
+    args, transposed = user.args, layout.transposed
+    if len(layout.stored) != 2:
+        return None
+    if user.target is aten.linear.default and args[1] is weight and args[0] is not weight and transposed:
+        return args[0], args[2] if len(args) > 2 else None
+    if user.target is aten.addmm.default and args[2] is weight and args[1] is not weight and not transposed:
+        return None if user.kwargs else (args[1], args[0])
+    if user.target in (aten.mm.default, aten.matmul.default) and args[1] is weight and args[0] is not weight:
+        return None if transposed else (args[0], None)
+    return None
+
+
 def match(patterns: list[str], names: Iterable[str]) -> list[str]:
     """The names that at least one pattern matches, in their own order.
 
@@ -153,8 +167,8 @@ def _part(pattern: str) -> Callable[[str], bool]:
     return lambda text: re.match(expression, text) is not None
 
 
-def find(patterns: list[str], names: list[str], path: tuple[str | int, ...]) -> list[str]:
-    """The parameters that the patterns of a rule match.
+def find(patterns: list[str], names: list[str], path: tuple[str | int, ...], what: str = "parameter") -> list[str]:
+    """The parameters, or other named things, that the patterns of a rule match.
 
     Raises:
         SpecError: at `path`: a pattern is malformed or matches nothing (with the nearest names).
@@ -167,7 +181,7 @@ def find(patterns: list[str], names: list[str], path: tuple[str | int, ...]) -> 
         except ValueError as error:
             raise SpecError(f"{pattern!r}: {error}", path) from None
         if not hits:
-            raise SpecError(f"{pattern!r} matches no parameter; nearest: {', '.join(nearest or names[:3])}", path)
+            raise SpecError(f"{pattern!r} matches no {what}; nearest: {', '.join(nearest or names[:3])}", path)
         found.update(dict.fromkeys(hits))
     return [name for name in names if name in found]
 

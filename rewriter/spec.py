@@ -271,6 +271,12 @@ class Spec(_Model):
         """The validation metric: the one given, else the task's first."""
         return self.train.metric or METRICS[self.model.task][0]
 
+    @property
+    def prompt_length(self) -> int:
+        """Positions that soft prompts take, beside the text's."""
+        chains = (options for rule in self.rules for method, options in rule.chain if "embeddings" in method.on)
+        return sum(options.length for options in chains)
+
     def locate(self, error: SpecError) -> SubspanError:
         """`error` as one line with file, line and column, if the spec came from a file."""
         return self._source.locate(error) if self._source else error
@@ -306,6 +312,12 @@ class Source:
 
     def __init__(self, file: str, places: YamlMap, overrides: dict[tuple[str | int, ...], str]):
         self.file, self.places, self.overrides = file, places, overrides
+
+    @property
+    def prompt_length(self) -> int:
+        """Positions that soft prompts take, beside the text's."""
+        chains = (options for rule in self.rules for method, options in rule.chain if "embeddings" in method.on)
+        return sum(options.length for options in chains)
 
     def locate(self, error: SpecError) -> SubspanError:
         """`<file>:<line>:<column>: <path>: <message>`, or the --set that is to blame."""

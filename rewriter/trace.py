@@ -15,6 +15,9 @@ from torch.export import Dim, ExportedProgram
 from .errors import SubspanError, reason
 from .passes import follow_device, remove_checks, remove_dead
 
+# Key of an output node's meta: names of the penalties that follow the module's own outputs.
+NAMES = "penalties"
+
 
 @dataclass
 class Inputs:
@@ -49,9 +52,9 @@ def capture(model: nn.Module, inputs: Inputs, training: bool = False) -> Exporte
     """
     was_training = model.training
     args_shapes, kwargs_shapes = inputs.shapes()
-    names = list(inspect.signature(model.forward).parameters)
-    shapes = {name: shape for name, shape in zip(names, args_shapes, strict=False)} | kwargs_shapes
-    with _without_cache(model):
+    with _without_cache(model), _named_inputs(model, inputs):
+        names = list(inspect.signature(model.forward).parameters)
+        shapes = {name: shape for name, shape in zip(names, args_shapes, strict=False)} | kwargs_shapes
         model.train(training)
         try:
             # Copies, since one tensor given for two inputs would be traced as one input.
@@ -61,6 +64,23 @@ def capture(model: nn.Module, inputs: Inputs, training: bool = False) -> Exporte
             raise SubspanError(f"torch.export can't trace {type(model).__name__}: {reason(error)}") from error
         finally:
             model.train(was_training)
+
+
+@contextlib.contextmanager
+def _named_inputs(model: nn.Module, inputs: Inputs) -> Iterator[None]:
+    """A `GraphModel` takes any inputs; torch.export wants them named."""
+    if not isinstance(model, GraphModel):
+        yield
+        return
+    names = [*(f"args_{i}" for i in range(len(inputs.args))), *inputs.kwargs]
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    forward = lambda *args, **kwargs: GraphModel.forward(model, *args, **kwargs)  # noqa: E731
+    forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
 
 
 @contextlib.contextmanager
@@ -85,6 +105,8 @@ class GraphModel(nn.Module):
         graphs: {"train": Graph, "eval": Graph}; call `recompile` after changing one.
         aliases: parameter name -> the first name of the same tensor, for tied weights.
         tied: first name -> all names, where there is more than one.
+        plan, base: of a rewritten module, its plan and the module it was made from (no submodule of it).
+        penalties: name -> scalar, what the last forward in training mode adds to the loss.
     """
 
     def __init__(self, graphs: dict[str, fx.Graph], in_spec: pytree.TreeSpec, out_spec: pytree.TreeSpec):
@@ -92,6 +114,8 @@ class GraphModel(nn.Module):
         self.graphs, self.in_spec, self.out_spec = graphs, in_spec, out_spec
         self.aliases: dict[str, str] = {}
         self.plan: Any = None
+        self.__dict__["base"] = None
+        self.penalties: dict[str, torch.Tensor] = {}
         self._forwards: dict[str, Any] = {}
 
     @property
@@ -118,6 +142,12 @@ class GraphModel(nn.Module):
             module.register_parameter(last, tensor)
         else:
             module.register_buffer(last, tensor, persistent=persistent)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "base":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
 
     def recompile(self) -> None:
         """Generate the forwards of both graphs anew."""
@@ -148,8 +178,11 @@ class GraphModel(nn.Module):
                 raise TypeError(f"inputs differ from the traced ones {self.input_names}: {wrong}")
             kwargs = {name: kwargs[name] for name in self.input_names}
         flat = pytree.tree_leaves((args, kwargs))
-        out = self._forwards["train" if self.training else "eval"](self, *flat)
-        return pytree.tree_unflatten(out, self.out_spec)
+        mode = "train" if self.training else "eval"
+        out = list(self._forwards[mode](self, *flat))
+        count = self.out_spec.num_leaves
+        self.penalties = dict(zip(self.graphs[mode].output_node().meta.get(NAMES, ()), out[count:], strict=True))
+        return pytree.tree_unflatten(out[:count], self.out_spec)
 
 
 def assign(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from sklearn import metrics as sk
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .allocate import Budget, Objective, settle
 from .data import IGNORED
 from .errors import SpecError, SubspanError
 from .files import aside, load_into, load_tensors, remove, save_tensors
@@ -23,9 +24,10 @@ from .rewrite import tuned_parameters
 from .spec import Spec
 from .trace import GraphModel
 
-TUNED, OPTIMISER, STATE, TRAINER_STATE = (
+TUNED, OPTIMISER, BUDGET, STATE, TRAINER_STATE = (
     "tuned.safetensors",
     "optimizer.safetensors",
+    "budget.safetensors",
     "state.json",
     "trainer_state.json",
 )
@@ -53,6 +55,18 @@ def loss(task: str, logits: Tensor, labels: Tensor, count: Tensor | int | None =
             logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED, reduction=reduction
         )
     return value if count is None else value / count
+
+
+def objective(task: str) -> Objective:
+    """A function from a model and a batch to the task's loss on it; the batch is moved to the model."""
+
+    def value(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        device = next(model.parameters()).device
+        inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+        labels = inputs.pop("labels")
+        return loss(task, model(**inputs).logits, labels)
+
+    return value
 
 
 def summary(task: str, logits: Tensor, labels: Tensor) -> Tensor:
@@ -94,10 +108,18 @@ def measure(spec: Spec, predictions: np.ndarray, labels: np.ndarray) -> dict[str
 
 
 class _Progress(transformers.TrainerCallback):
-    """log.jsonl, the check for a finite loss, and a checkpoint on Ctrl-C."""
+    """log.jsonl, the check for a finite loss, the budgets, and a checkpoint on Ctrl-C."""
+
+    budget: Budget
 
     def __init__(self, log: Path):
         self.log, self.signalled, self.finite = log, False, True
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.budget.before_step()
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.budget.after_step(state.global_step + 1, state.max_steps, getattr(optimizer, "optimizer", optimizer))
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.log.write_text("".join(json.dumps(entry) + "\n" for entry in state.log_history), encoding="utf-8")
@@ -123,10 +145,29 @@ class _Tuner(transformers.Trainer):
 
     progress: _Progress
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.sums: dict[str, Tensor | int] = {}
+
     def training_step(self, *args, **kwargs):
         value = super().training_step(*args, **kwargs)
         self.progress.finite &= torch.isfinite(value.detach())
         return value
+
+    def penalised(self, value: Tensor) -> Tensor:
+        """A batch's loss with the model's penalties, each a mean over the batches of one optimiser step."""
+        for name, penalty in self.model.penalties.items():
+            value = value + penalty / self.current_gradient_accumulation_steps
+            self.sums[name] = self.sums.get(name, 0) + penalty.detach()
+        if self.model.penalties:
+            self.sums["batches"] = self.sums.get("batches", 0) + 1
+        return value
+
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs and (count := self.sums.pop("batches", 0)):
+            logs |= {f"penalty_{name}": float(value) / count for name, value in self.sums.items()}
+            self.sums = {}
+        super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, model, trial):
         if not self.args.should_save:
@@ -138,6 +179,7 @@ class _Tuner(transformers.Trainer):
             place.mkdir()
             save_tensors(tuned_parameters(self.model), place / TUNED)
             save_tensors(_flat_optimiser(self.optimizer), place / OPTIMISER)
+            save_tensors(self.progress.budget.state(), place / BUDGET)
             random = {"cpu": torch.get_rng_state()} | (
                 {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
             )
@@ -155,6 +197,7 @@ class _Tuner(transformers.Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         load_into(tuned_parameters(self.model), Path(resume_from_checkpoint) / TUNED)
+        self.progress.budget.load(load_tensors(Path(resume_from_checkpoint) / BUDGET))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None:
@@ -191,6 +234,15 @@ class _Tuner(transformers.Trainer):
 def _flat_optimiser(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     state = optimiser.state_dict()["state"]
     return {f"{index}.{key}": torch.as_tensor(value) for index, entry in state.items() for key, value in entry.items()}
+
+
+def resumed_choices(folder: Path) -> dict[str, Tensor] | None:
+    """The indices that the newest checkpoint in a folder tunes, by leaf name; None without a checkpoint."""
+    last = checkpoints(folder)[-1:]
+    if not last:
+        return None
+    state = load_tensors(last[0] / BUDGET)
+    return {name.removesuffix(".now"): value for name, value in state.items() if name.endswith(".now")}
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -247,8 +299,10 @@ def tune(
     collate: Callable[[list], dict[str, Tensor]],
     folder: Path,
     resume: bool = False,
-) -> dict[str, dict[str, float]]:
-    """Tune a rewritten model and measure it; writes `log.jsonl` and `checkpoints/` into `folder`.
+) -> tuple[GraphModel, dict[str, dict[str, float]]]:
+    """Tune a rewritten model, settle what its budgets left, and measure it.
+
+    `log.jsonl` and `checkpoints/` are written into `folder`.
 
     On Ctrl-C or SIGTERM the step in progress ends and a checkpoint is written; a second Ctrl-C stops at once.
 
@@ -261,31 +315,17 @@ def tune(
         resume: continue from the newest checkpoint in `folder`, if there is one.
 
     Returns:
+        The tuned model (another one where a budget took something away), and
         {"validation": {metric: value, "loss": value}, "train": {"loss", "steps", "epochs", "seconds"}}.
 
     Raises:
         SpecError: the loss is not finite; half precision where the hardware has none.
         Interrupted: stopped by a signal.
     """
-    task = spec.model.task
     progress = _Progress(folder / "log.jsonl")
-    tuner = _Tuner(
-        model=model,
-        args=training_arguments(spec, folder / "checkpoints"),
-        train_dataset=train,
-        eval_dataset=validation,
-        data_collator=collate,
-        compute_loss_func=lambda out, labels, num_items_in_batch=None: loss(
-            task, out.logits, labels, num_items_in_batch
-        ),
-        preprocess_logits_for_metrics=lambda out, labels: summary(
-            task, out[0] if isinstance(out, tuple) else out, labels
-        ),
-        compute_metrics=lambda out: measure(spec, out.predictions, out.label_ids),
-        callbacks=[progress],
-    )
-    tuner.model_accepts_loss_kwargs = False  # `forward(**kwargs)` looks as if it did.
+    tuner = _tuner(model, spec, train, validation, collate, folder, [progress])
     tuner.progress = progress
+    progress.budget = Budget(model, train, collate, objective(spec.model.task), spec.train.seed)
     last = checkpoints(folder / "checkpoints")[-1:] if resume else []
     with _signals(progress), _closed_bars(tuner):
         result = tuner.train(resume_from_checkpoint=str(last[0]) if last else None)
@@ -293,15 +333,14 @@ def tune(
         if progress.signalled:
             step, steps = tuner.state.global_step, tuner.state.max_steps
             raise Interrupted(f"stopped at step {step} of {steps}; a checkpoint is written, resume goes on from it")
-        if not any(
-            "eval_loss" in entry and entry["step"] == tuner.state.global_step for entry in tuner.state.log_history
-        ):
-            tuner.evaluate()
     history = tuner.state.log_history
-    evaluated = next(entry for entry in reversed(history) if "eval_loss" in entry)
+    settled = settle(model, progress.budget)
+    measured = [entry for entry in history if "eval_loss" in entry and entry["step"] == tuner.state.global_step]
+    if settled is not model or not measured:
+        measured = [_tuner(settled, spec, train, validation, collate, folder, []).evaluate()]
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    return {
-        "validation": {name: evaluated[f"eval_{name}"] for name in dict.fromkeys((spec.metric, "loss"))},
+    return settled, {
+        "validation": {name: measured[-1][f"eval_{name}"] for name in dict.fromkeys((spec.metric, "loss"))},
         "train": {
             "loss": losses[-1] if losses else result.training_loss,
             "steps": tuner.state.global_step,
@@ -309,6 +348,35 @@ def tune(
             "seconds": round(result.metrics["train_runtime"], 2),
         },
     }
+
+
+def _tuner(
+    model: GraphModel,
+    spec: Spec,
+    train: Dataset,
+    validation: Dataset,
+    collate: Callable[[list], dict[str, Tensor]],
+    folder: Path,
+    callbacks: list[transformers.TrainerCallback],
+) -> _Tuner:
+    task = spec.model.task
+    tuner = _Tuner(
+        model=model,
+        args=training_arguments(spec, folder / "checkpoints"),
+        train_dataset=train,
+        eval_dataset=validation,
+        data_collator=collate,
+        compute_loss_func=lambda out, labels, num_items_in_batch=None: tuner.penalised(
+            loss(task, out.logits, labels, num_items_in_batch)
+        ),
+        preprocess_logits_for_metrics=lambda out, labels: summary(
+            task, out[0] if isinstance(out, tuple) else out, labels
+        ),
+        compute_metrics=lambda out: measure(spec, out.predictions, out.label_ids),
+        callbacks=callbacks,
+    )
+    tuner.model_accepts_loss_kwargs = False  # `forward(**kwargs)` looks as if it did.
+    return tuner
 
 
 @contextlib.contextmanager

@@ -126,4 +126,4 @@ def test_what_cannot_merge_is_told(monkeypatch):
     ssb = METHODS["ssb"]
     monkeypatch.setattr(type(ssb), "__call__", lambda self, w, site, options: Opaque())
     found = planned("bert", [{"target": "bert.pooler.dense.weight", "apply": ["ssb"]}])
-    assert not found.sites[0].merges and "can't merge" in found.warnings[0]
+    assert not found.sites[0].merges and "can't merge" in found.notes[0]

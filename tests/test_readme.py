@@ -33,23 +33,24 @@ def test_the_table_has_every_method():
 def test_a_new_method_is_one_file(tmp_path):
     """In a copy of the package: no other file knows of it."""
     shutil.copytree(ROOT / "rewriter", tmp_path / "rewriter", ignore=shutil.ignore_patterns("__pycache__"))
-    (snippet,) = [block for block in BLOCKS if "@transform" in block]
-    assert len(snippet.splitlines()) <= 10
-    head = "import math\nfrom ..algebra import *\nfrom . import Alpha, Rank, Scope, kaiming_uniform, transform\n\n"
-    (tmp_path / "rewriter" / "transforms" / "stabilised.py").write_text(head + snippet)
+    (diff,) = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)
+    assert len(diff.splitlines()) <= 20
+    (tmp_path / "new.diff").write_text(diff)
+    subprocess.run(["git", "apply", "new.diff"], cwd=tmp_path, check=True)
     script = """
 import torch
 from torch import nn
 from rewriter import Inputs, Rule, merge, plan, rewrite, trace, tuned_parameters
 model = nn.Sequential(nn.Linear(6, 5)).double()
 graph = trace(model, Inputs(args=(torch.zeros(3, 6, dtype=torch.float64),)))
-found = plan(graph, [Rule(target="0.weight", apply=[{"rslora": {"rank": 4}}])])
-assert found.trainable_parameters == 4 * (6 + 5), found
+found = plan(graph, [Rule(target="0.weight", apply=[{"diagonal_lora": {"rank": 4}}])])
+assert found.trainable_parameters == 4 * (6 + 5) + 6, found
 tuned = rewrite(graph, found)
-a, b = tuned_parameters(tuned).values()
+l, a, b = (tuned_parameters(tuned)["0.weight.diagonal_lora." + name] for name in "lab")
 torch.nn.init.normal_(b)
+torch.nn.init.normal_(l)
 x = torch.randn(3, 6, dtype=torch.float64)
-expected = model(x) + 4 / 4 ** 0.5 * x @ a @ b
+expected = model(l * x) + (l * x) @ a @ b
 torch.testing.assert_close(tuned(x), expected)
 merge(tuned, model)
 torch.testing.assert_close(model(x), expected)

@@ -9,9 +9,9 @@ import importlib
 import inspect
 import math
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, create_model
@@ -24,17 +24,41 @@ Alpha = Annotated[
     float | None, Field(gt=0, description="numerator of the scale s = alpha / rank; default: the rank, so s = 1")
 ]
 Probability = Annotated[float, Field(ge=0, lt=1, description="dropout probability on the input of the factors")]
+ScaleOf = Annotated[
+    Literal["fixed", "rslora", "learned"],
+    Field(description="s: fixed is alpha / rank, rslora alpha / sqrt(rank), learned a tuned scalar from alpha / rank"),
+]
+Constraint = Annotated[
+    Literal["o", "d", "n"] | None,
+    Field(description="matrix pattern constraint: penalty o (25) or d (26), or n, a nonlinearity between the factors"),
+]
+Coefficient = Annotated[float, Field(ge=0, description="weight of the penalty in the loss, per site")]
+Activation = Annotated[Literal["relu", "gelu", "silu", "tanh"], Field(description="the nonlinearity h")]
+Width = Annotated[int, Field(ge=1, description="width of the bottleneck")]
+Length = Annotated[int, Field(ge=1, description="number of rows that are put before every sequence")]
+Density = Annotated[float, Field(gt=0, le=1, description="share of the entries that are tuned")]
+Samples = Annotated[int, Field(ge=1, description="training rows whose gradients decide")]
+Interval = Annotated[int, Field(ge=1, description="optimiser steps from one decision to the next")]
+Share = Annotated[float, Field(ge=0, lt=1, description="share of the optimiser steps")]
 Initial = float | Value | Callable[[tuple[int, ...], torch.Generator], torch.Tensor]
+
+
+# What a transform can stand on. The first three are parameters; the others are found in the graph inside a module.
+KINDS = ("matrix", "vector", "cross_attention", "attention", "feed_forward", "keys", "values", "embeddings")
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """A tensor that a transform declares: tuned, or a constant computed once from the frozen weight."""
+    """A tensor that a transform declares.
+
+    Attributes:
+        role: "tuned"; "constant", computed from the frozen weight; or "chosen", indices that travel with the adapter.
+    """
 
     name: str
     shape: tuple[int, ...]
     initial: Initial
-    tuned: bool
+    role: str = "tuned"
 
 
 @dataclass
@@ -42,17 +66,24 @@ class Scope:
     """What a transform sees of the site it works on.
 
     Attributes:
-        shape: (..., n, m) of the weight in the source's orientation.
+        kind: of the site, of `KINDS`.
+        shape: (..., n, m) of the weight in the source's orientation; widths of input and output of a sublayer.
         lookup: leaf -> value; decides whether the leaves are meta tensors, tensors or proxies.
         prefix: name of this step of the chain; leaves are called `<prefix>.<leaf>`.
         frozen: whether `w` is the frozen weight itself, the first of a chain.
+        given: sizes that tuning has settled for this step (the rank that is left, the entries kept); see `size`.
+        training: the lowering is for the train graph.
+        penalties: collects what `penalty` is given: (name, scalar).
     """
 
+    kind: str
     shape: tuple[int, ...]
     lookup: Callable[[Leaf], Value]
     prefix: str
     frozen: bool = True
-    base: Operator | None = field(default=None, repr=False)
+    given: Mapping[str, int] = field(default_factory=dict)
+    training: bool = False
+    penalties: list[tuple[str, Value]] = field(default_factory=list, repr=False)
 
     @property
     def n(self) -> int:
@@ -69,7 +100,19 @@ class Scope:
 
         `initial` is a number, a value of that shape, or a function of (shape, generator).
         """
-        return self._leaf(name, shape, initial, tuned=True)
+        return self._leaf(name, shape, initial, "tuned")
+
+    def chosen(self, name: str, size: int, initial: Initial) -> Value:
+        """Declare `size` indices (int64) that a selection decides and the adapter keeps; return their value."""
+        return self._leaf(name, size, initial, "chosen")
+
+    def size(self, name: str, default: int) -> int:
+        """A size that a budget may change while tuning, e.g. the rank that is left: the settled one, else `default`."""
+        return self.given.get(name, default)
+
+    def penalty(self, name: str, value: Value) -> None:
+        """Add a scalar to the training loss; it is logged under `name`, summed over the sites."""
+        self.penalties.append((name, value))
 
     def svd(self) -> tuple[Value, Value, Value]:
         """U (..., n, k), S (..., k), Vt (..., k, m) of the frozen weight, k = min(n, m); computed once, then constants.
@@ -82,11 +125,11 @@ class Scope:
             raise SpecError(f"{method} decomposes the frozen weight, so it must be the first of its chain")
         k = min(self.n, self.m)
         shapes = {"u": (self.n, k), "s": k, "vt": (k, self.m)}
-        return tuple(self._leaf(name, shape, _factor(name), tuned=False) for name, shape in shapes.items())
+        return tuple(self._leaf(name, shape, _factor(name), "constant") for name, shape in shapes.items())
 
-    def _leaf(self, name: str, shape: int | tuple[int, ...], initial: Initial, tuned: bool) -> Value:
+    def _leaf(self, name: str, shape: int | tuple[int, ...], initial: Initial, role: str) -> Value:
         shape = (shape,) if isinstance(shape, int) else shape
-        return self.lookup(Leaf(f"{self.prefix}.{name}", (*self.shape[:-2], *shape), initial, tuned))
+        return self.lookup(Leaf(f"{self.prefix}.{name}", (*self.shape[:-2], *shape), initial, role))
 
 
 class _factor(str):
@@ -95,13 +138,17 @@ class _factor(str):
 
 @dataclass(frozen=True)
 class Method:
-    """A registered transform: its name, kind (reconstruction, extension, combination), options and function."""
+    """A registered transform: its name, class (reconstruction, extension, combination), options and function.
+
+    Attributes:
+        on: the kinds of site it stands on, of `KINDS`.
+    """
 
     name: str
     kind: str
     function: Callable[..., Operator]
     options: type[BaseModel]
-    vectors: bool
+    on: tuple[str, ...]
     doc: str
 
     def __call__(self, w: Operator, site: Scope, options: BaseModel) -> Operator:
@@ -111,14 +158,16 @@ class Method:
 METHODS: dict[str, Method] = {}
 
 
-def transform(function: Callable[..., Operator] | None = None, *, vectors: bool | None = False):
+def transform(function: Callable[..., Operator] | None = None, *, on: tuple[str, ...] = ("matrix",)):
     """Register a method under its function's name; its keyword arguments become its validated options in a spec.
 
     Args:
-        vectors: what it transforms: False matrices, True vectors (biases, norms), None both.
+        on: what it transforms, of `KINDS`: parameters that are a matrix (any parameter of two or more dimensions) or a
+            vector, or a matrix of cross_attention; a layer's attention or feed_forward sublayer; the keys and values of
+            attention; token embeddings.
     """
     if function is None:
-        return lambda f: transform(f, vectors=vectors)
+        return lambda f: transform(f, on=on)
     fields = {
         name: (p.annotation, ... if p.default is p.empty else p.default)
         for name, p in inspect.signature(function).parameters.items()
@@ -128,7 +177,7 @@ def transform(function: Callable[..., Operator] | None = None, *, vectors: bool 
     config = ConfigDict(extra="forbid", strict=True, frozen=True)
     options: Any = create_model(f"{function.__name__}_options", __config__=config, __doc__=doc, **fields)
     kind = function.__module__.rsplit(".", 1)[-1]
-    METHODS[function.__name__] = Method(function.__name__, kind, function, options, vectors, doc)
+    METHODS[function.__name__] = Method(function.__name__, kind, function, options, on, doc)
     return function
 
 
@@ -138,6 +187,11 @@ def kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator) -> torch
     return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
 
 
+def normal(deviation: float) -> Callable[[tuple[int, ...], torch.Generator], torch.Tensor]:
+    """Start values drawn from N(0, deviation^2)."""
+    return lambda shape, generator: deviation * torch.randn(shape, generator=generator)
+
+
 def eye(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """The identity matrix of shape (..., r, r)."""
     return torch.eye(shape[-1]).expand(shape).clone()
@@ -145,6 +199,9 @@ def eye(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
 
 def initial_value(leaf: Leaf, seed: int, svd: Callable[[], dict[str, torch.Tensor]]) -> torch.Tensor:
     """The start value of a leaf, on the CPU or where its value was computed; float32 where it is drawn.
+
+    Raises:
+        SpecError: indices that a selection has to choose first.
 
     The generator is seeded by the seed and the leaf's name, so a value does not depend on the order of the sites.
     """
@@ -160,24 +217,41 @@ def initial_value(leaf: Leaf, seed: int, svd: Callable[[], dict[str, torch.Tenso
 
 
 def compose(
-    chain: list[tuple[Method, BaseModel]],
+    chain: Sequence[tuple[Method, BaseModel]],
     w: Operator,
     shape: tuple[int, ...],
     lookup: Callable[[Leaf], Value],
     name: str,
+    kind: str = "matrix",
+    given: Mapping[str, Mapping[str, int]] | None = None,
+    training: bool = False,
+    penalties: list[tuple[str, Value]] | None = None,
 ) -> Operator:
     """phi(W) of a chain, first to last (f, then g), with the leaves that `lookup` gives.
 
     Leaves are named `<name>.<method>.<leaf>`; a method's second use in one chain is `<method>_2`.
 
+    Args:
+        kind: of the site.
+        given: `<name>.<method>` -> sizes that tuning has settled.
+        training: lower for the train graph.
+        penalties: filled with the penalties of the chain.
+
     Raises:
         SpecError: a method can't stand where it stands.
     """
+    for i, (prefix, method, options) in enumerate(steps(chain, name)):
+        sizes = (given or {}).get(prefix, {})
+        scope = Scope(kind, shape, lookup, prefix, i == 0, sizes, training, [] if penalties is None else penalties)
+        w = method(w, scope, options)
+    return w
+
+
+def steps(chain: Sequence[tuple[Method, BaseModel]], name: str) -> Iterator[tuple[str, Method, BaseModel]]:
+    """The methods of a chain with the prefix of their leaves: `<name>.<method>`, `<name>.<method>_2`, ..."""
     for i, (method, options) in enumerate(chain):
         uses = sum(other.name == method.name for other, _ in chain[: i + 1])
-        prefix = f"{name}.{method.name}" + (f"_{uses}" if uses > 1 else "")
-        w = method(w, Scope(shape, lookup, prefix, frozen=i == 0), options)
-    return w
+        yield f"{name}.{method.name}" + (f"_{uses}" if uses > 1 else ""), method, options
 
 
 def decompose(weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -204,5 +278,6 @@ __all__ = [
     "decompose",
     "initial_value",
     "kaiming_uniform",
+    "steps",
     "transform",
 ]

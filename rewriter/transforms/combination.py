@@ -1,7 +1,9 @@
 """Combination, phi(W) = g(f(W)): reconstruction and extension in one method. Equations of arXiv 2407.05417v2."""
 
 from ..algebra import Dense, Diag, Operator, column_norm, detach
-from . import Alpha, Rank, Scope, kaiming_uniform, transform
+from . import Alpha, Length, Rank, Scope, kaiming_uniform, transform
+from .extension import pa
+from .reconstruction import prefix
 
 
 @transform
@@ -29,3 +31,11 @@ def svdiff(w: Operator, site: Scope) -> Operator:
     """U Diag(relu(S + d)) Vt, d = 0 at the start: the singular values are shifted and stay non-negative. (39)(40)"""
     u, s, vt = site.svd()
     return Dense(u) @ Diag((s + site.tuned("d", min(site.n, site.m), 0.0)).relu()) @ Dense(vt)
+
+
+@transform(on=("keys", "values", "feed_forward"))
+def mam(w: Operator, site: Scope, *, length: Length, rank: Rank, alpha: Alpha = None) -> Operator:
+    """`prefix` on the attention and `pa` beside the feed-forward of a layer. Ref. 18"""
+    if site.kind == "feed_forward":
+        return pa(w, site, rank=rank, alpha=alpha)
+    return prefix(w, site, length=length)
