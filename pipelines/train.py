@@ -59,10 +59,18 @@ def train(
             run(loaded, out, resume, overwrite)
 
 
+_TRACED: dict[tuple[str, int], tuple[GraphModel, Pretrained]] = {}
+
+
 def plan_of(spec: Spec) -> tuple[Plan, Pretrained]:
-    """The plan of a spec and its model, on the meta device: no weight is read."""
-    pretrained = load_model(spec, meta=True)
-    traced = trace(pretrained.model, example_inputs(pretrained.model, spec.model.task), modes=("eval",))
+    """The plan of a spec and its model, on the meta device: no weight is read. Specs of one model trace it once."""
+    key = (spec.model.model_dump_json(), spec.train.seed)
+    if key not in _TRACED:
+        pretrained = load_model(spec, meta=True)
+        inputs = example_inputs(pretrained.model, spec.model.task)
+        _TRACED.clear()
+        _TRACED[key] = trace(pretrained.model, inputs, modes=("eval",)), pretrained
+    traced, pretrained = _TRACED[key]
     return plan(traced, spec.rules, pretrained.new, spec.strict), pretrained
 
 

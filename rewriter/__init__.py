@@ -10,7 +10,7 @@ from .plan import Plan, Site, plan
 from .pretrained import Pretrained, example_inputs, for_onnx, load_model, load_processor, save_model
 from .report import print_plan, print_summary
 from .rewrite import rewrite, tuned_parameters
-from .spec import Rule, Spec, dump_spec, load_spec
+from .spec import Rule, Spec, dump_spec, load_spec, load_specs
 from .trace import GraphModel, Inputs, trace
 from .transforms import METHODS, transform
 from .tune import tune
@@ -43,6 +43,7 @@ __all__ = [
     "load_processor",
     "load_rows",
     "load_spec",
+    "load_specs",
     "merge",
     "merged_weights",
     "onnx_stage",

@@ -50,13 +50,19 @@ def load_model(spec: Spec, meta: bool = False) -> Pretrained:
     """
     written = spec.model
     location = resolve(written.name, NAME)
-    if is_local(location) and not os.path.exists(location):
+    written_out = meta and written.config is not None
+    if not written_out and is_local(location) and not os.path.exists(location):
         raise SpecError(f"no such folder: {written.name}", NAME)
     options = {"trust_remote_code": written.trust_remote_code, "revision": written.revision or "main"}
     with quiet(), explained(written):
-        config = transformers.AutoConfig.from_pretrained(location, **options)
+        if written.config is None:
+            config = transformers.AutoConfig.from_pretrained(location, **options)
+        else:
+            config = transformers.AutoConfig.for_model(**written.config)
         _configure(config, written)
         transformers.set_seed(spec.train.seed)
+        if meta and (written.config is not None or _no_weights(location)):
+            return _shapes(written, config)
         model, info = AUTO[written.task].from_pretrained(
             location,
             config=config,
@@ -74,10 +80,28 @@ def load_model(spec: Spec, meta: bool = False) -> Pretrained:
     foreign = [name for name in sorted(mismatched) if name.startswith(f"{model.base_model_prefix}.")]
     if foreign:
         raise SpecError(f"the weights of {written.name} do not fit its config: {foreign[0]} has another shape", NAME)
-    labels = (
-        [model.config.id2label[i] for i in range(model.config.num_labels)] if "classification" in written.task else []
-    )
-    return Pretrained(model, new, labels)
+    return Pretrained(model, new, _labels(written, model))
+
+
+def _labels(written: Model, model: nn.Module) -> list[str]:
+    count = model.config.num_labels if "classification" in written.task else 0
+    return [model.config.id2label[i] for i in range(count)]
+
+
+def _no_weights(location: str) -> bool:
+    """Whether a local folder holds a config alone."""
+    return is_local(location) and not any(name.endswith(".safetensors") for name in os.listdir(location))
+
+
+def _shapes(written: Model, config: transformers.PreTrainedConfig) -> Pretrained:
+    """The model of a config on the meta device; of classifiers, what is outside the base model is new."""
+    with torch.device("meta"):
+        model = AUTO[written.task].from_config(config, trust_remote_code=written.trust_remote_code)
+    model = model.to(getattr(torch, written.dtype)).eval()
+    headed = "classification" in written.task or written.task == "regression"
+    prefix = f"{model.base_model_prefix}."
+    new = frozenset(name for name, _ in model.named_parameters() if headed and not name.startswith(prefix))
+    return Pretrained(model, new, _labels(written, model))
 
 
 def _configure(config: transformers.PreTrainedConfig, written: Model) -> None:

@@ -4,6 +4,7 @@ import copy
 import difflib
 import io
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -59,6 +60,9 @@ class Model(_Model):
     labels: list[str | int] | None = Field(None, min_length=1, description="class names in order; default: the model's")
     dtype: Dtype = Field("float32", description="storage type of the frozen weights")
     revision: str | None = Field(None, description="commit or tag of a hub model")
+    config: dict[str, Any] | None = Field(
+        None, description="the model's config.json, written out: plans need no weights and no network then"
+    )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
     @field_validator("labels")
@@ -245,6 +249,7 @@ class Spec(_Model):
     """A whole run: model, data, rules, training and export."""
 
     version: Literal[1] = Field(description="version of this format")
+    meta: dict[str, Scalar] = Field(default_factory=dict, description="where the spec comes from; not read")
     model: Model
     data: Data | None = Field(None, description="needed for training")
     rules: list[Rule] = Field(min_length=1)
@@ -310,8 +315,14 @@ def _check_columns(task: str, columns: dict[str, str]) -> None:
 class Source:
     """Where a spec came from: turns paths inside it into file, line and column."""
 
-    def __init__(self, file: str, places: YamlMap, overrides: dict[tuple[str | int, ...], str]):
-        self.file, self.places, self.overrides = file, places, overrides
+    def __init__(
+        self,
+        file: str,
+        places: YamlMap,
+        overrides: dict[tuple[str | int, ...], str],
+        variant: tuple[str | int, ...] = (),
+    ):
+        self.file, self.places, self.overrides, self.variant = file, places, overrides, variant
 
     @property
     def prompt_length(self) -> int:
@@ -326,7 +337,11 @@ class Source:
         for path, argument in self.overrides.items():
             if error.path[: len(path)] == path:
                 return SubspanError(f"--set {argument}: {text}")
-        line, column = self.places.locate(error.path, error.at_key)
+        path = error.path
+        if self.variant:
+            own = self.places.data["variants"][self.variant[1]]
+            path = (*self.variant, *path) if not path or path[0] in own else path
+        line, column = self.places.locate(path, error.at_key)
         return SubspanError(f"{self.file}:{line}:{column}: {text}")
 
 
@@ -334,11 +349,29 @@ def load_spec(path: str | Path, overrides: list[str] | None = None) -> Spec:
     """Read and validate a spec.
 
     Args:
-        path: a YAML file.
+        path: a YAML file; `<file>#<row>` for the variant whose meta.row that is.
         overrides: `dotted.key=value` settings; list items by number, e.g. `rules.0.apply.0.lora.rank=4`.
 
     Raises:
-        SubspanError: one line with file, line and column of the first mistake.
+        SubspanError: one line with file, line and column of the first mistake, or the file holds several variants.
+    """
+    file, mark, row = str(path).partition("#")
+    specs = load_specs(file, overrides)
+    picked = [spec for spec in specs if str(spec.meta.get("row")) == row] if mark else specs
+    if len(picked) != 1:
+        rows = ", ".join(str(spec.meta.get("row")) for spec in specs[:8])
+        raise SubspanError(f"{path}: name one of its variants as {file}#<row>; the first rows are {rows}")
+    return picked[0]
+
+
+def load_specs(path: str | Path, overrides: list[str] | None = None) -> list[Spec]:
+    """All specs of a file: one, or one for every variant.
+
+    With `variants`, each of them replaces keys of the spec (its `meta` adds to the spec's). `values: {row: [10, 23],
+    rank: [2, 4]}` makes one for every place in the lists; a value `$rank` stands for the rank, or for what `let` says.
+
+    Raises:
+        SubspanError: as `load_spec`.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -353,8 +386,44 @@ def load_spec(path: str | Path, overrides: list[str] | None = None) -> Spec:
     if not isinstance(places.data, dict):
         raise SubspanError(f"{path}:1:1: a spec is a mapping with the keys {', '.join(Spec.model_fields)}")
     data = copy.deepcopy(places.data)
-    arguments = dict(_override(data, argument) for argument in overrides or [])
-    source = Source(str(path), places, arguments)
+    source = Source(str(path), places, {})
+    specs = []
+    for made, prefix in _variants(data, source):
+        arguments = dict(_override(made, argument) for argument in overrides or [])
+        specs.append(_validated(made, Source(str(path), places, arguments, prefix)))
+    return specs
+
+
+def _variants(data: dict, source: "Source") -> Iterator[tuple[dict, tuple[str | int, ...]]]:
+    """The specs that a file stands for, and where in it each is written."""
+    if "variants" not in data:
+        yield data, ()
+        return
+    variants, let = data.pop("variants"), data.pop("let", {})
+    if not (isinstance(variants, list) and variants and isinstance(let, dict)):
+        raise source.locate(SpecError("expected a list of variants, and `let` as a mapping", ("variants",)))
+    for i, variant in enumerate(variants):
+        path = ("variants", i)
+        values = variant.pop("values", {}) if isinstance(variant, dict) else None
+        lists = list(values.values()) if isinstance(values, dict) else [None]
+        if not all(isinstance(one, list) and len(one) == len(lists[0]) for one in lists):
+            raise source.locate(SpecError("expected keys of a spec, and `values` as lists of equal length", path))
+        for row in zip(*lists, strict=True) if lists else [()]:
+            made = copy.deepcopy(data | variant)
+            if isinstance(data.get("meta"), dict) and isinstance(variant.get("meta"), dict):
+                made["meta"] = data["meta"] | variant["meta"]
+            yield _substituted(made, let | dict(zip(values, row, strict=True))), path
+
+
+def _substituted(value: Any, names: dict[str, Any]) -> Any:
+    if isinstance(value, dict):
+        return {key: _substituted(one, names) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_substituted(one, names) for one in value]
+    return names.get(value[1:], value) if isinstance(value, str) and value.startswith("$") else value
+
+
+def _validated(data: dict, source: "Source") -> Spec:
     try:
         spec = Spec.model_validate(data)
     except ValidationError as error:
