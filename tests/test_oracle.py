@@ -6,8 +6,10 @@ import peft
 import pytest
 import torch
 from torch import nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from rewriter import Inputs, Rule, merge, plan, rewrite, trace, tuned_parameters
+from tests.architectures import build, inputs_of
 
 N, M, RANK, ALPHA = 12, 10, 3, 6
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}
@@ -75,3 +77,89 @@ def test_same_outputs_and_gradients(name):
         torch.testing.assert_close(p.grad, q.grad.reshape(-1) if p.ndim == 1 else q.grad.T, **CLOSE)
     merge(ours, net)
     torch.testing.assert_close(net(x), theirs.eval().merge_and_unload()(x), **CLOSE)
+
+
+def test_adalora_forward_and_penalty():
+    """PEFT's penalty is a mean of norms, (25) a sum of squares: with one factor orthogonal it is half the other's."""
+    net = nn.Sequential(nn.Linear(N, M)).double()
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = copy.deepcopy(net)
+
+        def forward(self, x):
+            return SequenceClassifierOutput(loss=x.new_zeros(()), logits=self.net(x))
+
+    config = peft.AdaLoraConfig(
+        init_r=RANK, lora_alpha=ALPHA, target_modules=["net.0"], total_step=10, orth_reg_weight=1.0
+    )
+    theirs = peft.get_peft_model(Named(), config).double()
+    graph = trace(net, Inputs(args=(torch.zeros(4, N, dtype=torch.float64),), dynamic={0: {0: "batch"}}))
+    step = {"adalora": {"rank": RANK, "alpha": ALPHA, "coefficient": 0.25}}
+    ours = rewrite(graph, plan(graph, [Rule(target="0.weight", apply=[step])])).train()
+    mine, their = tuned_parameters(ours), dict(theirs.base_model.model.named_parameters())
+    names = {leaf: next(n for n in their if f"lora_{part}" in n) for leaf, part in zip("abd", "ABE", strict=True)}
+    for leaf, name in names.items():
+        with torch.no_grad():
+            value = their[name].normal_()
+            mine[f"0.weight.adalora.{leaf}"].copy_(value.reshape(-1) if leaf == "d" else value.T)
+    x = torch.randn(5, N, dtype=torch.float64)
+    # PEFT divides by rank + 1e-5.
+    torch.testing.assert_close(ours(x), theirs(x=x).logits, rtol=1e-5, atol=1e-5)
+    expected = 0.0
+    for leaf in "ab":
+        before = their[names[leaf]].detach().clone()
+        flat = before if leaf == "b" else before.T
+        with torch.no_grad():
+            orthogonal = torch.linalg.qr(flat)[0]
+            their[names[leaf]].copy_(orthogonal if leaf == "b" else orthogonal.T)
+            expected += 0.25 * float(2 * theirs(x=x).loss) ** 2
+            their[names[leaf]].copy_(before)
+    assert float(ours.penalties["mpc_o"].detach()) == pytest.approx(expected, rel=1e-9)
+
+
+def test_prompt():
+    """A causal model with PEFT's prompt before its embeddings; PEFT's logits run along the prompt too, ours don't."""
+    model, inputs = build("llama")
+    length = 5
+    theirs = peft.get_peft_model(
+        copy.deepcopy(model), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length)
+    ).eval()
+    graph = trace(model, inputs)
+    ours = rewrite(
+        graph, plan(graph, [Rule(target="model.embed_tokens", apply=[{"prompt": {"length": length}}])])
+    ).eval()
+    table = theirs.prompt_encoder["default"].embedding.weight
+    with torch.no_grad():
+        table.data = torch.randn(table.shape, dtype=torch.float64)
+        tuned_parameters(ours)["model.embed_tokens.embeddings.prompt.p"].copy_(table)
+    x = inputs_of("llama", inputs, 3, 9)
+    torch.testing.assert_close(ours(**x).logits, theirs(**x).logits[:, length:], **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_prefix(name):
+    """PEFT's prefix is a key-value cache, which moves the positions of the tokens; ours are given the same ones."""
+    model, inputs = build(name)
+    length = 5
+    theirs = peft.get_peft_model(
+        copy.deepcopy(model), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length)
+    ).eval()
+    positions = torch.arange(11).expand(3, -1)
+    example = Inputs(
+        kwargs={**inputs.kwargs, "position_ids": positions.clone()},
+        dynamic={**inputs.dynamic, "position_ids": {0: "batch", 1: "sequence"}},
+    )
+    graph = trace(model, example)
+    ours = rewrite(graph, plan(graph, [Rule(target="model.layers.*", apply=[{"prefix": {"length": length}}])])).eval()
+    table = theirs.prompt_encoder["default"].embedding.weight
+    with torch.no_grad():
+        table.data = torch.randn(table.shape, dtype=torch.float64)
+        layers = table.view(length, 2, 2, -1)  # (length, layer, key or value, heads x head width)
+        for i in range(2):
+            for j, kind in enumerate(("keys", "values")):
+                tuned_parameters(ours)[f"model.layers.{i}.self_attn.{kind}.prefix.p"].copy_(layers[:, i, j])
+    x = inputs_of(name, inputs, 3, 9)
+    shifted = (torch.arange(9) + length).expand(3, -1)
+    torch.testing.assert_close(ours(**x, position_ids=shifted).logits, theirs(**x).logits, **CLOSE)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from rewriter import SpecError
 from rewriter.algebra import Concat, Dense
 from rewriter.transforms import METHODS, compose, decompose, initial_value
+from rewriter.transforms.extension import best_scale
 
 # Method -> (options, count of a site of n inputs, m outputs and rank r). All are the identity at the start.
 COUNTS = {
@@ -210,3 +211,16 @@ def test_start_values_do_not_depend_on_other_sites():
 
 def test_every_method_is_covered():
     assert set(COUNTS) | ELSEWHERE == set(METHODS)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(size=sizes, seed=st.integers(0, 99))
+def test_the_best_scale_is_the_minimum(size, seed):
+    """(20) against a numerical minimum of (19): a parabola through three points has its vertex there."""
+    w, target, change = (matrix(size, 3 * seed + i) for i in range(3))
+    loss = [float((target - w - s * change).square().sum()) for s in (-1.0, 0.0, 1.0)]
+    vertex = (loss[0] - loss[2]) / (2 * (loss[0] - 2 * loss[1] + loss[2]))
+    s = float(best_scale(w, target, change))
+    assert s == pytest.approx(vertex, rel=1e-6, abs=1e-9)
+    at = [float((target - w - (s + step) * change).square().sum()) for step in (-1e-3, 0.0, 1e-3)]
+    assert at[1] <= min(at[0], at[2])

@@ -159,3 +159,12 @@ def pa(
     a = Dense(site.tuned("a", (site.n, rank), kaiming_uniform))
     b = Dense(site.tuned("b", (rank, site.m), 0.0))
     return w + scaled(site, rank, alpha, scale) * (a @ Pointwise(activation) @ b)
+
+
+def best_scale(w: Value, target: Value, change: Value) -> Value:
+    """The s that minimises norm(W* - W - s dW)^2, a scalar: <W* - W, dW> / norm(dW)^2. (20)
+
+    Args:
+        w, target, change: W, W* and dW, of one shape.
+    """
+    return ((target - w) * change).sum() / change.square().sum()
