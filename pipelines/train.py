@@ -36,6 +36,7 @@ from rewriter import (
     trace,
     tune,
 )
+from rewriter.allocate import SELECTED, pools
 from rewriter.files import remove, write_json, write_text
 from rewriter.tune import checkpoints, objective, resumed_choices
 
@@ -128,7 +129,8 @@ def choose(
     """What sparse methods tune: chosen on the training data, or as the run to resume chose it."""
     if resumed and (chosen := resumed_choices(resumed / "checkpoints")) is not None:
         sites = json.loads((resumed / "plan.json").read_text(encoding="utf-8"))["sites"]
-        given = {step: sizes for site in sites for step, sizes in site["settled"].items()}
+        selected = {step.name for group in pools(planned, *SELECTED) for step in group}
+        given = {step: sizes for site in sites for step, sizes in site["settled"].items() if step in selected}
         return plan(traced, spec.rules, job.pretrained.new, spec.strict, given), chosen
     return allocate(traced, planned, job.train, job.collate, objective(spec.model.task))
 

@@ -117,6 +117,7 @@ class GraphModel(nn.Module):
         self.__dict__["base"] = None
         self.penalties: dict[str, torch.Tensor] = {}
         self._forwards: dict[str, Any] = {}
+        self._penalty_names: dict[str, list[str]] = {}
 
     @property
     def tied(self) -> dict[str, list[str]]:
@@ -153,6 +154,7 @@ class GraphModel(nn.Module):
         """Generate the forwards of both graphs anew."""
         for mode, graph in self.graphs.items():
             graph.lint()
+            self._penalty_names[mode] = graph.output_node().meta.get(NAMES, [])
             self._forwards[mode] = type(fx.GraphModule(self, copy_graph(graph))).forward
 
     def clone(self) -> "GraphModel":
@@ -181,7 +183,7 @@ class GraphModel(nn.Module):
         mode = "train" if self.training else "eval"
         out = list(self._forwards[mode](self, *flat))
         count = self.out_spec.num_leaves
-        self.penalties = dict(zip(self.graphs[mode].output_node().meta.get(NAMES, ()), out[count:], strict=True))
+        self.penalties = dict(zip(self._penalty_names[mode], out[count:], strict=True))
         return pytree.tree_unflatten(out[:count], self.out_spec)
 
 

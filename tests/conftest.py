@@ -3,6 +3,7 @@ import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["SUBSPAN_CACHE"] = tempfile.mkdtemp(prefix="subspan-cache-")
 
 import pytest

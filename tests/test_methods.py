@@ -1,17 +1,21 @@
 """Methods that need a place inside a module, data, or a budget: tuned, settled, saved, loaded, merged or kept."""
 
 import copy
+import shutil
 from functools import lru_cache
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from pipelines.train import run
 from rewriter import (
     Budget,
     Rule,
     SpecError,
     allocate,
     load_adapter,
+    load_spec,
     merge,
     plan,
     rest,
@@ -23,6 +27,8 @@ from rewriter import (
 )
 from rewriter.allocate import scheduled_rank
 from rewriter.transforms import METHODS
+from rewriter.tune import checkpoints
+from tests import tiny
 from tests.architectures import ARCHITECTURES, build, inputs_of
 
 LAYERS = {
@@ -228,3 +234,34 @@ def test_refused(name, target, step, message):
     _, _, graph = traced(name)
     with pytest.raises(SpecError, match=message):
         plan(graph, [Rule(target=target, apply=[step])])
+
+
+RESUMED = [
+    ("inside", "hadapter"),
+    ("inside", "prefix"),
+    ("inside", "prompt"),
+    ("inside", "mam"),
+    ("bias", "s_bitfit"),
+    *(("linear", method) for method in LINEAR),
+]
+
+
+@pytest.mark.parametrize(("where", "method"), RESUMED, ids=[method for _, method in RESUMED])
+def test_resume_gives_the_unbroken_result(where, method, tmp_path):
+    spec = load_spec(tiny.project(tmp_path))
+    rules = [rule("bert", where, method), Rule(target="classifier.*", apply=["full"])]
+    train = spec.train.model_copy(update={"checkpoint_steps": 3})
+    spec = spec.model_copy(update={"rules": rules, "train": train})
+    run(spec, tmp_path / "run", resume=False, overwrite=False)
+    unbroken = load_file(tmp_path / "run" / "adapter" / "adapter.safetensors")
+    plans = (tmp_path / "run" / "plan.json").read_text()
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "metrics.json").unlink()
+    *_, kept, last = checkpoints(tmp_path / "run" / "checkpoints")
+    shutil.rmtree(last)
+    assert 0 < int(kept.name.partition("-")[2]) < 12
+    run(spec, tmp_path / "run", resume=True, overwrite=False)
+    resumed = load_file(tmp_path / "run" / "adapter" / "adapter.safetensors")
+    assert resumed.keys() == unbroken.keys()
+    assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
+    assert (tmp_path / "run" / "plan.json").read_text() == plans

@@ -114,7 +114,7 @@ def test_adalora_forward_and_penalty():
         with torch.no_grad():
             orthogonal = torch.linalg.qr(flat)[0]
             their[names[leaf]].copy_(orthogonal if leaf == "b" else orthogonal.T)
-            expected += 0.25 * float(2 * theirs(x=x).loss) ** 2
+            expected += 0.25 * float(2 * theirs.base_model.forward(x=x).loss) ** 2
             their[names[leaf]].copy_(before)
     assert float(ours.penalties["mpc_o"].detach()) == pytest.approx(expected, rel=1e-9)
 

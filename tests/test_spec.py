@@ -31,7 +31,10 @@ def load(tmp_path, text, *overrides):
 def test_defaults_and_shorthand(tmp_path):
     spec = load(tmp_path, SPEC)
     (rule,) = spec.rules
-    assert [(m.name, o.model_dump()) for m, o in rule.chain][1] == ("lora", {"rank": 8, "alpha": None, "dropout": 0.0})
+    assert [(m.name, o.model_dump()) for m, o in rule.chain][1] == (
+        "lora",
+        {"rank": 8, "alpha": None, "scale": "fixed", "dropout": 0.0, "mpc": None, "coefficient": 1e-3},
+    )
     assert rule.slice.axis == "in" and rule.slice.bounds == (0, 4)
     assert spec.metric == "accuracy" and spec.train.batch_size == 32 and spec.export.onnx.opset == 18
     assert spec.model.labels == ["no", "yes"]  # YAML 1.2: they are not booleans.

@@ -34,6 +34,10 @@ Constraint = Annotated[
 ]
 Coefficient = Annotated[float, Field(ge=0, description="weight of the penalty in the loss, per site")]
 Activation = Annotated[Literal["relu", "gelu", "silu", "tanh"], Field(description="the nonlinearity h")]
+TargetRank = Annotated[int | None, Field(ge=1, description="mean rank that is left; default: two thirds of rank")]
+HiddenWidth = Annotated[
+    int | None, Field(ge=1, description="width of the MLP that makes P while tuning; none by default")
+]
 Width = Annotated[int, Field(ge=1, description="width of the bottleneck")]
 Length = Annotated[int, Field(ge=1, description="number of rows that are put before every sequence")]
 Density = Annotated[float, Field(gt=0, le=1, description="share of the entries that are tuned")]

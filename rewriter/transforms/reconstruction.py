@@ -10,12 +10,12 @@ from . import (
     Alpha,
     Coefficient,
     Density,
+    HiddenWidth,
     Interval,
     Length,
     Rank,
     Samples,
     Scope,
-    Width,
     kaiming_uniform,
     normal,
     transform,
@@ -81,7 +81,7 @@ def s_bitfit(w: Operator, site: Scope, *, density: Density = 0.5, coefficient: C
 
 
 @transform(on=("keys", "values"))
-def prefix(w: Operator, site: Scope, *, length: Length, hidden: Width | None = None) -> Operator:
+def prefix(w: Operator, site: Scope, *, length: Length, hidden: HiddenWidth = None) -> Operator:
     """concat(P, xW) on keys and on values, P small and random at the start. (13)(14), ref. 56
 
     With `hidden`, P = tanh(E A + a) B + b while tuning, an MLP of that width; the adapter keeps P alone.
