@@ -12,7 +12,7 @@ from .algebra import Computed, Concat, Dense, Operator, Value
 from .errors import SpecError
 from .sites import Layout, factored, find, layout_of, match, uneven
 from .spec import Rule
-from .sublayers import attentions, embeddings, modules, paths, shape_of, sublayers
+from .sublayers import attentions, call_of, embeddings, modules, paths, shape_of, sublayers
 from .trace import GraphModel
 from .transforms import KINDS, Leaf, Method, compose
 
@@ -318,9 +318,10 @@ class _Found:
                         f"{site.label} is transformed twice; a chain in `apply` composes", ("rules", r, "target")
                     )
                 self.sites.append(site)
+        names = ", ".join(method.name for method, _ in rule.chain)
         for kind, lacking in counts.items():
-            if len(lacking) < len(hits):
-                self.warnings.append(f"rules[{r}]: no {kind} in {', '.join(lacking[:3])}, as in others that match")
+            among = "as in others that match" if len(lacking) < len(hits) else f"so {names} stands on less than it can"
+            self.warnings.append(f"rules[{r}]: no {kind} in {', '.join(lacking[:3])}, {among}")
 
     def resolve(self, site: Site) -> Site:
         """A site with its leaves, and whether it merges."""
@@ -375,21 +376,25 @@ def _hits(patterns: list[str], names: list[str]) -> bool:
 def places(graph: fx.Graph, module: str, kinds: Iterable[str]) -> Iterator[tuple[str, str, tuple[int, int]]]:
     """(kind, place, shape (n, m)) of what is in a module: sublayers, keys and values, embeddings of tokens.
 
-    Of several attention sublayers (self and cross) the first one counts.
+    Of several attention sublayers (self and cross) the first one counts; a module that is called again has its places
+    once.
 
     Raises:
         SpecError: a module holds several layers.
     """
     wanted = set(kinds)
     if wanted & {"attention", "feed_forward"}:
-        found = sublayers(graph, module)
-        if sum(one.kind == "feed_forward" for one in found) > 1:
+        calls = sublayers(graph, module)
+        if any(sum(one.kind == "feed_forward" for one in call) > 1 for call in calls):
             raise SpecError(f"{module} holds several layers; target each of them, e.g. {module}.layer.*")
-        for kind in ("attention", "feed_forward"):
-            if kind in wanted and (one := next((s for s in found if s.kind == kind), None)):
-                yield kind, module, (shape_of(one.input)[-1], shape_of(one.output)[-1])
+        first = {one.kind: one for call in calls for one in reversed(call)}
+        for kind in sorted(wanted & first.keys()):
+            yield kind, module, (shape_of(first[kind].input)[-1], shape_of(first[kind].output)[-1])
     if wanted & {"keys", "values"}:
+        once = {}
         for one in attentions(graph, module):
+            if once.setdefault(one.module, call_of(one.node)) != call_of(one.node):
+                continue
             for kind in ("keys", "values"):
                 if kind in wanted:
                     yield kind, one.module, (one.width(kind), one.width(kind))

@@ -5,7 +5,7 @@ of queries times keys that multiplies values.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,17 +23,23 @@ _VIEWS = {
     aten.unsqueeze.default, aten.slice.Tensor, aten.alias.default, aten.transpose.int, aten.permute.default,
 }  # fmt: skip
 _SCALINGS = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar}
+_TRANSPOSES = {aten.t.default, aten.numpy_T.default, aten.transpose.int}
 _BIASES = {
     *_ADDS, aten.sub.Tensor, aten.masked_fill.Tensor, aten.masked_fill.Scalar, aten.where.self, aten.where.ScalarOther,
     aten.where.ScalarSelf,
 }  # fmt: skip
-_PRODUCTS = {aten.matmul.default, aten.bmm.default}
+_PRODUCTS = {aten.matmul.default: 0, aten.bmm.default: 0, aten.baddbmm.default: 1}
 _LINEARS = {aten.linear.default: 0, aten.addmm.default: 1, aten.mm.default: 0}
 
 
 def paths(node: fx.Node) -> list[str]:
     """The modules that a node belongs to, outermost first; a module's second call counts as the module."""
     return [re.sub(r"@\d+", "", entry[0]) for entry in (node.meta.get("nn_module_stack") or {}).values()]
+
+
+def call_of(node: fx.Node, depth: int = -1) -> str:
+    """Which call of a module a node belongs to: at a depth of `paths`, the innermost by default."""
+    return (list(node.meta.get("nn_module_stack") or {}) or [""])[depth]
 
 
 def modules(graph: fx.Graph) -> list[str]:
@@ -47,6 +53,9 @@ def shape_of(node: object) -> tuple:
     return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
+Scaling = tuple[Callable, tuple]
+
+
 @dataclass(frozen=True)
 class Attention:
     """One attention op.
@@ -56,7 +65,8 @@ class Attention:
         node: `scaled_dot_product_attention`, or the softmax of an explicit attention.
         query, keys, values: tensors (..., length, head width) at the products; (batch, heads, ...) for SDPA.
         product: of the explicit form, probabilities @ values.
-        scalings: of the explicit form, ops that scale the scores on their way to the softmax.
+        scalings: of the explicit form, what scales or caps the scores on their way to the softmax: (op, its arguments
+            after the scores).
         repeats: how many query heads share a key head that was repeated before.
         cross: keys come from elsewhere than queries.
     """
@@ -67,7 +77,7 @@ class Attention:
     keys: fx.Node
     values: fx.Node
     product: fx.Node | None
-    scalings: tuple[fx.Node, ...]
+    scalings: tuple[Scaling, ...]
     repeats: int
     cross: bool
 
@@ -109,31 +119,32 @@ def _sdpa(node: fx.Node) -> Attention:
 def _explicit(node: fx.Node) -> Attention | None:
     product = node
     while product.target not in _PRODUCTS:
-        onward = [user for user in product.users if user.target in _VIEWS | _PRODUCTS | {aten.dropout.default}]
+        onward = [user for user in product.users if user.target in {*_VIEWS, *_PRODUCTS, aten.dropout.default}]
         if len(onward) != 1:
             return None
         product = onward[0]
     scores, scalings = _scores(node.args[0], ())
     if scores is None or len(shape_of(node)) != 4:
         return None
-    keys = scores.args[1]
+    at = _PRODUCTS[scores.target]
+    query, keys = scores.args[at : at + 2]
     while keys.target in _SCALINGS | _VIEWS:
         if keys.target in _SCALINGS:
-            scalings = (keys, *scalings)
+            scalings = (_scaling(keys), *scalings)
         keys = keys.args[0]
-    values, query = product.args[1], scores.args[0]
-    cross = _source(query) is not _source(scores.args[1])
-    return Attention(_inner(node), node, query, keys, values, product, scalings, _repeats(scores.args[1]), cross)
+    repeats, cross = _repeats(scores.args[at + 1]), _source(query) is not _source(keys)
+    return Attention(_inner(node), node, query, keys, product.args[1], product, scalings, repeats, cross)
 
 
-def _scores(node: fx.Node, scalings: tuple[fx.Node, ...]) -> tuple[fx.Node | None, tuple[fx.Node, ...]]:
+def _scores(node: fx.Node, scalings: tuple[Scaling, ...]) -> tuple[fx.Node | None, tuple[Scaling, ...]]:
     """The product of queries and keys under a softmax's input, and the scalings between."""
     if not isinstance(node, fx.Node):
         return None, ()
     if node.target in _PRODUCTS:
-        return node, scalings
-    if node.target in _SCALINGS and not shape_of(node.args[1]):
-        return _scores(node.args[0], (node, *scalings))
+        alpha = node.kwargs.get("alpha", 1)
+        return node, scalings if alpha == 1 else ((aten.mul.Tensor, (alpha,)), *scalings)
+    if node.target is aten.tanh.default or (node.target in _SCALINGS and not shape_of(node.args[1])):
+        return _scores(node.args[0], (_scaling(node), *scalings))
     if node.target in _VIEWS:
         return _scores(node.args[0], scalings)
     if node.target in _BIASES:
@@ -142,6 +153,10 @@ def _scores(node: fx.Node, scalings: tuple[fx.Node, ...]) -> tuple[fx.Node | Non
             if found[0] is not None:
                 return found
     return None, ()
+
+
+def _scaling(node: fx.Node) -> Scaling:
+    return node.target, node.args[1:]
 
 
 def _repeats(node: fx.Node) -> int:
@@ -161,9 +176,21 @@ def _source(node: fx.Node) -> fx.Node | None:
         if node in seen:
             continue
         seen.add(node)
-        if node.target in _LINEARS:
-            return node.args[_LINEARS[node.target]]
+        if (read := linear_input(node)) is not None:
+            return read
         queue += node.all_input_nodes
+    return None
+
+
+def linear_input(node: fx.Node) -> fx.Node | None:
+    """What a linear op reads: `linear`, `addmm`, `mm`, or a product with a transposed parameter. None for other ops."""
+    if node.target in _LINEARS:
+        return node.args[_LINEARS[node.target]]
+    if node.target is aten.matmul.default:
+        weight = node.args[1]
+        while weight.target in _TRANSPOSES:
+            weight = weight.args[0]
+        return node.args[0] if weight.op == "get_attr" else None
     return None
 
 
@@ -188,10 +215,17 @@ class Sublayer:
     add: fx.Node
 
 
-def sublayers(graph: fx.Graph, module: str) -> list[Sublayer]:
-    """The residual sublayers of a module, in order; parallel branches of one addition are one each."""
-    inside = {node: i for i, node in enumerate(graph.nodes) if module in paths(node)}
+def sublayers(graph: fx.Graph, module: str) -> list[list[Sublayer]]:
+    """The residual sublayers of every call of a module, in order; parallel branches of one addition are one each."""
+    calls: dict[str, dict[fx.Node, int]] = {}
+    for i, node in enumerate(graph.nodes):
+        if module in (inner := paths(node)):
+            calls.setdefault(call_of(node, inner.index(module)), {})[node] = i
     attending = {one.node for one in attentions(graph, module)}
+    return [_sublayers(inside, attending) for inside in calls.values()]
+
+
+def _sublayers(inside: dict[fx.Node, int], attending: set[fx.Node]) -> list[Sublayer]:
     found = []
     for add in inside:
         if add.target not in _ADDS or _inner_sum(add):
@@ -218,10 +252,9 @@ def _terms(add: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
     for term in add.args[:2]:
         if not isinstance(term, fx.Node) or shape_of(term) != shape_of(add):
             continue
-        if term.target in _ADDS and len(term.users) == 1:
-            yield from _terms(term)
-        else:
-            yield term, add
+        inner = term.args[0] if term.target is aten.dropout.default else term
+        nested = list(_terms(inner)) if inner.target in _ADDS and len(inner.users) == 1 else []
+        yield from nested if len(nested) > 1 else [(term, add)]
 
 
 def _between(skip: fx.Node, output: fx.Node, inside: dict[fx.Node, int]) -> set[fx.Node]:
@@ -246,12 +279,12 @@ def _above(node: fx.Node, inside: dict[fx.Node, int], floor: int) -> set[fx.Node
 
 def _works(nodes: set[fx.Node]) -> bool:
     """Whether a branch has a weight: x + 0.04 x^3 inside an activation is no sublayer."""
-    return any(node.target in _LINEARS or "grouped_mm" in str(node.target) for node in nodes)
+    return any(linear_input(node) is not None or "grouped_mm" in str(node.target) for node in nodes)
 
 
 def _first_input(nodes: set[fx.Node], inside: dict[fx.Node, int], output: fx.Node) -> fx.Node:
-    first = min((node for node in nodes if node.target in _LINEARS), key=inside.__getitem__)
-    source = first.args[_LINEARS[first.target]]
+    first = min((node for node in nodes if linear_input(node) is not None), key=inside.__getitem__)
+    source = linear_input(first)
     while source.target in _VIEWS and len(shape_of(source)) != len(shape_of(output)):
         source = source.args[0]
     return source

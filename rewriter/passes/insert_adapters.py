@@ -21,8 +21,8 @@ def insert_adapters(lowering: Lowering, plan: Plan, dtype: torch.dtype) -> fx.Gr
     located = []
     for site in plan.sites:
         if site.kind in ("attention", "feed_forward"):
-            found = sublayers(graph, site.place)
-            located.append((site, next(one for one in found if one.kind == site.kind)))
+            for call in sublayers(graph, site.place):
+                located.append((site, next(one for one in call if one.kind == site.kind)))
     for site, one in located:
         with lowering.serving(one.add, site):
             phi = lowering.compose(site, Computed(wrap(one.output)), dtype)

@@ -87,9 +87,9 @@ def _insert_explicit(lowering: Lowering, one: Attention, pair: dict[str, Site], 
     with lowering.serving(softmax, pair["keys"]):
         query = wrap(one.query)
         query = query.unflatten(0, (-1, heads)) if flat else query
-        scores = query @ _rows(lowering, one, pair["keys"], dtype).transpose(-2, -1)
-        for scaling in one.scalings:
-            scores = lowering.call(scaling.target, scores.node, scaling.args[1])
+        scores = query @ _rows(lowering, one, pair["keys"], dtype).to(query.dtype).transpose(-2, -1)
+        for op, arguments in one.scalings:
+            scores = lowering.call(op, scores.node, *arguments)
         together = torch.cat([scores, wrap(softmax.args[0])], dim=-1)
         whole = lowering.call(softmax.target, together.node, *softmax.args[1:], **softmax.kwargs)
         kept = whole[..., length:]
@@ -101,7 +101,8 @@ def _insert_explicit(lowering: Lowering, one: Attention, pair: dict[str, Site], 
         part = whole[..., :length]
         for node in dropouts:
             part = aten.dropout.default(part, *node.args[1:])
-        part = part.to(wrap(product).dtype) @ _rows(lowering, one, pair["values"], dtype)
+        rows = _rows(lowering, one, pair["values"], dtype)
+        part = part.to(wrap(product).dtype) @ rows.to(wrap(product).dtype)
         total = wrap(product) + (part.flatten(0, 1) if len(shape_of(product)) == 3 else part)
     product.replace_all_uses_with(total.node, delete_user_cb=lambda user: "subspan" not in user.meta)
     lowering.graph.erase_node(softmax)
