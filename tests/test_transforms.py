@@ -1,5 +1,7 @@
 """Every method in float64: apply equals x @ dense, so do gradients; start values; counts by METHODS' formulas."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -181,6 +183,93 @@ def test_lora_dropout_is_on_the_input_and_leaves_dense_alone():
     dropped = torch.dropout(x, 0.5, True)
     torch.manual_seed(3)
     torch.testing.assert_close(op.apply(x), x @ base + dropped @ a @ b, **CLOSE)
+
+
+def one_method(name, base, **options):
+    tensors = Tensors(base, 0.3)
+    chain, penalties = [(METHODS[name], METHODS[name].options(**options))], []
+    op = compose(chain, Dense(base), tuple(base.shape), tensors, "w", penalties=penalties)
+    return op, {leaf.rpartition(".")[2]: value for leaf, value in tensors.tuned.items()}, penalties
+
+
+@pytest.mark.parametrize("name", ["pa", "lora", "trilora", "adalora", "flora"])
+@pytest.mark.parametrize("scale", ["fixed", "rslora", "learned"])
+def test_a_nonlinearity_between_the_factors(name, scale):
+    """(30) and section IV.B: xW + s h(xA) B by hand; no matrix, so nothing to merge."""
+    base, x, bias = matrix((6, 5), 1), matrix((7, 6), 2), matrix((5,), 3)
+    op, t, _ = one_method(name, base, rank=2, alpha=3.0, scale=scale, **({} if name == "pa" else {"mpc": "n"}))
+    s = {"fixed": 3 / 2, "rslora": 3 / 2**0.5, "learned": t.get("s")}[scale]
+    middle = {"trilora": lambda h: h * t["d"], "adalora": lambda h: h * t["d"], "flora": lambda h: h @ t["m"]}
+    expected = x @ base + bias + s * middle.get(name, lambda h: h)(torch.relu(x @ t["a"])) @ t["b"]
+    torch.testing.assert_close(op.apply(x, bias), expected, **CLOSE)
+    torch.testing.assert_close(op.apply(x), expected - bias, **CLOSE)
+    leaves = list(t.values())
+    weights = matrix((7, 5), 4)
+    for one, other in zip(
+        torch.autograd.grad((op.apply(x, bias) * weights).sum(), leaves),
+        torch.autograd.grad((expected * weights).sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, **CLOSE)
+    with pytest.raises(NotImplementedError):
+        op.dense()
+
+
+@pytest.mark.parametrize("name", ["lora", "trilora", "adalora", "flora"])
+@pytest.mark.parametrize("mpc", ["o", "d"])
+def test_matrix_pattern_penalties(name, mpc):
+    """(25)(26) by hand: they change the loss, not the matrix."""
+    base = matrix((6, 5), 1)
+    op, t, penalties = one_method(name, base, rank=2, mpc=mpc, coefficient=0.25)
+    gram = t["b"] @ t["b"].T
+    pattern = torch.eye(2, dtype=torch.float64) if mpc == "o" else torch.diag(gram.diagonal())
+    left = torch.linalg.matrix_norm(t["a"].T @ t["a"] - torch.eye(2, dtype=torch.float64)).square()
+    right = torch.linalg.matrix_norm(gram - pattern).square()
+    ((label, value),) = penalties
+    assert label == f"mpc_{mpc}"
+    torch.testing.assert_close(value, 0.25 * (left + right), **CLOSE)
+    plain, _, none = one_method(name, base, rank=2, mpc=None)
+    torch.testing.assert_close(op.dense(), plain.dense(), **CLOSE)
+    assert not none
+
+
+@pytest.mark.parametrize("scale", ["fixed", "rslora", "learned"])
+def test_scales_and_a_chain_on_them(scale):
+    base, x = matrix((6, 5), 1), matrix((7, 6), 2)
+    op, t, _ = one_method("lora", base, rank=4, alpha=6.0, scale=scale)
+    s = {"fixed": 1.5, "rslora": 3.0, "learned": t.get("s")}[scale]
+    torch.testing.assert_close(op.dense(), base + s * t["a"] @ t["b"], **CLOSE)
+    lora = METHODS["lora"], METHODS["lora"].options(rank=4, alpha=6.0, scale=scale)
+    if scale == "learned":
+        start = Tensors(base)
+        compose([lora], Dense(base), (6, 5), start, "w")
+        assert start.tuned["w.lora.s"].tolist() == [[1.5]]
+    tensors = Tensors(base, 0.3)
+    chain = [lora, (METHODS["dora"], METHODS["dora"].options(rank=2))]
+    op = compose(chain, Dense(base), (6, 5), tensors, "w")
+    torch.testing.assert_close(op.apply(x), x @ op.dense(), **CLOSE)
+    assert all(g is not None for g in gradients(op.apply(x), matrix((7, 5), 3), tensors))
+
+
+def test_gates_are_random_in_training_alone():
+    base = matrix((6, 5), 1)
+    method = METHODS["diff_pruning"]
+    chain = [(method, method.options(coefficient=0.1))]
+    values = Tensors(base, 0.3)
+    evaluated = compose(chain, Dense(base), (6, 5), values, "w").dense()
+    alpha, d = values.tuned["w.diff_pruning.alpha"], values.tuned["w.diff_pruning.d"]
+    gate = (1.2 * torch.sigmoid(alpha) - 0.1).clamp(0, 1)
+    torch.testing.assert_close(evaluated, base + gate * d, **CLOSE)
+    fixed = iter([alpha, d, alpha, d])
+    penalties = []
+    one, other = (
+        compose(chain, Dense(base), (6, 5), lambda leaf: next(fixed), "w", training=True, penalties=penalties).dense()
+        for _ in range(2)
+    )
+    assert not torch.equal(one, other)
+    # P(z > 0) of a hard-concrete gate with temperature 2/3, stretched to [-0.1, 1.1] (arXiv 1712.01312, (12)).
+    expected = 0.1 * torch.sigmoid(alpha - 2 / 3 * math.log(0.1 / 1.1)).sum()
+    torch.testing.assert_close(penalties[0][1], expected, **CLOSE)
 
 
 def test_dora_norm_takes_no_gradient():
