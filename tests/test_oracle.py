@@ -119,23 +119,34 @@ def test_adalora_forward_and_penalty():
     assert float(ours.penalties["mpc_o"].detach()) == pytest.approx(expected, rel=1e-9)
 
 
-def test_prompt():
-    """A causal model with PEFT's prompt before its embeddings; PEFT's logits run along the prompt too, ours don't."""
-    model, inputs = build("llama")
-    length = 5
-    theirs = peft.get_peft_model(
-        copy.deepcopy(model), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length)
-    ).eval()
-    graph = trace(model, inputs)
-    ours = rewrite(
-        graph, plan(graph, [Rule(target="model.embed_tokens", apply=[{"prompt": {"length": length}}])])
-    ).eval()
+PROMPTED = {
+    "llama": ("CAUSAL_LM", "model.embed_tokens"),
+    "gpt2": ("CAUSAL_LM", "transformer.wte"),
+    "bert": ("SEQ_CLS", "bert.embeddings"),
+    "roberta": ("SEQ_CLS", "roberta.embeddings"),
+    "distilbert": ("SEQ_CLS", "distilbert.embeddings"),
+}
+
+
+@pytest.mark.parametrize("name", PROMPTED)
+def test_prompt(name):
+    """PEFT's prompt before the embeddings; PEFT's logits of a causal model run along the prompt too, ours don't."""
+    model, inputs = build(name)
+    length, (task, target) = 5, PROMPTED[name]
+    config = peft.PromptTuningConfig(
+        task_type=task, num_virtual_tokens=length, token_dim=16, num_layers=2, num_attention_heads=2
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    graph = trace(model, inputs, modes=("eval",))
+    ours = rewrite(graph, plan(graph, [Rule(target=target, apply=[{"prompt": {"length": length}}])])).eval()
     table = theirs.prompt_encoder["default"].embedding.weight
+    (mine,) = tuned_parameters(ours).values()
     with torch.no_grad():
         table.data = torch.randn(table.shape, dtype=torch.float64)
-        tuned_parameters(ours)["model.embed_tokens.embeddings.prompt.p"].copy_(table)
-    x = inputs_of("llama", inputs, 3, 9)
-    torch.testing.assert_close(ours(**x).logits, theirs(**x).logits[:, length:], **CLOSE)
+        mine.copy_(table)
+    x = inputs_of(name, inputs, 3, 9)
+    expected = theirs(**x).logits
+    torch.testing.assert_close(ours(**x).logits, expected[:, length:] if task == "CAUSAL_LM" else expected, **CLOSE)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
