@@ -324,12 +324,6 @@ class Source:
     ):
         self.file, self.places, self.overrides, self.variant = file, places, overrides, variant
 
-    @property
-    def prompt_length(self) -> int:
-        """Positions that soft prompts take, beside the text's."""
-        chains = (options for rule in self.rules for method, options in rule.chain if "embeddings" in method.on)
-        return sum(options.length for options in chains)
-
     def locate(self, error: SpecError) -> SubspanError:
         """`<file>:<line>:<column>: <path>: <message>`, or the --set that is to blame."""
         dotted = _dotted(error.path)
