@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from rewriter import Spec, SpecError, SubspanError
-from rewriter.errors import reason
+from rewriter.errors import ManyErrors, raise_all, reason
 
 console = Console(width=None if sys.stdout.isatty() else 140)
 app = typer.Typer(
@@ -35,6 +35,8 @@ def located(spec: Spec) -> Iterator[None]:
         yield
     except SpecError as error:
         raise spec.locate(error) from None
+    except ManyErrors as several:
+        raise_all([spec.locate(error) for error in several.errors])
 
 
 @contextlib.contextmanager
@@ -64,7 +66,8 @@ def failures(place: Path | None = None) -> Iterator[None]:
 
 
 def _fail(message: str, status: int) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    for line in message.splitlines():
+        print(f"error: {' '.join(line.split())}", file=sys.stderr, flush=True)
     raise typer.Exit(status) from None
 
 

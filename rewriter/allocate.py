@@ -136,7 +136,7 @@ def largest(counts: list[int], scores: list[Tensor]) -> list[Tensor]:
 
 
 class Budget:
-    """Moves the budgets of `adalora` and `fish_dip` while a model is tuned, step by step.
+    """Moves the budgets of `adalora`, `diff_pruning` and `fish_dip` while a model is tuned, step by step.
 
     Call `before_step` when the gradients are there, `after_step` when the optimiser has stepped; `state` and `load`
     are for checkpoints.
@@ -157,6 +157,7 @@ class Budget:
         self.model, self.seed = model, seed
         self.rows, self.collate, self.objective = rows, collate, objective
         self.ranks = pools(model.plan, "adalora") if not _settled(model.plan, "adalora") else []
+        self.cuts = pools(model.plan, "diff_pruning") if not _settled(model.plan, "diff_pruning") else []
         self.masks = pools(model.plan, "fish_dip")
         self.moments: dict[str, Tensor] = {}
 
@@ -178,7 +179,7 @@ class Budget:
                 self.moments[f"{step.leaf(leaf)}.spread"] = DECAY * spread + (1 - DECAY) * (now - mean).abs()
 
     def after_step(self, step: int, steps: int, optimiser: torch.optim.Optimizer | None = None) -> None:
-        """Prune AdaLoRA's triplets to the schedule, renew the masks of `fish_dip`.
+        """Prune AdaLoRA's triplets to the schedule, cut `diff_pruning` to its budget, renew the masks of `fish_dip`.
 
         Args:
             step, steps: optimiser steps done, and of the whole run.
@@ -186,6 +187,8 @@ class Budget:
         """
         for group in self.ranks:
             self._prune(group, step, steps)
+        for group in self.cuts:
+            self._cut(group, step, steps)
         for group in self.masks:
             if step % group[0].options.interval == 0 and step < steps:
                 self._renew(group, step, optimiser)
@@ -208,6 +211,18 @@ class Budget:
         with torch.no_grad():
             for one, weight in zip(group, weights, strict=True):
                 weight *= self.moments[one.leaf("kept")].to(weight.device)
+
+    def _cut(self, group: list[Step], step: int, steps: int) -> None:
+        last = steps - round(group[0].options.end * steps)
+        leaves = tuned_parameters(self.model)
+        if step == last:
+            for one, (chosen, change) in zip(group, _kept(group, leaves), strict=True):
+                mask = torch.zeros(change.flatten(-2).shape, dtype=torch.bool)
+                self.moments[one.leaf("kept")] = mask.scatter(-1, chosen, True).view_as(change)
+        if step >= last:
+            with torch.no_grad():
+                for one in group:
+                    leaves[one.leaf("d")] *= self.moments[one.leaf("kept")].to(leaves[one.leaf("d")].device)
 
     def _importance(self, step: Step) -> Tensor:
         """Of each triplet: its d's and the means over its column of A and its row of B."""
@@ -300,9 +315,7 @@ def settle(model: GraphModel, budget: Budget | None = None) -> GraphModel:
             given[step.name] = {"rank": int(kept.sum())}
     for group in pools(model.plan, "diff_pruning"):
         group = [step for step in group if step.name not in given]
-        changes = [gate_value(leaves[step.leaf("alpha")]) * leaves[step.leaf("d")] for step in group]
-        indices = largest([step.entries for step in group], [change.abs() for change in changes])
-        for step, change, chosen in zip(group, changes, indices, strict=True):
+        for step, (chosen, change) in zip(group, _kept(group, leaves), strict=True):
             given[step.name] = {"entries": chosen.shape[-1]}
             values[step.leaf("indices")] = chosen
             values[step.leaf("d")] = change.flatten(-2).gather(-1, chosen.to(change.device))
@@ -328,6 +341,13 @@ def settle(model: GraphModel, budget: Budget | None = None) -> GraphModel:
         return model
     found = plan(model.base, list(model.plan.rules), model.plan.new, given=given)
     return rewrite(model.base, found, values=values)
+
+
+def _kept(group: list[Step], leaves: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Of every step of `diff_pruning`: the indices of the entries that change most, and all entries' change."""
+    changes = [(gate_value(leaves[step.leaf("alpha")]) * leaves[step.leaf("d")]).detach() for step in group]
+    indices = largest([step.entries for step in group], [change.abs() for change in changes])
+    return list(zip(indices, changes, strict=True))
 
 
 def _tensors(model: GraphModel) -> dict[str, Tensor]:

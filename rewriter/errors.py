@@ -1,4 +1,6 @@
-"""The errors a user can mend: the command line prints each as one line and exits with status 1."""
+"""The errors a user can mend: the command line prints each as one line and exits with status 1, or the error's own."""
+
+from collections.abc import Sequence
 
 
 class SubspanError(Exception):
@@ -19,6 +21,37 @@ class SpecError(SubspanError):
         self.message, self.path, self.at_key = message, tuple(path), at_key
 
 
+class LocatedError(SubspanError):
+    """A mistake in a file: `<file>:<line>:<column>: <message>`.
+
+    Args:
+        file: as the user named it.
+        line, column: of the first character to blame, from 1.
+        width: characters to blame on that line.
+        message: what is wrong and what to do.
+    """
+
+    def __init__(self, file: str, line: int, column: int, width: int, message: str):
+        super().__init__(f"{file}:{line}:{column}: {message}")
+        self.file, self.line, self.column, self.width, self.message = file, line, column, width, message
+
+
+class ManyErrors(SubspanError):
+    """Several mistakes, in order; a line each.
+
+    Args:
+        errors: one or more.
+    """
+
+    def __init__(self, errors: Sequence[SubspanError]):
+        super().__init__("\n".join(map(str, errors)))
+        self.errors = tuple(errors)
+
+
+class UnreachableError(SubspanError):
+    """Something that a spec names can't be reached from here, so nothing can be said of the spec."""
+
+
 class AdapterError(SubspanError):
     """An adapter can't be read, or doesn't fit its base model."""
 
@@ -29,6 +62,12 @@ class TrainingError(SubspanError):
 
 class VerificationError(SubspanError):
     """Two stages that must agree do not."""
+
+
+def raise_all(errors: Sequence[SubspanError]) -> None:
+    """Raise the errors together, one alone as it is; none, nothing."""
+    if errors:
+        raise errors[0] if len(errors) == 1 else ManyErrors(errors)
 
 
 def reason(error: BaseException) -> str:

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from torch import fx
 
 from .algebra import Computed, Concat, Dense, Operator, Value
-from .errors import SpecError
+from .errors import SpecError, raise_all
 from .sites import Layout, factored, find, layout_of, match, uneven
 from .spec import Rule
 from .sublayers import attentions, call_of, embeddings, modules, paths, shape_of, sublayers
@@ -208,8 +208,13 @@ def plan(
     names, graph = list(model.aliases), model.graphs["eval"]
     new = {model.aliases[name] for name in new}
     found = _Found(model, graph, new, given or {})
+    mistakes = []
     for r, rule in enumerate(rules):
-        found.add(r, rule, strict)
+        try:
+            found.add(r, rule, strict)
+        except SpecError as error:
+            mistakes.append(error)
+    raise_all(mistakes)
     sites, warnings = found.sites, found.warnings
     tuned = {site.place for site in sites if site.layout}
     warnings += [f"{name} is newly made and no rule tunes it: it stays random" for name in sorted(new - tuned)]

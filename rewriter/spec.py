@@ -4,7 +4,7 @@ import copy
 import difflib
 import io
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,7 +23,7 @@ from pydantic import (
 )
 from ruamel.yaml import YAML
 
-from .errors import SpecError, SubspanError
+from .errors import LocatedError, SpecError, SubspanError, UnreachableError, raise_all
 from .transforms import METHODS, Method
 from .yamlmap import YamlError, YamlMap, parse, parse_scalar
 
@@ -335,8 +335,7 @@ class Source:
         if self.variant:
             own = self.places.data["variants"][self.variant[1]]
             path = (*self.variant, *path) if not path or path[0] in own else path
-        line, column = self.places.locate(path, error.at_key)
-        return SubspanError(f"{self.file}:{line}:{column}: {text}")
+        return LocatedError(self.file, *self.places.locate(path, error.at_key), text)
 
 
 def load_spec(path: str | Path, overrides: list[str] | None = None) -> Spec:
@@ -369,16 +368,17 @@ def load_specs(path: str | Path, overrides: list[str] | None = None) -> list[Spe
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise SubspanError(f"{path}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise SubspanError(f"{path}:1:1: not UTF-8 text (byte {error.start})") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise LocatedError(str(path), 1, 1, 1, f"not UTF-8 text (byte {error.start})") from None
+        raise UnreachableError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     try:
         places = parse(text)
     except YamlError as error:
-        raise SubspanError(f"{path}:{error.line}:{error.column}: {error.message}") from None
+        raise LocatedError(str(path), error.line, error.column, error.width, error.message) from None
     if not isinstance(places.data, dict):
-        raise SubspanError(f"{path}:1:1: a spec is a mapping with the keys {', '.join(Spec.model_fields)}")
+        known = ", ".join(Spec.model_fields)
+        raise LocatedError(str(path), *places.locate(()), f"a spec is a mapping with the keys {known}")
     data = copy.deepcopy(places.data)
     source = Source(str(path), places, {})
     specs = []
@@ -421,7 +421,7 @@ def _validated(data: dict, source: "Source") -> Spec:
     try:
         spec = Spec.model_validate(data)
     except ValidationError as error:
-        raise source.locate(_explain(error, data)) from None
+        raise_all([source.locate(one) for one in _explained(error, data)])
     except SpecError as error:
         raise source.locate(error) from None
     spec._source = source
@@ -492,11 +492,17 @@ def _known_keys(path: tuple[str | int, ...]) -> list[str]:
     return [field.alias or name for model in models for name, field in model.model_fields.items()]
 
 
-def _explain(error: ValidationError, data: Any) -> SpecError:
-    """The first mistake, in words; its path as the user wrote it (pydantic's own steps through unions left out)."""
+def _explained(error: ValidationError, data: Any) -> list[SpecError]:
+    """All mistakes, in words. Of several about one place the first counts."""
     problems = error.errors(include_url=False)
+    misspelt = {one["loc"][:-1] for one in problems if one["type"] == "extra_forbidden"}
     # A misspelt key often leaves a required one missing: the misspelling is the mistake.
-    problem = next((one for one in problems if one["type"] == "extra_forbidden"), problems[0])
+    told = [_explain(one, data) for one in problems if one["type"] != "missing" or one["loc"][:-1] not in misspelt]
+    return list({one.path: one for one in reversed(told)}.values())[::-1]
+
+
+def _explain(problem: Mapping[str, Any], data: Any) -> SpecError:
+    """One mistake; its path as the user wrote it (pydantic's own steps through unions left out)."""
     path: list[str | int] = []
     place = data
     for part in problem["loc"]:

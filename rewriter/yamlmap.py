@@ -13,31 +13,32 @@ _SCALARS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "boo
 _CORE = _SCALARS | {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "timestamp")}
 
 Path = tuple[str | int, ...]
+Place = tuple[int, int, int]
 
 
 class YamlError(Exception):
     """Text that is not acceptable YAML; `line` and `column` start at 1."""
 
-    def __init__(self, message: str, line: int = 1, column: int = 1):
+    def __init__(self, message: str, line: int = 1, column: int = 1, width: int = 1):
         super().__init__(message)
-        self.message, self.line, self.column = message, line, column
+        self.message, self.line, self.column, self.width = message, line, column, width
 
 
 @dataclass
 class YamlMap:
-    """Parsed data with the (line, column), from 1, of each path's value and key."""
+    """Parsed data with the place of each path's value and key: line and column from 1, width on that line."""
 
     data: Any
-    values: dict[Path, tuple[int, int]] = field(default_factory=dict)
-    keys: dict[Path, tuple[int, int]] = field(default_factory=dict)
+    values: dict[Path, Place] = field(default_factory=dict)
+    keys: dict[Path, Place] = field(default_factory=dict)
 
-    def locate(self, path: Path, at_key: bool = False) -> tuple[int, int]:
+    def locate(self, path: Path, at_key: bool = False) -> Place:
         """The place of `path`, or of the nearest enclosing path that the text has."""
         if at_key and path in self.keys:
             return self.keys[path]
         while path and path not in self.values:
             path = path[:-1]
-        return self.values.get(path, (1, 1))
+        return self.values.get(path, (1, 1, 1))
 
 
 def parse(text: str) -> YamlMap:
@@ -74,8 +75,14 @@ def parse_scalar(text: str) -> Any:
     return parse(text).data if text.strip() else ""
 
 
+def _place(node: Node) -> Place:
+    start, end = node.start_mark, node.end_mark
+    width = end.column - start.column if end.line == start.line else 1
+    return start.line + 1, start.column + 1, max(1, width)
+
+
 def _build(node: Node, path: Path, out: YamlMap, reader: YAML, count: list[int]) -> Any:
-    place = (node.start_mark.line + 1, node.start_mark.column + 1)
+    place = _place(node)
     count[0] += 1
     if count[0] > MAX_NODES:
         raise YamlError(f"aliases expand to more than {MAX_NODES:,} values", *place)
@@ -87,7 +94,7 @@ def _build(node: Node, path: Path, out: YamlMap, reader: YAML, count: list[int])
     if isinstance(node, MappingNode):
         data: dict[str, Any] = {}
         for key, value in node.value:
-            at = (key.start_mark.line + 1, key.start_mark.column + 1)
+            at = _place(key)
             if key.tag == "tag:yaml.org,2002:merge":
                 raise YamlError("merge keys (<<) are not read: write the keys out", *at)
             if not isinstance(key, ScalarNode):

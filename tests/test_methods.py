@@ -265,3 +265,21 @@ def test_resume_gives_the_unbroken_result(where, method, tmp_path):
     assert resumed.keys() == unbroken.keys()
     assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
     assert (tmp_path / "run" / "plan.json").read_text() == plans
+
+
+def test_diff_pruning_tunes_what_is_kept_to_the_end():
+    """After the cut the entries off the budget stay 0, so nothing is lost when the model is settled."""
+    _, inputs, graph = traced("bert")
+    options = {"density": 0.05, "end": 0.5}
+    tuned = rewrite(graph, plan(graph, [Rule(target=ARCHITECTURES["bert"].linear, apply=[{"diff_pruning": options}])]))
+    budget, optimiser = Budget(tuned), torch.optim.AdamW(tuned_parameters(tuned).values(), lr=0.02)
+    x = inputs_of("bert", inputs, 3, 11)
+    for step in range(1, 11):
+        optimiser.zero_grad()
+        tuned.train()(**x).logits.square().mean().backward()
+        budget.before_step()
+        optimiser.step()
+        budget.after_step(step, 10, optimiser)
+        changed = sum(int((v != 0).sum()) for name, v in tuned_parameters(tuned).items() if name.endswith(".d"))
+        assert changed <= (0.05 * 2 * 1792 + 6 if step >= 5 else 2 * 1792)
+    torch.testing.assert_close(logits(settle(tuned, budget), x), logits(tuned, x))

@@ -148,7 +148,7 @@ def test_a_difference_over_atol_fails_and_leaves_nothing(spec, run, tmp_path):
         ("apply: [full]", "apply: [ssb]", "16:13", "ssb needs a matrix"),
         ("max_length: 16", "max_length: 100", "11:15", "at most 64 tokens"),
         ("target: \"classifier.*\"", "target: \"bert.encoder.layer.0.attention.self.query.weight\"", "15:13", "already transformed"),
-        ("version: 1", "a: &a [x, x]\nb: &b [*a, *a]\nversion: 1", "1:1", "unknown key 'a'"),
+        ("version: 1", "a: [&a [x, x], *a]\nversion: 1", "1:1", "unknown key 'a'"),
         ("version: 1", "version: !!python/object/apply:os.system [ls]", "1:10", "is not allowed"),
     ],
 )  # fmt: skip

@@ -16,6 +16,7 @@ from . import (
     Rank,
     Samples,
     Scope,
+    Share,
     kaiming_uniform,
     normal,
     transform,
@@ -109,10 +110,13 @@ def prompt(w: Operator, site: Scope, *, length: Length) -> Operator:
 
 
 @transform(on=ANY)
-def diff_pruning(w: Operator, site: Scope, *, density: Density = 0.005, coefficient: Coefficient = 1e-7) -> Operator:
+def diff_pruning(
+    w: Operator, site: Scope, *, density: Density = 0.005, coefficient: Coefficient = 1e-7, end: Share = 0.5
+) -> Operator:
     """W + Z * D, Z a hard-concrete gate for every entry, L0 penalty; then the largest |Z * D| are kept. Ref. 17
 
-    D = 0 at the start. `density` of the entries of all sites together are kept; `coefficient` is per entry.
+    D = 0 at the start. `density` of the entries of all sites together are kept, and tuned alone for the last `end` of
+    the steps; `coefficient` is per entry.
     """
     kept = site.size("entries", -1)
     if kept >= 0:
