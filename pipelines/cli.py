@@ -15,7 +15,7 @@ from rich.console import Console
 from rewriter import Spec, SpecError, SubspanError
 from rewriter.errors import ManyErrors, raise_all, reason
 
-console = Console(width=None if sys.stdout.isatty() else 140)
+console = Console(width=None if sys.stdout.isatty() else 160)
 app = typer.Typer(
     help="Adapt a pretrained model with few parameters and ship it: a spec says which weights get which transform.",
     no_args_is_help=True,

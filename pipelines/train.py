@@ -37,7 +37,10 @@ from rewriter import (
     tune,
 )
 from rewriter.allocate import SELECTED, pools
+from rewriter.cost import StepCost, exceeded, step_cost
+from rewriter.errors import raise_all
 from rewriter.files import remove, write_json, write_text
+from rewriter.pretrained import example_batch
 from rewriter.tune import checkpoints, objective, resumed_choices
 
 
@@ -60,19 +63,53 @@ def train(
             run(loaded, out, resume, overwrite)
 
 
-_TRACED: dict[tuple[str, int], tuple[GraphModel, Pretrained]] = {}
+_TRACED: dict[tuple[str, bool], tuple[GraphModel, Pretrained]] = {}
 
 
-def plan_of(spec: Spec) -> tuple[Plan, Pretrained]:
-    """The plan of a spec and its model, on the meta device: no weight is read. Specs of one model trace it once."""
-    key = (spec.model.model_dump_json(), spec.train.seed)
+def model_key(spec: Spec) -> str:
+    """Equal for specs whose models trace alike."""
+    return f"{spec.model.model_dump_json()} {spec.train.seed}"
+
+
+def plan_of(spec: Spec, whole: bool = False) -> tuple[Plan, GraphModel, Pretrained]:
+    """The plan of a spec, the traced model and the model, on the meta device: no weight is read.
+
+    Specs of one model that follow each other trace it once.
+
+    Args:
+        whole: trace the train graph too, and with dynamic shapes, as a run does; a plan alone needs neither.
+    """
+    key = (model_key(spec), whole)
     if key not in _TRACED:
         pretrained = load_model(spec, meta=True)
         inputs = example_inputs(pretrained.model, spec.model.task)
+        if not whole:
+            inputs = Inputs(kwargs=inputs.kwargs)
         _TRACED.clear()
-        _TRACED[key] = trace(pretrained.model, inputs, modes=("eval",)), pretrained
+        _TRACED[key] = trace(pretrained.model, inputs, modes=("train", "eval") if whole else ("eval",)), pretrained
     traced, pretrained = _TRACED[key]
-    return plan(traced, spec.rules, pretrained.new, spec.strict), pretrained
+    planned = plan(traced, spec.rules, pretrained.new, spec.strict)
+    raise_all(exceeded(spec.limits, planned))
+    return planned, traced, pretrained
+
+
+def tokens_of(spec: Spec) -> int:
+    """Rows that a linear op reads per step: tokens of text, or about as many patches of images."""
+    return spec.train.batch_size * (spec.data.max_length if spec.data else 128)
+
+
+def step_of(spec: Spec) -> StepCost:
+    """The cost of a step of a spec, from its train graph on the meta device.
+
+    Raises:
+        SpecError: it exceeds a limit of the spec.
+    """
+    planned, traced, pretrained = plan_of(spec, whole=True)
+    length = spec.data.max_length if spec.data else 128
+    batch = example_batch(pretrained.model, spec.model.task, spec.train.batch_size, length)
+    cost = step_cost(traced, rewrite(traced, planned), batch, objective(spec.model.task))
+    raise_all(exceeded(spec.limits, planned, cost))
+    return cost
 
 
 @dataclass
@@ -99,8 +136,8 @@ def prepare(spec: Spec) -> Job:
 def run(spec: Spec, out: Path, resume: bool, overwrite: bool) -> None:
     """Tune into the folder `out`."""
     check_folder(spec, out, resume, overwrite)
-    planned, _ = plan_of(spec)
-    print_plan(planned, console)
+    planned, _, _ = plan_of(spec)
+    print_plan(planned, console, tokens_of(spec), step_of(spec) if spec.limits.of_a_step else None)
     job = prepare(spec)
     traced = trace(job.pretrained.model, job.inputs)
     planned, chosen = choose(spec, job, traced, planned, out if resume else None)

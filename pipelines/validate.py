@@ -1,76 +1,181 @@
-"""Check specs without loading a weight: the YAML, the rules against the traced model, the data where it is on disk."""
+"""Check specs without loading a weight: the YAML, the plan against the model's shapes, every pass on its graph."""
 
 import json
+import os
+import sys
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from pipelines.cli import Settings, console, failures, located
-from pipelines.train import plan_of
+from pipelines.findings import Finding, findings, to_github, to_sarif, to_text
+from pipelines.train import model_key, plan_of, step_of, tokens_of
 from rewriter import Plan, Spec, SubspanError, load_rows, load_specs, print_plan
+from rewriter.cost import StepCost, site_cost
+from rewriter.errors import reason
+from rewriter.spec import warned
+
+
+class Level(StrEnum):
+    """How deep to check."""
+
+    schema = "schema"
+    plan = "plan"
+    trace = "trace"
 
 
 class Format(StrEnum):
-    """How the plans are printed."""
+    """How the findings are printed."""
 
     text = "text"
     json = "json"
+    github = "github"
+    sarif = "sarif"
 
 
 def validate(
     specs: Annotated[list[Path], typer.Argument(help="Specs (YAML files), or folders of them.", show_default=False)],
     settings: Settings = None,
-    format: Annotated[Format, typer.Option(help="text for people; json: a list of plans on stdout.")] = Format.text,
+    level: Annotated[
+        Level,
+        typer.Option(
+            help="schema: the YAML alone, no model, no network. plan: targets, shapes, counts and limits against the "
+            "model's shapes, and the data where it is on disk. trace: also the real torch.export and every pass."
+        ),
+    ] = Level.plan,
+    format: Annotated[
+        Format,
+        typer.Option(
+            help="text for people; json: the plans and mistakes; github: annotations of a workflow; sarif: a SARIF "
+            "2.1.0 log for code scanning. All but text go to stdout, mistakes as lines to stderr."
+        ),
+    ] = Format.text,
 ) -> None:
-    """Check specs and print their plans; nothing is written.
+    """Check specs; no weight is read and nothing is written.
 
-    Exit status 0 if all are right, 1 with one line per wrong spec: file, line, column, and what to do.
+    Exit status 0 if all are right; 1 if one is wrong, with a line for each mistake: file, line, column, and what to do;
+    2 if one could not be checked, for example because its model can't be reached.
     """
-    wrong, plans = False, []
-    for path in files(specs):
-        try:
-            with failures():
-                for spec in load_specs(path, settings or []):
-                    plan = check(spec)
-                    plans.append({"file": str(path), "meta": spec.meta, "model": spec.model.name, **plan.to_dict()})
-                    if format is Format.text:
-                        show(path, spec, plan)
-        except typer.Exit:
-            wrong = True
+    results = check_all(specs, settings or [], level, format)
+    found = [finding for result in results for finding in result["findings"]]
     if format is Format.json:
-        print(json.dumps(plans, indent=2, ensure_ascii=False))
-    raise typer.Exit(int(wrong))
+        print(json.dumps([_json(result) for result in results], indent=2, ensure_ascii=False))
+    elif format is Format.sarif:
+        print(json.dumps(to_sarif(found), indent=2, ensure_ascii=False))
+    elif format is Format.github:
+        print("\n".join(map(to_github, found)))
+    kinds = {finding.kind for finding in found}
+    raise typer.Exit(1 if "spec" in kinds else 2 if "unchecked" in kinds else 0)
+
+
+def check_all(paths: list[Path], settings: list[str], level: Level, format: Format) -> list[dict[str, Any]]:
+    """What there is to say of every spec of every file, in order; mistakes are printed as they are found.
+
+    Specs of one model are checked one after the other, so that it is traced once.
+    """
+    results: list[dict[str, Any]] = []
+    for file in files(paths):
+        try:
+            loaded = load_specs(file, settings)
+        except Exception as error:
+            results.append({"file": str(file), "spec": None, "plan": None, "findings": _findings(error, file)})
+            continue
+        results += [{"file": str(file), "spec": spec, "plan": None, "findings": []} for spec in loaded]
+    order = sorted(range(len(results)), key=lambda i: model_key(results[i]["spec"]) if results[i]["spec"] else "")
+    for i in order if level is not Level.schema else []:
+        if (spec := results[i]["spec"]) is None:
+            continue
+        try:
+            results[i]["plan"], results[i]["step"] = check(spec, level)
+            results[i]["findings"] = _warnings(spec, results[i]["plan"], results[i]["file"])
+        except Exception as error:
+            results[i]["findings"] = _findings(error, Path(results[i]["file"]))
+    for result in results:
+        for finding in result["findings"]:
+            if format is Format.text:
+                print(to_text(finding), file=sys.stderr)
+            elif finding.kind != "warning":
+                print(f"error: {finding}", file=sys.stderr)
+        if format is Format.text and not any(one.kind != "warning" for one in result["findings"]):
+            show(result)
+    return results
 
 
 def files(paths: list[Path]) -> list[Path]:
-    """Files as they are, folders as all YAML files in them; exits with one line for a folder without any."""
+    """Files as they are, folders as all YAML files in them."""
     found = []
     for path in paths:
         inside = sorted([*path.rglob("*.yaml"), *path.rglob("*.yml")]) if path.is_dir() else [path]
-        with failures():
-            if not inside:
+        if not inside:
+            with failures():
                 raise SubspanError(f"{path}: no .yaml file in this folder")
         found += inside
     return found
 
 
-def check(spec: Spec) -> Plan:
-    """The plan of a spec; raises SubspanError if it is wrong."""
+def check(spec: Spec, level: Level) -> tuple[Plan, StepCost | None]:
+    """The plan of a spec, and the cost of a step where the level or a limit asks for it.
+
+    Raises:
+        SubspanError: with the place of each mistake.
+    """
     with located(spec):
-        plan, pretrained = plan_of(spec)
+        plan, _, pretrained = plan_of(spec, whole=level is Level.trace)
         if spec.data and spec.data.files is not None:
             load_rows(spec, pretrained.labels)
-    return plan
+        whole = level is Level.trace or spec.limits.of_a_step
+        return plan, step_of(spec) if whole else None
 
 
-def show(path: Path, spec: Spec, plan: Plan) -> None:
+def _findings(error: Exception, file: Path) -> list[Finding]:
+    if isinstance(error, SubspanError):
+        return findings(error, str(file))
+    if os.environ.get("SUBSPAN_TRACEBACK"):
+        raise error
+    if isinstance(error, OSError):
+        message = f"can't read it: {error.strerror or error}"
+    else:
+        message = f"unexpected {type(error).__name__}: {reason(error)} (set SUBSPAN_TRACEBACK=1 to see where)"
+    return [Finding("unchecked", str(file), 1, 1, 1, " ".join(message.split()))]
+
+
+def _warnings(spec: Spec, plan: Plan, file: str) -> list[Finding]:
+    found = []
+    for warning in plan.warnings:
+        place = spec.locate(warned(warning))
+        line, column, width = (getattr(place, name, 1) for name in ("line", "column", "width"))
+        found.append(Finding("warning", file, line, column, width, warning))
+    return found
+
+
+def _json(result: dict[str, Any]) -> dict[str, Any]:
+    spec, plan, found = result["spec"], result["plan"], result["findings"]
+    out: dict[str, Any] = {"file": result["file"], "valid": all(finding.kind == "warning" for finding in found)}
+    if spec:
+        out |= {"meta": spec.meta, "model": spec.model.name}
+    if plan:
+        out |= plan.to_dict()
+        for site, described in zip(plan.sites, out["sites"], strict=True):
+            described |= asdict(site_cost(site, tokens_of(spec)))
+        totals = {site.rule: 0 for site in plan.sites}
+        for site in plan.sites:
+            totals[site.rule] += site.parameters
+        out["rules"] = [{"rule": rule, "parameters": total} for rule, total in sorted(totals.items())]
+        out["step"] = asdict(result["step"]) if result["step"] else None
+    return out | {"findings": [finding.to_dict() for finding in found]}
+
+
+def show(result: dict[str, Any]) -> None:
     """Print one plan."""
-    meta = "".join(f", {key} {value}" for key, value in spec.meta.items())
-    console.print(f"[bold green]{escape(f'{path}{meta}')}[/] is valid", soft_wrap=True, highlight=False)
-    print_plan(plan, console)
+    meta = "".join(f", {key} {value}" for key, value in result["spec"].meta.items())
+    label = escape(f"{result['file']}{meta}")
+    console.print(f"[bold green]{label}[/] is valid", soft_wrap=True, highlight=False)
+    if result["plan"]:
+        print_plan(result["plan"], console, tokens_of(result["spec"]), result["step"])
 
 
 if __name__ == "__main__":

@@ -21,6 +21,10 @@ class SpecError(SubspanError):
         self.message, self.path, self.at_key = message, tuple(path), at_key
 
 
+class UnreachableError(SpecError):
+    """Something that a spec names can't be reached from here, so nothing can be said of the spec."""
+
+
 class LocatedError(SubspanError):
     """A mistake in a file: `<file>:<line>:<column>: <message>`.
 
@@ -29,11 +33,13 @@ class LocatedError(SubspanError):
         line, column: of the first character to blame, from 1.
         width: characters to blame on that line.
         message: what is wrong and what to do.
+        reachable: False where the mistake is that something can't be reached.
     """
 
-    def __init__(self, file: str, line: int, column: int, width: int, message: str):
+    def __init__(self, file: str, line: int, column: int, width: int, message: str, reachable: bool = True):
         super().__init__(f"{file}:{line}:{column}: {message}")
         self.file, self.line, self.column, self.width, self.message = file, line, column, width, message
+        self.reachable = reachable
 
 
 class ManyErrors(SubspanError):
@@ -46,10 +52,6 @@ class ManyErrors(SubspanError):
     def __init__(self, errors: Sequence[SubspanError]):
         super().__init__("\n".join(map(str, errors)))
         self.errors = tuple(errors)
-
-
-class UnreachableError(SubspanError):
-    """Something that a spec names can't be reached from here, so nothing can be said of the spec."""
 
 
 class AdapterError(SubspanError):

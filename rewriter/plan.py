@@ -33,6 +33,7 @@ class Site:
         leaves: the tensors that the chain declares: (name, shape, role).
         head: the parameter is newly made; it does not count as trainable but as head.
         merges: phi(W) can be written back as a plain weight.
+        linear: every op that reads the parameter is a product with it.
         rule: index of the rule.
         given: `<name>.<method>` -> sizes that tuning has settled.
     """
@@ -46,6 +47,7 @@ class Site:
     leaves: tuple[tuple[str, tuple[int, ...], str], ...] = ()
     head: bool = False
     merges: bool = False
+    linear: bool = False
     rule: int = 0
     given: Given = field(default_factory=dict, repr=False)
 
@@ -71,6 +73,11 @@ class Site:
             for method, options in self.chain
             if (given := {k: v for k, v in options.model_dump(exclude_defaults=True).items()}) is not None
         )
+
+    @property
+    def classes(self) -> str:
+        """The classes of its methods: reconstruction, extension, combination."""
+        return ", ".join(dict.fromkeys(method.kind for method, _ in self.chain))
 
     @property
     def parameters(self) -> int:
@@ -169,6 +176,7 @@ class Plan:
                     "kind": site.kind,
                     "weight": site.place if site.layout else None,
                     "transform": site.transform,
+                    "class": site.classes,
                     "shape": list(site.shape),
                     "parameters": site.parameters,
                     "settled": {step: dict(sizes) for step, sizes in site.given.items()},
@@ -306,7 +314,7 @@ class _Found:
                 ("rules", r, "target"),
             )
         _check_overlap(site, self.sites)
-        self.sites.append(site)
+        self.sites.append(replace(site, linear=kind == "matrix" and not formed))
 
     def add_modules(self, r: int, rule: Rule, hits: list[str], kinds: set[str]) -> None:
         hits = [hit for hit in hits if not any(hit.startswith(f"{other}.") for other in hits)]

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 
 import torch
 import transformers
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 from transformers.utils import logging as hf_logging
 
-from .errors import SpecError, SubspanError, reason
+from .errors import SpecError, SubspanError, UnreachableError, reason
 from .resources import is_local, resolve
 from .spec import Model, Spec
 from .trace import Inputs
@@ -146,7 +147,13 @@ def explained(written: Model, what: str = "model") -> Iterator[None]:
             message = f"{written.name} brings Python code of its own; set model.trust_remote_code: true to run it"
         else:
             message = f"can't load the {what} {written.name}: {reason(error)}"
-        raise SpecError(message, NAME) from error
+        raise (UnreachableError if _unreachable(error) else SpecError)(message, NAME) from error
+
+
+def _unreachable(error: BaseException | None) -> bool:
+    while error and not isinstance(error, LocalEntryNotFoundError | ConnectionError):
+        error = error.__cause__
+    return error is not None
 
 
 @contextlib.contextmanager
@@ -176,25 +183,40 @@ def for_onnx(model: nn.Module) -> nn.Module:
     return model.float()
 
 
-def example_inputs(model: nn.Module, task: str) -> Inputs:
+def example_inputs(model: nn.Module, task: str, batch: int = 3, length: int = 11) -> Inputs:
     """Examples of what a model of a task reads, on the model's device, with dynamic batch and sequence.
 
     Token ids are (batch, sequence) int64, pixels (batch, channels, height, width) in the model's dtype.
+
+    Args:
+        batch, length: sizes of the examples. A decoder's sequence is shorter, so that no two sizes are equal.
     """
     parameter, config = next(model.parameters()), model.config
     if task == "image-classification":
         size = config.image_size
         height, width = size if isinstance(size, list | tuple) else (size, size)
-        pixels = torch.zeros(3, config.num_channels, height, width, dtype=parameter.dtype, device=parameter.device)
+        pixels = torch.zeros(batch, config.num_channels, height, width, dtype=parameter.dtype, device=parameter.device)
         return Inputs(kwargs={"pixel_values": pixels}, dynamic={"pixel_values": {0: "batch"}})
-    lengths = {"input_ids": 11, "attention_mask": 11}
+    lengths = {"input_ids": length, "attention_mask": length}
     if getattr(config, "type_vocab_size", 0) > 1 and "token_type_ids" in inspect.signature(model.forward).parameters:
-        lengths["token_type_ids"] = 11
+        lengths["token_type_ids"] = length
     if task == "seq2seq-lm":
-        lengths["decoder_input_ids"] = 7
+        lengths["decoder_input_ids"] = length - 4 if length > 8 else length + 1
     kwargs = {
-        name: torch.full((3, n), int(name == "attention_mask"), dtype=torch.long, device=parameter.device)
+        name: torch.full((batch, n), int(name == "attention_mask"), dtype=torch.long, device=parameter.device)
         for name, n in lengths.items()
     }
     axes = {n: {0: "batch", 1: "decoder_sequence" if n.startswith("decoder") else "sequence"} for n in kwargs}
     return Inputs(kwargs=kwargs, dynamic=axes)
+
+
+def example_batch(model: nn.Module, task: str, batch: int, length: int) -> dict[str, torch.Tensor]:
+    """A batch as a training step reads it: `example_inputs` and labels."""
+    inputs = example_inputs(model, task, batch, length).kwargs
+    if task == "seq2seq-lm":
+        inputs["decoder_input_ids"] = inputs["input_ids"].clone()
+    like = {"token-classification": "input_ids", "causal-lm": "input_ids", "seq2seq-lm": "decoder_input_ids"}
+    device = next(model.parameters()).device
+    size = inputs[like[task]].shape if task in like else (batch,)
+    labels = torch.zeros(size, dtype=torch.float32 if task == "regression" else torch.long, device=device)
+    return {**inputs, "labels": labels}

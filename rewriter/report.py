@@ -9,13 +9,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .cost import StepCost, site_cost
 from .plan import Plan
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-def print_plan(plan: Plan, console: Console) -> None:
-    """The sites, equal ones of several layers in one row, the totals, notes and warnings."""
+def print_plan(plan: Plan, console: Console, tokens: int, step: StepCost | None = None) -> None:
+    """The sites, equal ones of several layers in one row, the totals, notes and warnings.
+
+    Args:
+        tokens: rows that an op reads per step.
+        step: cost of a step, if it is known.
+    """
     groups: dict[tuple, list] = {}
     for site in plan.sites:
         groups.setdefault(
@@ -28,24 +34,44 @@ def print_plan(plan: Plan, console: Console) -> None:
         ("n x m", "right"),
         ("sites", "right"),
         ("tuned", "right"),
+        ("class", "left"),
+        ("rank", "right"),
+        ("forward", "right"),
+        ("backward", "right"),
     ):
         table.add_column(column, justify=justify, overflow="fold")
     for (label, transform, shape, head, merges), sites in groups.items():
         mark = "  (head)" if head else "" if merges else "  (does not merge)"
         size = " x ".join(map(str, shape))
-        table.add_row(
-            escape(label) + mark, escape(transform), size, str(len(sites)), f"{sum(s.parameters for s in sites):,}"
-        )
+        cost = site_cost(sites[0], tokens)
+        tuned = f"{sum(site.parameters for site in sites):,}"
+        row = [escape(label) + mark, escape(transform), size, str(len(sites)), tuned, sites[0].classes]
+        table.add_row(*row, "" if cost.rank is None else f"{cost.rank:,}", _added(cost.forward), _added(cost.backward))
     console.print(table)
+    rules = sorted({site.rule for site in plan.sites})
+    for rule in rules if len(rules) > 1 else []:
+        sites = [site for site in plan.sites if site.rule == rule]
+        tuned = sum(site.parameters for site in sites)
+        console.print(f"rules[{rule}]: {len(sites)} sites, {tuned:,} tuned parameters", highlight=False, markup=False)
     console.print(
         f"{plan.trainable_parameters:,} tuned parameters, {plan.share:.3f} thousandths of {plan.total_parameters:,}; "
         f"{plan.head_parameters:,} in new heads",
         highlight=False,
     )
+    if step:
+        console.print(
+            f"a step: {step.activations / 1e6:,.1f} MB of activations, {step.optimiser / 1e6:,.1f} MB of gradients and "
+            f"optimiser state, {_added(step.overhead)} FLOPs over the frozen model's",
+            highlight=False,
+        )
     for note in plan.notes:
         console.print(f"note: {escape(note)}", highlight=False, soft_wrap=True)
     for warning in plan.warnings:
         console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
+
+
+def _added(share: float | None) -> str:
+    return "" if share is None else f"{share:+.2%}"
 
 
 def print_summary(title: str, facts: Mapping[str, Any], console: Console) -> None:

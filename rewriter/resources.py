@@ -4,7 +4,7 @@ import importlib.util
 import os
 from pathlib import Path
 
-from .errors import SpecError
+from .errors import SpecError, UnreachableError
 
 PACKAGE = "package://"
 
@@ -19,7 +19,8 @@ def resolve(name: str, path: tuple[str | int, ...]) -> str:
         path: place in the spec, for the error.
 
     Raises:
-        SpecError: the package is not installed, the resource does not exist, or it lies outside the package.
+        UnreachableError: the package is not installed.
+        SpecError: the resource does not exist, or it lies outside the package.
     """
     if not name.startswith(PACKAGE):
         return str(Path(name).expanduser().absolute()) if is_local(name) else name
@@ -30,7 +31,7 @@ def resolve(name: str, path: tuple[str | int, ...]) -> str:
         found = None
     roots = list(found.submodule_search_locations or []) if found else []
     if not roots:
-        raise SpecError(f"package {package!r} is not installed: pip install {package.replace('_', '-')}", path)
+        raise UnreachableError(f"package {package!r} is not installed: pip install {package.replace('_', '-')}", path)
     root = Path(roots[0]).resolve()
     target = (root / inner).resolve()
     if not target.is_relative_to(root):

@@ -33,19 +33,16 @@ def rewrite(
     Parameters named `subspan.*` are tuned (float32 or wider), all others are frozen.
 
     Args:
-        model: a traced model with weights.
+        model: a traced model; without weights (on the meta device) the result has shapes alone.
         plan: made from the same model, or from the same model on the meta device.
         seed: seed of the start values.
         values: leaf name -> value, instead of the start value; what `allocate` chose, for example.
 
     Raises:
-        SubspanError: the model is on the meta device.
         SpecError: a method needs a choice that `values` lacks.
     """
     out = model.clone()
     weights = dict(out.named_parameters(remove_duplicate=False))
-    if any(p.is_meta for p in weights.values()):
-        raise SubspanError("rewrite needs weights; the model is on the meta device")
     out.requires_grad_(False)
     for weight, sites in plan.by_weight().items():
         stored = weights[weight].detach()
@@ -98,7 +95,9 @@ def _base(model: GraphModel, site: Site, dtype: torch.dtype) -> tuple[Operator, 
 def _initialiser(out: GraphModel, stored: torch.Tensor, seed: int, values: Mapping[str, torch.Tensor]):
     def lookup(site: Site, leaf: Leaf) -> torch.Tensor:
         value = values.get(leaf.name)
-        if value is None:
+        if stored.is_meta:
+            value = torch.empty(leaf.shape, device="meta")
+        elif value is None:
             value = initial_value(leaf, seed, lambda: cached_svd(site.part(stored)))
         dtype = torch.int64 if leaf.role == "chosen" else stored.dtype
         value = value.to(stored.device, dtype).reshape(leaf.shape).contiguous()

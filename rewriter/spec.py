@@ -3,12 +3,14 @@
 import copy
 import difflib
 import io
+import re
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -237,6 +239,72 @@ class Verify(_Model):
     atol: float = Field(1e-4, gt=0, description="largest absolute difference of any output")
 
 
+_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def _amount(value: str, units: Mapping[str, float], expected: str) -> float:
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([A-Za-z%]{1,3})", value)
+    if not found or found[2].lower() not in units:
+        raise ValueError(f"expected {expected}")
+    return float(found[1]) * units[found[2].lower()]
+
+
+def _share(value: str) -> str:
+    _amount(value, {"%": 1}, "a count, or a share of all parameters such as 0.5%")
+    return value
+
+
+def _percent(value: str) -> str:
+    _amount(value, {"%": 1}, "a share such as 5%")
+    return value
+
+
+def _size(value: str) -> str:
+    _amount(value, _UNITS, "bytes, or a size such as 8 GiB")
+    return value
+
+
+Parameters = Annotated[int, Field(ge=0)] | Annotated[str, AfterValidator(_share)]
+
+
+class Limits(_Model):
+    """What a plan may cost at most; one that exceeds a limit is refused."""
+
+    trainable_parameters: Parameters | None = Field(
+        None, description="tuned parameters, new heads apart: a count, or a share of all parameters such as 0.5%"
+    )
+    head_parameters: Parameters | None = Field(
+        None, description="parameters of new heads: a count, or a share of all parameters"
+    )
+    activation_memory: Annotated[int, Field(ge=0)] | Annotated[str, AfterValidator(_size)] | None = Field(
+        None, description="bytes that a batch's forward saves for its backward, or a size such as 8 GiB"
+    )
+    overhead_flops: Annotated[str, AfterValidator(_percent)] | None = Field(
+        None, description="a step's FLOPs beyond the frozen model's forward and input gradient, such as 5%"
+    )
+
+    def parameters(self, name: str, total: int) -> float | None:
+        """The limit `name` as a count, of a model of `total` parameters."""
+        value = getattr(self, name)
+        return _amount(value, {"%": 0.01 * total}, "") if isinstance(value, str) else value
+
+    @property
+    def activations(self) -> float | None:
+        """`activation_memory` in bytes."""
+        value = self.activation_memory
+        return _amount(value, _UNITS, "") if isinstance(value, str) else value
+
+    @property
+    def overhead(self) -> float | None:
+        """`overhead_flops` as a fraction."""
+        return None if self.overhead_flops is None else _amount(self.overhead_flops, {"%": 0.01}, "")
+
+    @property
+    def of_a_step(self) -> bool:
+        """Whether a limit is of a whole training step, which has to be traced."""
+        return self.activation_memory is not None or self.overhead_flops is not None
+
+
 class Export(_Model):
     """What is shipped."""
 
@@ -255,6 +323,7 @@ class Spec(_Model):
     rules: list[Rule] = Field(min_length=1)
     train: Train = Field(Train())
     export: Export = Field(Export())
+    limits: Limits = Field(Limits(), description="what the plan may cost at most")
     strict: bool = Field(False, description="warnings of the plan are errors")
 
     _source: "Source | None" = PrivateAttr(None)
@@ -335,7 +404,8 @@ class Source:
         if self.variant:
             own = self.places.data["variants"][self.variant[1]]
             path = (*self.variant, *path) if not path or path[0] in own else path
-        return LocatedError(self.file, *self.places.locate(path, error.at_key), text)
+        reachable = not isinstance(error, UnreachableError)
+        return LocatedError(self.file, *self.places.locate(path, error.at_key), text, reachable)
 
 
 def load_spec(path: str | Path, overrides: list[str] | None = None) -> Spec:
@@ -426,6 +496,12 @@ def _validated(data: dict, source: "Source") -> Spec:
         raise source.locate(error) from None
     spec._source = source
     return spec
+
+
+def warned(warning: str) -> SpecError:
+    """A warning of a plan as a mistake at its rule, for its place: it starts with `rules[0]: ` if it has one."""
+    index = re.match(r"rules\[(\d+)\]: ", warning)
+    return SpecError(warning, ("rules", int(index[1]), "target") if index else ("rules",))
 
 
 def dump_spec(spec: Spec) -> str:

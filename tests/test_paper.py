@@ -67,7 +67,7 @@ def test_every_row_has_the_count_of_its_rule_and_142_the_print(monkeypatch):
         specs = load_specs(PAPER / f"{name}.yaml")
         assert [spec.meta["row"] for spec in sorted(specs, key=lambda s: s.meta["row"])] == list(range(2, 59))
         for spec in specs:
-            found, _ = plan_of(spec)
+            found, _, _ = plan_of(spec)
             row = spec.meta["row"]
             assert found.trainable_parameters == rule(row, layers, d, name.startswith("deberta")), spec.meta
             assert not found.warnings and TABLES[spec.meta["table"]][0] == name
