@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from rewriter import SubspanError
-from rewriter.errors import LocatedError, ManyErrors
+from rewriter.errors import LocatedError, ManyErrors, UnreachableError
 
 SARIF = "https://json.schemastore.org/sarif-2.1.0.json"
 KINDS = {
@@ -52,7 +52,8 @@ def findings(error: SubspanError, file: str) -> list[Finding]:
     if isinstance(error, ManyErrors):
         return [finding for one in error.errors for finding in findings(one, file)]
     if not isinstance(error, LocatedError):
-        return [Finding("spec", file, 1, 1, 1, _line(str(error)))]
+        kind = "unchecked" if isinstance(error, UnreachableError) else "spec"
+        return [Finding(kind, file, 1, 1, 1, _line(str(error).removeprefix(f"{file}: ")))]
     kind = "spec" if error.reachable else "unchecked"
     return [Finding(kind, error.file, error.line, error.column, error.width, _line(error.message))]
 
@@ -118,7 +119,8 @@ def _result(finding: Finding) -> dict[str, Any]:
         "startColumn": finding.column,
         "endColumn": finding.column + finding.width,
     }
-    artifact = {"uri": quote(Path(finding.file).as_posix())}
+    file = Path(finding.file)
+    artifact = {"uri": file.as_uri() if file.is_absolute() else quote(file.as_posix())}
     return {
         "ruleId": finding.kind,
         "level": "warning" if finding.kind == "warning" else "error",

@@ -38,9 +38,10 @@ from rewriter import (
 )
 from rewriter.allocate import SELECTED, pools
 from rewriter.cost import StepCost, exceeded, step_cost
+from rewriter.data import check_length
 from rewriter.errors import raise_all
 from rewriter.files import remove, write_json, write_text
-from rewriter.pretrained import example_batch
+from rewriter.pretrained import example_batch, positions
 from rewriter.tune import checkpoints, objective, resumed_choices
 
 
@@ -89,6 +90,7 @@ def plan_of(spec: Spec, whole: bool = False) -> tuple[Plan, GraphModel, Pretrain
         _TRACED[key] = trace(pretrained.model, inputs, modes=("train", "eval") if whole else ("eval",)), pretrained
     traced, pretrained = _TRACED[key]
     planned = plan(traced, spec.rules, pretrained.new, spec.strict)
+    check_length(spec, positions(pretrained.model))
     raise_all(exceeded(spec.limits, planned))
     return planned, traced, pretrained
 

@@ -8,15 +8,16 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
+import datasets
 import typer
 from rich.markup import escape
 
-from pipelines.cli import Settings, console, failures, located
+from pipelines.cli import Settings, console, located
 from pipelines.findings import Finding, findings, to_github, to_sarif, to_text
 from pipelines.train import model_key, plan_of, step_of, tokens_of
 from rewriter import Plan, Spec, SubspanError, load_rows, load_specs, print_plan
 from rewriter.cost import StepCost, site_cost
-from rewriter.errors import reason
+from rewriter.errors import UnreachableError, reason
 from rewriter.spec import warned
 
 
@@ -60,6 +61,7 @@ def validate(
     Exit status 0 if all are right; 1 if one is wrong, with a line for each mistake: file, line, column, and what to do;
     2 if one could not be checked, for example because its model can't be reached.
     """
+    datasets.disable_progress_bars()
     results = check_all(specs, settings or [], level, format)
     found = [finding for result in results for finding in result["findings"]]
     if format is Format.json:
@@ -80,6 +82,8 @@ def check_all(paths: list[Path], settings: list[str], level: Level, format: Form
     results: list[dict[str, Any]] = []
     for file in files(paths):
         try:
+            if file.is_dir():
+                raise UnreachableError("no .yaml file in this folder")
             loaded = load_specs(file, settings)
         except Exception as error:
             results.append({"file": str(file), "spec": None, "plan": None, "findings": _findings(error, file)})
@@ -106,14 +110,11 @@ def check_all(paths: list[Path], settings: list[str], level: Level, format: Form
 
 
 def files(paths: list[Path]) -> list[Path]:
-    """Files as they are, folders as all YAML files in them."""
+    """Files as they are, folders as all YAML files in them; a folder without any as itself."""
     found = []
     for path in paths:
-        inside = sorted([*path.rglob("*.yaml"), *path.rglob("*.yml")]) if path.is_dir() else [path]
-        if not inside:
-            with failures():
-                raise SubspanError(f"{path}: no .yaml file in this folder")
-        found += inside
+        inside = sorted([*path.rglob("*.yaml"), *path.rglob("*.yml")]) if path.is_dir() else []
+        found += inside or [path]
     return found
 
 

@@ -187,6 +187,17 @@ def label_reader(spec: Spec, rows: datasets.Dataset, labels: list[str]) -> Calla
     return read
 
 
+def check_length(spec: Spec, most: int | None) -> None:
+    """Refuse sequences of more than `most` tokens, a soft prompt's included.
+
+    Raises:
+        SpecError: at `data.max_length`.
+    """
+    if spec.data and most is not None and spec.data.max_length + spec.prompt_length > most:
+        prompt = f", {spec.prompt_length} of them the prompt's" if spec.prompt_length else ""
+        raise SpecError(f"the model takes at most {most} tokens{prompt}", ("data", "max_length"))
+
+
 def encode(spec: Spec, rows: datasets.Dataset, processor: Any, labels: list[str]) -> datasets.Dataset:
     """Rows as the model reads them: token ids or pixels, and `labels`.
 
@@ -205,9 +216,7 @@ def encode(spec: Spec, rows: datasets.Dataset, processor: Any, labels: list[str]
             return {"pixel_values": out["pixel_values"], "labels": [read(value) for value in batch[columns["label"]]]}
 
         return rows.with_transform(pixels)
-    if length + spec.prompt_length > processor.model_max_length:
-        prompt = f", {spec.prompt_length} of them the prompt's" if spec.prompt_length else ""
-        raise SpecError(f"the model takes at most {processor.model_max_length} tokens{prompt}", ("data", "max_length"))
+    check_length(spec, processor.model_max_length)
 
     def words(values: list[Any]) -> list[str]:
         return ["" if value is None else str(value) for value in values]

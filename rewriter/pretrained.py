@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import logging
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -208,6 +209,22 @@ def example_inputs(model: nn.Module, task: str, batch: int = 3, length: int = 11
     }
     axes = {n: {0: "batch", 1: "decoder_sequence" if n.startswith("decoder") else "sequence"} for n in kwargs}
     return Inputs(kwargs=kwargs, dynamic=axes)
+
+
+def positions(model: nn.Module) -> int | None:
+    """How many tokens a model has a position for; None where positions are relative or computed."""
+    tables = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and re.search(r"(^|[._])(positions?|position_embeddings?|wpe)$", name)
+    ]
+    return min(
+        (
+            t.num_embeddings - getattr(t, "offset", 0) - (0 if t.padding_idx is None else t.padding_idx + 1)
+            for t in tables
+        ),
+        default=None,
+    )
 
 
 def example_batch(model: nn.Module, task: str, batch: int, length: int) -> dict[str, torch.Tensor]:

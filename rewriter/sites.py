@@ -15,6 +15,8 @@ from .errors import SpecError
 
 aten = torch.ops.aten
 MAX_ALTERNATIVES = 4096
+MAX_DEPTH = 20
+MAX_LENGTH = 1000
 _TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default, aten.mT.default}
 _PASSING = {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.contiguous.default, aten.detach.default}
 _CONVOLUTIONS = {"conv1d", "conv2d", "conv3d", "convolution", "_convolution"}
@@ -117,12 +119,16 @@ def expand_braces(pattern: str) -> list[str]:
     """All alternatives of a pattern with (nested) braces.
 
     Raises:
-        ValueError: a brace is not closed, or there are more than `MAX_ALTERNATIVES`.
+        ValueError: a brace is not closed, or the pattern is too long, nested or manifold to be meant.
     """
+    if len(pattern) > MAX_LENGTH:
+        raise ValueError(f"a pattern of more than {MAX_LENGTH} characters")
     depth, start = 0, -1
     for i, char in enumerate(pattern):
         if char == "{":
             start, depth = (i if depth == 0 else start), depth + 1
+            if depth > MAX_DEPTH:
+                raise ValueError(f"braces nested more than {MAX_DEPTH} deep")
         elif char == "}":
             depth -= 1
             if depth < 0:
@@ -179,11 +185,15 @@ def find(patterns: list[str], names: list[str], path: tuple[str | int, ...], wha
             hits = match([pattern], names)
             nearest = difflib.get_close_matches(expand_braces(pattern)[0].replace("*", "0"), names, n=3, cutoff=0.3)
         except ValueError as error:
-            raise SpecError(f"{pattern!r}: {error}", path) from None
+            raise SpecError(f"{_short(pattern)!r}: {error}", path) from None
         if not hits:
-            raise SpecError(f"{pattern!r} matches no {what}; nearest: {', '.join(nearest or names[:3])}", path)
+            raise SpecError(f"{_short(pattern)!r} matches no {what}; nearest: {', '.join(nearest or names[:3])}", path)
         found.update(dict.fromkeys(hits))
     return [name for name in names if name in found]
+
+
+def _short(pattern: str) -> str:
+    return pattern if len(pattern) <= 200 else pattern[:200] + "..."
 
 
 def uneven(patterns: list[str], hits: list[str], names: list[str]) -> list[str]:

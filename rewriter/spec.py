@@ -569,12 +569,23 @@ def _known_keys(path: tuple[str | int, ...]) -> list[str]:
 
 
 def _explained(error: ValidationError, data: Any) -> list[SpecError]:
-    """All mistakes, in words. Of several about one place the first counts."""
+    """All mistakes, in words, one for each place."""
     problems = error.errors(include_url=False)
     misspelt = {one["loc"][:-1] for one in problems if one["type"] == "extra_forbidden"}
     # A misspelt key often leaves a required one missing: the misspelling is the mistake.
     told = [_explain(one, data) for one in problems if one["type"] != "missing" or one["loc"][:-1] not in misspelt]
-    return list({one.path: one for one in reversed(told)}.values())[::-1]
+    by_path: dict[tuple[str | int, ...], list[SpecError]] = {}
+    for one in told:
+        by_path.setdefault(one.path, []).append(one)
+    return [_either(several) for several in by_path.values()]
+
+
+def _either(several: list[SpecError]) -> SpecError:
+    """One mistake of what each alternative of a union says."""
+    first, messages = several[0], list(dict.fromkeys(one.message for one in several))
+    expected = [message for message in messages if message.startswith("expected ")]
+    message = expected[0] if expected else ", or ".join(messages)
+    return SpecError(message, first.path, first.at_key)
 
 
 def _explain(problem: Mapping[str, Any], data: Any) -> SpecError:
@@ -606,6 +617,7 @@ def _explain(problem: Mapping[str, Any], data: Any) -> SpecError:
     shown = repr(problem["input"])
     if isinstance(problem["input"], str | int | float | bool) and len(shown) < 60:
         message += f", not {shown}"
-    if isinstance(problem["input"], str) and ("number" in message or "integer" in message):
+    if isinstance(problem["input"], str) and re.fullmatch(r"[-+.0-9eE]{1,40}", problem["input"]):
         message += "; write it without quotes"
-    return SpecError(message.replace("input should be", "should be"), tuple(path))
+    message = message.replace("input should be", "should be").replace(" after validation", "")
+    return SpecError(message, tuple(path))

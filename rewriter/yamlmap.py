@@ -75,6 +75,16 @@ def parse_scalar(text: str) -> Any:
     return parse(text).data if text.strip() else ""
 
 
+def _text(value: str, place: Place) -> str:
+    """Text whose escaped surrogate pairs, as JSON writes them, are one character each."""
+    if value.isascii():
+        return value
+    try:
+        return value.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        raise YamlError("half of a surrogate pair is no character", *place) from None
+
+
 def _place(node: Node) -> Place:
     start, end = node.start_mark, node.end_mark
     width = end.column - start.column if end.line == start.line else 1
@@ -90,6 +100,7 @@ def _build(node: Node, path: Path, out: YamlMap, reader: YAML, count: list[int])
         raise YamlError(f"tag {node.tag!r} is not allowed: only plain YAML values are read", *place)
     out.values.setdefault(path, place)
     if isinstance(node, ScalarNode):
+        node.value = _text(node.value, place)
         return reader.constructor.construct_object(node) if node.tag in _SCALARS else node.value
     if isinstance(node, MappingNode):
         data: dict[str, Any] = {}
@@ -99,6 +110,7 @@ def _build(node: Node, path: Path, out: YamlMap, reader: YAML, count: list[int])
                 raise YamlError("merge keys (<<) are not read: write the keys out", *at)
             if not isinstance(key, ScalarNode):
                 raise YamlError("a key must be plain text", *at)
+            key.value = _text(key.value, at)
             if key.value in data:
                 raise YamlError(f"duplicate key {key.value!r}", *at)
             out.keys.setdefault((*path, key.value), at)
