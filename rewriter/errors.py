@@ -74,4 +74,5 @@ def raise_all(errors: Sequence[SubspanError]) -> None:
 
 def reason(error: BaseException) -> str:
     """The first line that an exception says, or its type's name: libraries often say much more."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"{first} {rest[0]}" if first.endswith(":") and rest else first

@@ -148,7 +148,8 @@ def explained(written: Model, what: str = "model") -> Iterator[None]:
             message = f"{written.name} brings Python code of its own; set model.trust_remote_code: true to run it"
         else:
             message = f"can't load the {what} {written.name}: {reason(error)}"
-        raise (UnreachableError if _unreachable(error) else SpecError)(message, NAME) from error
+        path = ("model", "config") if written.config is not None and what == "model" else NAME
+        raise (UnreachableError if _unreachable(error) else SpecError)(message, path) from error
 
 
 def _unreachable(error: BaseException | None) -> bool:

@@ -47,7 +47,8 @@ METRICS: dict[str, tuple[str, ...]] = {
     "seq2seq-lm": ("perplexity", "loss", "accuracy"),
 }
 Dtype = Literal["float32", "bfloat16", "float16"]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=2**53)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 
 
 class _Model(BaseModel):
@@ -84,7 +85,7 @@ class Split(_Model):
     validation: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] = Field(
         description="rows (an integer) or share (a fraction) to hold out"
     )
-    seed: int = Field(0, description="seed of the shuffle before the split")
+    seed: Seed = Field(0, description="seed of the shuffle before the split")
 
 
 class Limit(_Model):
@@ -118,7 +119,7 @@ class Data(_Model):
     split: Split | None = Field(None, description="hold out a part of the training data")
     limit: Limit = Field(Limit(), description="use only so many rows, after filter and split")
     columns: dict[str, str] = Field(description="role -> column: text, text_pair, label, tokens, image")
-    max_length: Count = Field(128, description="longest sequence, in tokens; longer texts are cut")
+    max_length: Count = Field(128, le=2**20, description="longest sequence, in tokens; longer texts are cut")
 
     @model_validator(mode="after")
     def _source(self) -> "Data":
@@ -212,7 +213,7 @@ class Train(_Model):
     """How the new tensors are tuned."""
 
     epochs: float = Field(1, gt=0, description="passes over the training data")
-    batch_size: Count = Field(32, description="sequences per step and device")
+    batch_size: Count = Field(32, le=2**16, description="sequences per step and device")
     gradient_accumulation: Count = Field(1, description="batches per optimiser step")
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up")
@@ -221,7 +222,7 @@ class Train(_Model):
     max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this 2-norm; 0 turns it off")
     precision: Dtype = Field("float32", description="type of the computation (autocast); half types want CUDA")
     metric: Metric | None = Field(None, description="validation metric; default: the task's first")
-    seed: int = Field(0, ge=0, description="seed of heads, start values, order and dropout")
+    seed: Seed = Field(0, description="seed of heads, start values, order and dropout")
     log_steps: Count = Field(10, description="optimiser steps between log lines")
     checkpoint_steps: Count = Field(50, description="optimiser steps between checkpoints")
     checkpoint_keep: Count = Field(2, description="checkpoints kept")

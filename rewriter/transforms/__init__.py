@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from ..algebra import Operator, Value
 from ..errors import SpecError
 
-Rank = Annotated[int, Field(ge=1, description="rank r of the low-rank factors; at most min(n, m)")]
+MOST = 2**24  # of any size or number in a method's options: more is a slip, and shapes have to stay countable
+Rank = Annotated[int, Field(ge=1, le=MOST, description="rank r of the low-rank factors; at most min(n, m)")]
 Alpha = Annotated[
     float | None, Field(gt=0, description="numerator of the scale s = alpha / rank; default: the rank, so s = 1")
 ]
@@ -34,15 +35,17 @@ Constraint = Annotated[
 ]
 Coefficient = Annotated[float, Field(ge=0, description="weight of the penalty in the loss, per site")]
 Activation = Annotated[Literal["relu", "gelu", "silu", "tanh"], Field(description="the nonlinearity h")]
-TargetRank = Annotated[int | None, Field(ge=1, description="mean rank that is left; default: two thirds of rank")]
-HiddenWidth = Annotated[
-    int | None, Field(ge=1, description="width of the MLP that makes P while tuning; none by default")
+TargetRank = Annotated[
+    int | None, Field(ge=1, le=MOST, description="mean rank that is left; default: two thirds of rank")
 ]
-Width = Annotated[int, Field(ge=1, description="width of the bottleneck")]
-Length = Annotated[int, Field(ge=1, description="number of rows that are put before every sequence")]
+HiddenWidth = Annotated[
+    int | None, Field(ge=1, le=MOST, description="width of the MLP that makes P while tuning; none by default")
+]
+Width = Annotated[int, Field(ge=1, le=MOST, description="width of the bottleneck")]
+Length = Annotated[int, Field(ge=1, le=MOST, description="number of rows that are put before every sequence")]
 Density = Annotated[float, Field(gt=0, le=1, description="share of the entries that are tuned")]
-Samples = Annotated[int, Field(ge=1, description="training rows whose gradients decide")]
-Interval = Annotated[int, Field(ge=1, description="optimiser steps from one decision to the next")]
+Samples = Annotated[int, Field(ge=1, le=MOST, description="training rows whose gradients decide")]
+Interval = Annotated[int, Field(ge=1, le=MOST, description="optimiser steps from one decision to the next")]
 Share = Annotated[float, Field(ge=0, lt=1, description="share of the optimiser steps")]
 Initial = float | Value | Callable[[tuple[int, ...], torch.Generator], torch.Tensor]
 
