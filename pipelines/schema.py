@@ -1,0 +1,133 @@
+"""Write what follows from the spec's models: specs/spec.schema.json for editors, docs/methods.md for people."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from pipelines.cli import failures
+from rewriter import METHODS, Spec
+from rewriter.files import write_text
+from rewriter.transforms import Method
+
+SCHEMA, PAGE = Path("specs/spec.schema.json"), Path("docs/methods.md")
+WORDS = {
+    "matrix": "weights of two or more dimensions",
+    "vector": "vectors (biases)",
+    "cross_attention": "weights of cross-attention",
+    "attention": "a layer's attention, inside its residual",
+    "feed_forward": "a layer's feed-forward, inside its residual",
+    "keys": "keys of attention",
+    "values": "values of attention",
+    "embeddings": "the module that reads the token ids",
+}
+
+
+def schema(folder: Path = typer.Argument(Path("."), help="The repository's root.")) -> None:
+    """Write specs/spec.schema.json and docs/methods.md from the models that check specs."""
+    with failures(folder):
+        for file, text in pages().items():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            write_text(folder / file, text)
+
+
+def pages() -> dict[Path, str]:
+    """Each generated file and its text."""
+    return {SCHEMA: json.dumps(spec_schema(), indent=1) + "\n", PAGE: methods_page()}
+
+
+def spec_schema() -> dict[str, Any]:
+    """The JSON Schema (2020-12) of a spec file: one spec, or variants of one."""
+    spec = Spec.model_json_schema()
+    definitions = spec.pop("$defs")
+    bare = []
+    for name, method in METHODS.items():
+        step = definitions[f"{name}_step"]
+        step["description"] = method.doc
+        if not required(method):
+            bare.append(name)
+            step["properties"][name] = {"anyOf": [step["properties"][name], {"type": "null"}]}
+    steps = definitions["Rule"]["properties"]["apply"]
+    steps["items"] = {"anyOf": [{"enum": bare}, steps["items"]]}
+    anything = dict.fromkeys(spec["properties"], {}) | {"version": spec["properties"]["version"]}
+    variant = {"type": "object", "properties": {**anything, "values": _VALUES}, "additionalProperties": False}
+    variants = {
+        "type": "object",
+        "description": "Many specs in one file: each variant replaces keys, `$name` stands for what let or values say.",
+        "properties": {
+            **anything,
+            "let": {"type": "object", "description": "name -> what $name stands for in every variant"},
+            "variants": {"type": "array", "minItems": 1, "items": variant},
+        },
+        "required": ["version", "variants"],
+        "additionalProperties": False,
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Subspan spec",
+        "anyOf": [{"$ref": "#/$defs/Spec"}, {"$ref": "#/$defs/Variants"}],
+        "$defs": {**definitions, "Spec": spec, "Variants": variants},
+    }
+
+
+_VALUES = {
+    "type": "object",
+    "description": "name -> list; one spec for every place in the lists",
+    "additionalProperties": {"type": "array"},
+}
+
+
+def required(method: Method) -> list[str]:
+    """Names of the options that have no default."""
+    return [name for name, field in method.options.model_fields.items() if field.is_required()]
+
+
+def methods_page() -> str:
+    """Every method with its expression and options, in Markdown."""
+    parts = [
+        "# Methods",
+        "Generated from the methods' own code by `python pipelines/schema.py`; a test keeps it so. y = xW with W of shape "
+        "(n, m), W = U S Vt; equations are of [arXiv 2407.05417v2](https://arxiv.org/abs/2407.05417v2).",
+    ]
+    for kind in ("reconstruction", "extension", "combination"):
+        parts.append(f"## {kind.capitalize()}")
+        for name, method in METHODS.items():
+            if method.kind == kind:
+                parts += _section(name, method)
+    return "\n\n".join(parts) + "\n"
+
+
+def _section(name: str, method: Method) -> list[str]:
+    given = ", ".join(f"{option}: ..." for option in required(method))
+    example = f"{{{name}: {{{given}}}}}" if given else name
+    out = [
+        f"### {name}",
+        method.doc,
+        f"Stands on {'; '.join(WORDS[kind] for kind in method.on)}. In a spec: `{example}`.",
+    ]
+    rows = [_row(option, field, method.options) for option, field in method.options.model_fields.items()]
+    return [*out, "\n".join(["| option | values | default | |", "| --- | --- | --- | --- |", *rows])] if rows else out
+
+
+def _row(option: str, field: FieldInfo, options: type[BaseModel]) -> str:
+    schema = options.model_json_schema()["properties"][option]
+    values = " or ".join(filter(None, map(_values, schema.get("anyOf", [schema]))))
+    default = "required" if field.is_required() else "" if field.default is None else f"`{field.default}`"
+    return f"| `{option}` | {values} | {default} | {field.description} |"
+
+
+def _values(schema: dict[str, Any]) -> str:
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    if schema["type"] == "null":
+        return ""
+    names = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    bounds = [f"{sign} {schema[key]:g}" for key, sign in names.items() if key in schema and schema[key] < 2**24]
+    return " ".join([schema["type"], ", ".join(bounds)]).strip()
+
+
+if __name__ == "__main__":
+    typer.run(schema)
