@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from pydantic import BaseModel
@@ -26,7 +26,7 @@ WORDS = {
 }
 
 
-def schema(folder: Path = typer.Argument(Path("."), help="The repository's root.")) -> None:
+def schema(folder: Annotated[Path, typer.Argument(help="The repository's root.")] = Path(".")) -> None:
     """Write specs/spec.schema.json and docs/methods.md from the models that check specs."""
     with failures(folder):
         for file, text in pages().items():
@@ -52,7 +52,7 @@ def spec_schema() -> dict[str, Any]:
             step["properties"][name] = {"anyOf": [step["properties"][name], {"type": "null"}]}
     steps = definitions["Rule"]["properties"]["apply"]
     steps["items"] = {"anyOf": [{"enum": bare}, steps["items"]]}
-    anything = dict.fromkeys(spec["properties"], {}) | {"version": spec["properties"]["version"]}
+    anything = {name: {"description": f"as of one spec: {name}"} for name in spec["properties"]}
     variant = {"type": "object", "properties": {**anything, "values": _VALUES}, "additionalProperties": False}
     variants = {
         "type": "object",
@@ -89,8 +89,8 @@ def methods_page() -> str:
     """Every method with its expression and options, in Markdown."""
     parts = [
         "# Methods",
-        "Generated from the methods' own code by `python pipelines/schema.py`; a test keeps it so. y = xW with W of shape "
-        "(n, m), W = U S Vt; equations are of [arXiv 2407.05417v2](https://arxiv.org/abs/2407.05417v2).",
+        "Generated from the methods' own code by `python pipelines/schema.py`; a test keeps it so. y = xW with W of "
+        "shape (n, m), W = U S Vt; equations are of [arXiv 2407.05417v2](https://arxiv.org/abs/2407.05417v2).",
     ]
     for kind in ("reconstruction", "extension", "combination"):
         parts.append(f"## {kind.capitalize()}")
@@ -103,11 +103,8 @@ def methods_page() -> str:
 def _section(name: str, method: Method) -> list[str]:
     given = ", ".join(f"{option}: ..." for option in required(method))
     example = f"{{{name}: {{{given}}}}}" if given else name
-    out = [
-        f"### {name}",
-        method.doc,
-        f"Stands on {'; '.join(WORDS[kind] for kind in method.on)}. In a spec: `{example}`.",
-    ]
+    stands = "; ".join(WORDS[kind] for kind in method.on)
+    out = [f"### {name}", method.doc, f"Stands on {stands}. In a spec: `{example}`."]
     rows = [_row(option, field, method.options) for option, field in method.options.model_fields.items()]
     return [*out, "\n".join(["| option | values | default | |", "| --- | --- | --- | --- |", *rows])] if rows else out
 

@@ -321,9 +321,9 @@ class Spec(_Model):
     meta: dict[str, Scalar] = Field(default_factory=dict, description="where the spec comes from; not read")
     model: Model
     data: Data | None = Field(None, description="needed for training")
-    rules: list[Rule] = Field(min_length=1)
-    train: Train = Field(Train())
-    export: Export = Field(Export())
+    rules: list[Rule] = Field(min_length=1, description="which weights get which transforms")
+    train: Train = Field(Train(), description="how the new tensors are tuned")
+    export: Export = Field(Export(), description="what is shipped")
     limits: Limits = Field(Limits(), description="what the plan may cost at most")
     strict: bool = Field(False, description="warnings of the plan are errors")
 

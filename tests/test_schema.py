@@ -46,7 +46,9 @@ def test_every_field_has_a_description():
         if name.endswith("_step") or name == "Variants":
             continue
         for key, field in definition.get("properties", {}).items():
-            described = field.get("description") or schema["$defs"][field["$ref"].rpartition("/")[2]]["description"]
+            described = field.get("description") or schema["$defs"].get(field.get("$ref", "")[8:], {}).get(
+                "description"
+            )
             assert described, (name, key)
 
 
