@@ -1,4 +1,4 @@
-"""The command `subspan`: validate, train, export. Every expected failure is one line and a status of 1."""
+"""The command `subspan`: validate, plan, show, train, export. Every expected failure is one line and a status of 1."""
 
 import contextlib
 import os
@@ -74,9 +74,11 @@ def _fail(message: str, status: int) -> None:
 def main() -> None:
     """Entry point of the installed command."""
     from pipelines.export import export
+    from pipelines.plan import plan
+    from pipelines.show import show
     from pipelines.train import train
     from pipelines.validate import validate
 
-    for command in (validate, train, export):
+    for command in (validate, plan, show, train, export):
         app.command()(command)
     app()

@@ -46,9 +46,8 @@ def test_every_field_has_a_description():
         if name.endswith("_step") or name == "Variants":
             continue
         for key, field in definition.get("properties", {}).items():
-            described = field.get("description") or schema["$defs"].get(field.get("$ref", "")[8:], {}).get(
-                "description"
-            )
+            linked = schema["$defs"].get(field.get("$ref", "")[8:], {})
+            described = field.get("description") or linked.get("description")
             assert described, (name, key)
 
 

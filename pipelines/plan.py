@@ -1,0 +1,113 @@
+"""Print a spec's plan, or what changes from one spec to another."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from pipelines.cli import Settings, console, failures, located
+from pipelines.train import plan_of, step_of, tokens_of
+from rewriter import Plan, Spec, load_spec, print_plan
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=[.\[])")
+
+
+def plan(
+    spec: Annotated[
+        Path, typer.Argument(help="The spec (YAML); <file>#<row> for one of its variants.", show_default=False)
+    ],
+    against: Annotated[
+        Path | None, typer.Option(help="Another spec: print what changes from it to SPEC.", show_default=False)
+    ] = None,
+    settings: Settings = None,
+) -> None:
+    """Print the plan of a spec and what a step costs; with --against, what changes from another spec to this one.
+
+    No weight is read. --set is for SPEC alone.
+    """
+    with failures():
+        new = load_spec(spec, settings or [])
+        if against is None:
+            found, cost = _plan(new)
+            print_plan(found, console, tokens_of(new), cost)
+            return
+        old = load_spec(against)
+        for line in difference(old, new):
+            style = {"-": "red", "+": "green"}.get(line[:1], "")
+            console.print(f"[{style}]{escape(line)}[/]" if style else escape(line), highlight=False, soft_wrap=True)
+
+
+def _plan(spec: Spec) -> tuple[Plan, Any]:
+    with located(spec):
+        found, _, _ = plan_of(spec)
+        return found, step_of(spec)
+
+
+def difference(old: Spec, new: Spec) -> Iterator[str]:
+    """Lines that say what changes: settings, then sites (- gone, + new), then totals."""
+    before, after = (dict(_flat(one.model_dump(mode="json", by_alias=True))) for one in (old, new))
+    changed = [key for key in dict.fromkeys([*before, *after]) if before.get(key) != after.get(key)]
+    (plan_a, cost_a), (plan_b, cost_b) = _plan(old), _plan(new)
+    yield "settings" if changed else "settings: the same"
+    for key in changed:
+        yield f"  {key}: {before.get(key, 'none')} -> {after.get(key, 'none')}"
+    sites_a, sites_b = (_sites(one) for one in (plan_a, plan_b))
+    yield "sites" if sites_a != sites_b else "sites: the same"
+    for key in sorted({*sites_a, *sites_b}, key=lambda key: (key[0], key not in sites_a, key)):
+        for sign, one, other in (("-", sites_a, sites_b), ("+", sites_b, sites_a)):
+            if one.get(key) != other.get(key) and key in one:
+                (label, transform, merges), (count, tuned) = key, one[key]
+                stays = "" if merges else ", does not merge"
+                yield f"{sign} {label}  {transform}  {count} sites, {tuned:,} tuned{stays}"
+    yield "totals"
+    totals = {
+        "tuned parameters": (plan_a.trainable_parameters, plan_b.trainable_parameters),
+        "head parameters": (plan_a.head_parameters, plan_b.head_parameters),
+        "all parameters": (plan_a.total_parameters, plan_b.total_parameters),
+        "bytes of activations": (cost_a.activations, cost_b.activations),
+        "bytes of gradients and optimiser state": (cost_a.optimiser, cost_b.optimiser),
+    }
+    for name, (a, b) in totals.items():
+        ratio = f" ({b / a - 1:+.1%})" if a else ""
+        yield f"  {name}: " + (f"{a:,}, as before" if a == b else f"{a:,} -> {b:,}{ratio}")
+    yield f"  FLOPs of a step over the frozen model's: {cost_a.overhead:+.2%} -> {cost_b.overhead:+.2%}"
+    yield (
+        f"  merges: {_yes(plan_a)} -> {_yes(plan_b)}" if plan_a.merges != plan_b.merges else f"  merges: {_yes(plan_b)}"
+    )
+    for name, one, other in (("no longer", plan_a, plan_b), ("now", plan_b, plan_a)):
+        for warning in sorted(set(one.warnings) - set(other.warnings)):
+            yield f"  {name} warned of: {warning}"
+
+
+def _yes(plan: Plan) -> str:
+    return "yes" if plan.merges else "no"
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, one in value.items():
+            yield from _flat(one, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list) and any(isinstance(one, dict | list) for one in value):
+        for i, one in enumerate(value):
+            yield from _flat(one, f"{path}[{i}]")
+    else:
+        yield path, value
+
+
+def _sites(plan: Plan) -> dict[tuple[str, str, bool], tuple[int, int]]:
+    """Equal sites of several layers together: (label, transform, merges) -> (sites, tuned parameters)."""
+    counts: Counter[tuple[str, str, bool]] = Counter()
+    tuned: Counter[tuple[str, str, bool]] = Counter()
+    for site in plan.sites:
+        key = _NUMBER.sub("*", site.label, count=1), site.transform, site.merges
+        counts[key] += 1
+        tuned[key] += site.parameters
+    return {key: (count, tuned[key]) for key, count in counts.items()}
+
+
+if __name__ == "__main__":
+    typer.run(plan)

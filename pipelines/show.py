@@ -1,0 +1,55 @@
+"""Draw one layer of a spec's model before and after the rewrite."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines.cli import Settings, failures, located
+from pipelines.train import plan_of
+from rewriter import load_spec, rewrite
+from rewriter.files import write_text
+from rewriter.picture import layer_of, picture, to_dot, to_mermaid, to_svg
+
+
+class Form(StrEnum):
+    """How the picture is written."""
+
+    svg = "svg"
+    dot = "dot"
+    mermaid = "mermaid"
+
+
+WRITERS = {Form.svg: to_svg, Form.dot: to_dot, Form.mermaid: to_mermaid}
+
+
+def show(
+    spec: Annotated[Path, typer.Argument(help="The spec (YAML).", show_default=False)],
+    settings: Settings = None,
+    layer: Annotated[int, typer.Option(min=0, help="Which layer.")] = 0,
+    format: Annotated[Form, typer.Option(help="svg for a viewer; dot or mermaid for other tools.")] = Form.svg,
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write; by default <spec>.layer<N>.<format> in the current folder.")
+    ] = None,
+) -> None:
+    """Draw a layer's graph before and after the rewrite: inserted nodes by their class, frozen ones grey.
+
+    No weight is read. Ops that only change a view are left out.
+    """
+    file = out or Path(f"{spec.name.partition('#')[0].removesuffix('.yaml')}.layer{layer}.{format}")
+    with failures(file):
+        loaded = load_spec(spec, settings or [])
+        with located(loaded):
+            plan, traced, _ = plan_of(loaded, whole=True)
+        module = layer_of(traced.graphs["eval"], plan, layer)
+        pictures = [
+            picture(traced, plan, module, f"{module}: frozen"),
+            picture(rewrite(traced, plan), plan, module, f"{module}: rewritten"),
+        ]
+        write_text(file, WRITERS[format](pictures))
+        print(file)
+
+
+if __name__ == "__main__":
+    typer.run(show)
