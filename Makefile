@@ -18,6 +18,7 @@ demo: install
 
 test: install
 	$(BIN)/python -m ruff check .
+	$(BIN)/subspan validate specs --format github
 	$(BIN)/python -m pytest
 
 lint: install

@@ -1,5 +1,6 @@
 """Subspan beside PEFT on one setting: accuracy over seeds, and the cost of a step. Needs the extras demo and dev."""
 
+import resource
 import statistics
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 
 from pipelines.cli import console, failures
 from pipelines.train import prepare
+from pipelines.validate import Level, check
 from rewriter import (
     Inputs,
     Rule,
@@ -80,6 +82,20 @@ def theirs(spec: Spec) -> float:
         )
         trainer.train()
         return trainer.evaluate()["eval_accuracy"]
+
+
+@app.command()
+def validate() -> None:
+    """Seconds to check a RoBERTa-large row's plan and an 8-billion decoder to its train graph, and the peak memory."""
+    with failures():
+        table = Table("spec", "level", "seconds", "peak memory, MB")
+        for spec, level in (("specs/paper/roberta-large.yaml#10", Level.plan), ("specs/llama-8b.yaml", Level.trace)):
+            started = time.perf_counter()
+            check(load_spec(spec), level)
+            seconds = time.perf_counter() - started
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+            table.add_row(spec, str(level), f"{seconds:.1f}", f"{peak:,.0f}")
+        console.print(table)
 
 
 @app.command()

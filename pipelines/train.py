@@ -64,7 +64,7 @@ def train(
             run(loaded, out, resume, overwrite)
 
 
-_TRACED: dict[tuple[str, bool], tuple[GraphModel, Pretrained]] = {}
+_TRACED: dict[str, tuple[bool, GraphModel, Pretrained]] = {}
 
 
 def model_key(spec: Spec) -> str:
@@ -80,15 +80,16 @@ def plan_of(spec: Spec, whole: bool = False) -> tuple[Plan, GraphModel, Pretrain
     Args:
         whole: trace the train graph too, and with dynamic shapes, as a run does; a plan alone needs neither.
     """
-    key = (model_key(spec), whole)
-    if key not in _TRACED:
+    key = model_key(spec)
+    if key not in _TRACED or (whole and not _TRACED[key][0]):
         pretrained = load_model(spec, meta=True)
         inputs = example_inputs(pretrained.model, spec.model.task)
         if not whole:
             inputs = Inputs(kwargs=inputs.kwargs)
         _TRACED.clear()
-        _TRACED[key] = trace(pretrained.model, inputs, modes=("train", "eval") if whole else ("eval",)), pretrained
-    traced, pretrained = _TRACED[key]
+        traced = trace(pretrained.model, inputs, modes=("train", "eval") if whole else ("eval",))
+        _TRACED[key] = whole, traced, pretrained
+    _, traced, pretrained = _TRACED[key]
     planned = plan(traced, spec.rules, pretrained.new, spec.strict)
     check_length(spec, positions(pretrained.model))
     raise_all(exceeded(spec.limits, planned))

@@ -69,7 +69,7 @@ def validate(
     elif format is Format.sarif:
         print(json.dumps(to_sarif(found), indent=2, ensure_ascii=False))
     elif format is Format.github:
-        print("\n".join(map(to_github, found)))
+        print("".join(f"{to_github(finding)}\n" for finding in found), end="")
     kinds = {finding.kind for finding in found}
     raise typer.Exit(1 if "spec" in kinds else 2 if "unchecked" in kinds else 0)
 
@@ -125,10 +125,10 @@ def check(spec: Spec, level: Level) -> tuple[Plan, StepCost | None]:
         SubspanError: with the place of each mistake.
     """
     with located(spec):
-        plan, _, pretrained = plan_of(spec, whole=level is Level.trace)
+        whole = level is Level.trace or spec.limits.of_a_step
+        plan, _, pretrained = plan_of(spec, whole)
         if spec.data and spec.data.files is not None:
             load_rows(spec, pretrained.labels)
-        whole = level is Level.trace or spec.limits.of_a_step
         return plan, step_of(spec) if whole else None
 
 
