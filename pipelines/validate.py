@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import datasets
 import typer
+from rich.console import Console
 from rich.markup import escape
 
 from pipelines.cli import Settings, console, located
@@ -98,10 +99,12 @@ def check_all(paths: list[Path], settings: list[str], level: Level, format: Form
             results[i]["findings"] = _warnings(spec, results[i]["plan"], results[i]["file"])
         except Exception as error:
             results[i]["findings"] = _findings(error, Path(results[i]["file"]))
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
     for result in results:
         for finding in result["findings"]:
             if format is Format.text:
-                print(to_text(finding), file=sys.stderr)
+                word, _, rest = to_text(finding).partition(":")
+                errors.print(f"[{'yellow' if word == 'warning' else 'bold red'}]{word}:[/]{escape(rest)}")
             elif finding.kind != "warning":
                 print(f"error: {finding}", file=sys.stderr)
         if format is Format.text and not any(one.kind != "warning" for one in result["findings"]):

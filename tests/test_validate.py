@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 from sarif_pydantic import Sarif
 
+from pipelines.train import _TRACED
 from pipelines.validate import Format, Level, check_all
 from rewriter import METHODS
 from rewriter.trace import GraphModel
@@ -202,6 +203,7 @@ def test_one_trace_for_a_folder_of_one_model(spec, tmp_path, monkeypatch):
     for i in range(25):
         (tmp_path / f"{i:02}_a.yaml").write_text(spec.read_text().replace("rank: 4", f"rank: {1 + i % 16}"))
         (tmp_path / f"{i:02}_b.yaml").write_text(other.read_text().replace("rank: 4", f"rank: {1 + i % 16}"))
+    _TRACED.clear()
     traces, original = [], GraphModel.__init__
     monkeypatch.setattr(GraphModel, "__init__", lambda self, *args: (traces.append(1), original(self, *args))[1])
     found, _ = check(tmp_path)
