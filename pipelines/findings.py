@@ -30,6 +30,7 @@ class Finding:
         line, column: from 1.
         width: characters to blame.
         message: what is wrong and what to do.
+        placed: False where it is of no line of the file; line and column are 1 then.
     """
 
     kind: str
@@ -38,9 +39,10 @@ class Finding:
     column: int
     width: int
     message: str
+    placed: bool = True
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}:{self.column}: {self.message}"
+        return f"{self.file}:{self.line}:{self.column}: {self.message}" if self.placed else self.message
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -53,7 +55,7 @@ def findings(error: SubspanError, file: str) -> list[Finding]:
         return [finding for one in error.errors for finding in findings(one, file)]
     if not isinstance(error, LocatedError):
         kind = "unchecked" if isinstance(error, UnreachableError) else "spec"
-        return [Finding(kind, file, 1, 1, 1, _line(str(error).removeprefix(f"{file}: ")))]
+        return [Finding(kind, file, 1, 1, 1, _line(str(error)), placed=False)]
     kind = "spec" if error.reachable else "unchecked"
     return [Finding(kind, error.file, error.line, error.column, error.width, _line(error.message))]
 
@@ -65,6 +67,8 @@ def _line(text: str) -> str:
 def to_text(finding: Finding) -> str:
     """One line, then the line of the file with a caret under what is to blame."""
     word = "warning" if finding.kind == "warning" else "error"
+    if not finding.placed:
+        return f"{word}: {finding}"
     try:
         lines = Path(finding.file).read_text(encoding="utf-8").splitlines()
         source = lines[finding.line - 1]

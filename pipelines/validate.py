@@ -84,7 +84,7 @@ def check_all(paths: list[Path], settings: list[str], level: Level, format: Form
     for file in files(paths):
         try:
             if file.is_dir():
-                raise UnreachableError("no .yaml file in this folder")
+                raise UnreachableError(f"{file}: no .yaml file in this folder")
             loaded = load_specs(file, settings)
         except Exception as error:
             results.append({"file": str(file), "spec": None, "plan": None, "findings": _findings(error, file)})
@@ -141,10 +141,10 @@ def _findings(error: Exception, file: Path) -> list[Finding]:
     if os.environ.get("SUBSPAN_TRACEBACK"):
         raise error
     if isinstance(error, OSError):
-        message = f"can't read it: {error.strerror or error}"
+        message = f"{file}: can't read it: {error.strerror or error}"
     else:
-        message = f"unexpected {type(error).__name__}: {reason(error)} (set SUBSPAN_TRACEBACK=1 to see where)"
-    return [Finding("unchecked", str(file), 1, 1, 1, " ".join(message.split()))]
+        message = f"{file}: unexpected {type(error).__name__}: {reason(error)} (set SUBSPAN_TRACEBACK=1 to see where)"
+    return [Finding("unchecked", str(file), 1, 1, 1, " ".join(message.split()), placed=False)]
 
 
 def _warnings(spec: Spec, plan: Plan, file: str) -> list[Finding]:

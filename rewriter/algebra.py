@@ -49,6 +49,15 @@ class Operator:
         """matrix @ W for a matrix of shape (..., k, n); raises as `dense`."""
         return matrix @ self.dense()
 
+    def lift(self, matrix: Value) -> Value:
+        """W @ matrix for a matrix of shape (..., m, k); raises as `dense`."""
+        return self.dense() @ matrix
+
+    @property
+    def implicit(self) -> bool:
+        """Whether products with it need less than its entries, so `dense` is not formed where there is another way."""
+        return False
+
     def map(self, fn: Callable[[Value], Value]) -> "Operator":
         """The same expression with `fn` applied to every leaf."""
         raise NotImplementedError
@@ -118,6 +127,13 @@ class Diag(Operator):
     def times(self, matrix):
         return self.apply(matrix)
 
+    def lift(self, matrix):
+        return self.entries.unsqueeze(-1) * matrix
+
+    @property
+    def implicit(self):
+        return True
+
     def map(self, fn):
         return Diag(fn(self.entries))
 
@@ -129,8 +145,111 @@ class Identity(Operator):
     def apply(self, x, bias=None):
         return x if bias is None else x + bias
 
+    def times(self, matrix):
+        return matrix
+
+    def lift(self, matrix):
+        return matrix
+
+    @property
+    def implicit(self):
+        return True
+
     def map(self, fn):
         return self
+
+
+@dataclass(frozen=True)
+class Blocks(Operator):
+    """A block-diagonal matrix given by its blocks, shape (..., k, b, c)."""
+
+    blocks: Value
+
+    def apply(self, x, bias=None):
+        k, b = self.blocks.shape[-3], self.blocks.shape[-2]
+        y = (x.unflatten(-1, (k, b)).unsqueeze(-2) @ self.blocks.unsqueeze(-4)).flatten(-3)
+        return y if bias is None else y + bias
+
+    def times(self, matrix):
+        return self.apply(matrix)
+
+    def lift(self, matrix):
+        k, c = self.blocks.shape[-3], self.blocks.shape[-1]
+        return (self.blocks @ matrix.unflatten(-2, (k, c))).flatten(-3, -2)
+
+    @property
+    def implicit(self):
+        return True
+
+    def map(self, fn):
+        return Blocks(fn(self.blocks))
+
+
+@dataclass(frozen=True)
+class Shuffle(Operator):
+    """A permutation: every run of a * b * width entries, seen as (a, b, width), becomes (b, a, width)."""
+
+    a: int
+    b: int
+    width: int
+
+    def apply(self, x, bias=None):
+        y = x.unflatten(-1, (-1, self.a, self.b, self.width)).transpose(-3, -2).flatten(-4)
+        return y if bias is None else y + bias
+
+    def times(self, matrix):
+        return self.apply(matrix)
+
+    def lift(self, matrix):
+        back = Shuffle(self.b, self.a, self.width)
+        return back.apply(matrix.transpose(-2, -1)).transpose(-2, -1)
+
+    @property
+    def implicit(self):
+        return True
+
+    def map(self, fn):
+        return self
+
+
+@dataclass(frozen=True)
+class Hadamard(Operator):
+    """The product of the entries of two matrices."""
+
+    left: Operator
+    right: Operator
+
+    def dense(self):
+        return self.left.dense() * self.right.dense()
+
+    def apply(self, x, bias=None):
+        return Dense(self.dense()).apply(x, bias)
+
+    def map(self, fn):
+        return Hadamard(self.left.map(fn), self.right.map(fn))
+
+
+@dataclass(frozen=True)
+class Kronecker(Operator):
+    """The Kronecker product of a matrix C, (..., p, q), and an operator of `size` inputs: blocks C[i, j] D."""
+
+    left: Value
+    right: Operator
+    size: int
+
+    def dense(self):
+        c, d = self.left, self.right.dense()
+        return (c.unsqueeze(-2).unsqueeze(-1) * d.unsqueeze(-2).unsqueeze(-4)).flatten(-4, -3).flatten(-2)
+
+    def apply(self, x, bias=None):
+        p = self.left.shape[-2]
+        rows = x.unflatten(-1, (p, self.size)).flatten(-3, -2)
+        inner = self.right.apply(rows).unflatten(-2, (-1, p)).transpose(-2, -1)
+        y = (inner @ self.left.unsqueeze(-3)).transpose(-2, -1).flatten(-2)
+        return y if bias is None else y + bias
+
+    def map(self, fn):
+        return Kronecker(fn(self.left), self.right.map(fn), self.size)
 
 
 @dataclass(frozen=True)
@@ -231,6 +350,9 @@ class Dropout(Operator):
     def times(self, matrix):
         return matrix
 
+    def lift(self, matrix):
+        return matrix
+
     def map(self, fn):
         return self
 
@@ -252,6 +374,13 @@ class Scale(Operator):
     def times(self, matrix):
         return self.scale * self.operand.times(matrix)
 
+    def lift(self, matrix):
+        return self.scale * self.operand.lift(matrix)
+
+    @property
+    def implicit(self):
+        return self.operand.implicit
+
     def add_to(self, acc, x, scale=1.0):
         return self.operand.add_to(acc, x, scale * self.scale)
 
@@ -270,16 +399,23 @@ class Product(Operator):
         return reduce(lambda y, op: op.apply(y), self.operands[:-1], x)
 
     def dense(self):
-        first, *rest = [op for op in self.operands if not isinstance(op, Dropout)]
-        if isinstance(first, Diag) and rest:
-            return first.entries.unsqueeze(-1) * (Product(tuple(rest)).dense())
-        return reduce(lambda matrix, op: op.times(matrix), rest, first.dense())
+        operands = [op for op in self.operands if not isinstance(op, Dropout)]
+        start = next((i for i, op in enumerate(operands) if not op.implicit), 0)
+        right = reduce(lambda matrix, op: op.times(matrix), operands[start + 1 :], operands[start].dense())
+        return reduce(lambda matrix, op: op.lift(matrix), reversed(operands[:start]), right)
 
     def apply(self, x, bias=None):
         return self.operands[-1].apply(self._head(x), bias)
 
     def times(self, matrix):
         return reduce(lambda y, op: op.times(y), self.operands, matrix)
+
+    def lift(self, matrix):
+        return reduce(lambda y, op: op.lift(y), reversed(self.operands), matrix)
+
+    @property
+    def implicit(self):
+        return all(op.implicit for op in self.operands)
 
     def add_to(self, acc, x, scale=1.0):
         return self.operands[-1].add_to(acc, self._head(x), scale)
@@ -308,6 +444,13 @@ class Sum(Operator):
 
     def times(self, matrix):
         return reduce(lambda acc, op: acc + op.times(matrix), self.operands[1:], self.operands[0].times(matrix))
+
+    def lift(self, matrix):
+        return reduce(lambda acc, op: acc + op.lift(matrix), self.operands[1:], self.operands[0].lift(matrix))
+
+    @property
+    def implicit(self):
+        return any(op.implicit for op in self.operands)
 
     def map(self, fn):
         return Sum(tuple(op.map(fn) for op in self.operands))

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from .algebra import Dense, Diag, Dropout, Operator, Patch, Product, Scale, Sum
+from .algebra import Dense, Diag, Dropout, Hadamard, Kronecker, Operator, Patch, Product, Scale, Sum
 from .errors import SpecError
 from .plan import PARAMETERS, Plan, Site
 from .rewrite import tuned_parameters
@@ -123,7 +123,7 @@ def change_bound(op: Operator, w: Operator) -> int:
         return min(size, change_bound(op.operand, w) + op.values.shape[-1])
     if isinstance(op, Sum):
         own = [one for one in op.operands if _contains(one, w)]
-        rest = sum(_rank(one) for one in op.operands if one not in own)
+        rest = sum(_rank(one) for one in op.operands if not _contains(one, w))
         return min(size, change_bound(own[0], w) + rest) if len(own) == 1 else size
     return size
 
@@ -133,6 +133,10 @@ def _rank(op: Operator) -> int:
         return _rank(op.operand)
     if isinstance(op, Product):
         return min(_rank(one) for one in op.operands if not isinstance(one, Dropout))
+    if isinstance(op, Hadamard):
+        return min(_rank(op.left) * _rank(op.right), *op.dense().shape[-2:])
+    if isinstance(op, Kronecker):
+        return min(op.left.shape[-2:]) * _rank(op.right)
     if isinstance(op, Diag):
         return op.entries.shape[-1]
     return min(op.dense().shape[-2:])

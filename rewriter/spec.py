@@ -608,7 +608,8 @@ def _explain(problem: Mapping[str, Any], data: Any) -> SpecError:
     if kind == "union_tag_invalid":
         tag = context["tag"]
         at_key = isinstance(place, dict) and tag in place
-        message = f"unknown method {tag!r}{_nearest(tag, METHODS)} (known: {', '.join(METHODS)})"
+        near = _nearest(tag, METHODS)
+        message = f"unknown method {tag!r}" + (near or f"; there are {', '.join(METHODS)}")
         return SpecError(message, (*path, tag) if at_key else tuple(path), at_key)
     if kind == "union_tag_not_found":
         return SpecError("expected a method: its name, or {name: {option: value}}", tuple(path))

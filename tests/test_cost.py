@@ -12,7 +12,7 @@ from rewriter.pretrained import example_batch
 from rewriter.transforms import METHODS, compose
 from rewriter.tune import objective
 from tests.architectures import ARCHITECTURES, build
-from tests.test_transforms import MATRIX, Tensors, chain_of, matrix
+from tests.test_transforms import PLAIN, Tensors, chain_of, matrix
 
 SIZES = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 256, "max_position_embeddings": 64}
 SMALL = {**SIZES, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -96,10 +96,11 @@ def test_overhead_of_a_step():
     assert 0.0 < step_cost(graph, tuned, batch, loss).overhead < 0.2
 
 
-BOUNDS = {"lora": 2, "trilora": 2, "adalora": 2, "flora": 2, "spectral": 4, "pafi": 1}
+BOUNDS = dict.fromkeys(("lora", "trilora", "adalora", "flora", "lora_fa", "lora_xs", "vera", "delora"), 2)
+BOUNDS |= {"miss": 2, "lokr": 2, "spectral": 4, "pissa": 4, "milora": 4, "loha": 4, "pafi": 1}
 
 
-@pytest.mark.parametrize("name", MATRIX)
+@pytest.mark.parametrize("name", PLAIN)
 def test_the_change_has_no_larger_rank(name):
     base = matrix((9, 7), 3)
     w = Dense(base)

@@ -79,6 +79,142 @@ def test_same_outputs_and_gradients(name):
     torch.testing.assert_close(net(x), theirs.eval().merge_and_unload()(x), **CLOSE)
 
 
+def same(value):
+    return value
+
+
+def transposed(value):
+    return value.T
+
+
+def skew(value):
+    """Upper triangles of the skew parts of square blocks."""
+    half = 0.5 * (value - value.transpose(-2, -1))
+    rows, columns = torch.triu_indices(value.shape[-1], value.shape[-1], 1)
+    return half[..., rows, columns].flatten(0, 1)
+
+
+BOTH = {"target_modules": ["first", "second"]}
+# PEFT's BOFT has one butterfly factor where it has no CUDA extension; more of them: tests/test_transforms.py.
+# Method -> (PEFT's configuration, the spec's step, tuned leaf -> (PEFT's name, how its tensor is seen as ours)).
+FAMILY = {
+    "vera": (
+        peft.VeraConfig(r=RANK, **BOTH),
+        {"vera": {"rank": RANK}},
+        {"d": ("vera_lambda_d.default", same), "l": ("vera_lambda_b.default", same)},
+    ),
+    "loha": (
+        peft.LoHaConfig(r=RANK, alpha=ALPHA, **BOTH),
+        {"loha": {"rank": RANK, "alpha": ALPHA}},
+        {
+            "a1": ("hada_w1_b.default", transposed), "b1": ("hada_w1_a.default", transposed),
+            "a2": ("hada_w2_b.default", transposed), "b2": ("hada_w2_a.default", transposed),
+        },
+    ),
+    "lokr": (
+        peft.LoKrConfig(r=2, alpha=ALPHA, **BOTH),
+        {"lokr": {"rank": 2, "alpha": ALPHA}},
+        {
+            "c": ("lokr_w1.default", transposed),
+            "a": ("lokr_w2_b.default", transposed), "b": ("lokr_w2_a.default", transposed),
+        },
+    ),
+    "hra": (peft.HRAConfig(r=4, **BOTH), {"hra": {"rank": 4}}, {"u": ("hra_u.default", same)}),
+    "oft": (
+        peft.OFTConfig(r=0, oft_block_size=2, use_cayley_neumann=False, **BOTH),
+        {"oft": {"block": 2}},
+        {"q": ("oft_R.default.weight", same)},
+    ),
+    "boft": (
+        peft.BOFTConfig(boft_block_size=2, boft_n_butterfly_factor=1, **BOTH),
+        {"boft": {"block": 2, "factors": 1}},
+        {"q": ("boft_R.default", skew), "l": ("boft_s.default", lambda value: value.squeeze(-1))},
+    ),
+    "delora": (
+        peft.DeloraConfig(r=RANK, **BOTH),
+        {"delora": {"rank": RANK}},
+        {
+            "a": ("delora_A.default", transposed), "b": ("delora_B.default", transposed),
+            "c": ("delora_lambda.default", lambda value: value.reshape(1, 1)),
+        },
+    ),
+    "road": (
+        peft.RoadConfig(variant="road_1", group_size=2, **BOTH),
+        "road",
+        {"angle": ("road_theta.default", same), "length": ("road_alpha.default", same)},
+    ),
+    "miss": (peft.MissConfig(r=RANK, **BOTH), {"miss": {"rank": RANK}}, {"d": ("miss_block.default", same)}),
+    "randlora": (
+        peft.RandLoraConfig(r=RANK, randlora_alpha=ALPHA, **BOTH),
+        {"randlora": {"rank": RANK, "alpha": ALPHA}},
+        {"d": ("randlora_lambda.default", same), "g": ("randlora_gamma.default", same)},
+    ),
+    "fourierft": (
+        peft.FourierFTConfig(n_frequency=20, scaling=30.0, **BOTH),
+        {"fourierft": {"frequencies": 20, "scale": 30.0}},
+        {"d": ("fourierft_spectrum.default", same)},
+    ),
+    "pissa": (
+        peft.LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="pissa", **BOTH),
+        {"pissa": {"rank": RANK}},
+        {"a": ("lora_A.default.weight", transposed), "b": ("lora_B.default.weight", transposed)},
+    ),
+}  # fmt: skip
+
+
+def take_constants(name, theirs, ours):
+    """PEFT's frozen random tensors, in ours."""
+    buffers = dict(ours.named_buffers())
+    for layer, (n, m) in {"first": (N, M), "second": (M, N)}.items():
+        at = f"subspan.{layer}.weight.{name}."
+        if name == "vera":
+            buffers[f"{at}a"].copy_(theirs.base_model.vera_A["default"][:, :n].T)
+            buffers[f"{at}b"].copy_(theirs.base_model.vera_B["default"][:m].T)
+        if name == "randlora":
+            bases, short = -(-min(n, m) // RANK), min(n, m)
+            buffers[f"{at}a"].copy_(theirs.base_model.randlora_A["default"][:, :1, :short])
+            buffers[f"{at}b"].copy_(theirs.base_model.randlora_B["default"][: max(n, m), :bases].flatten(1))
+        if name == "fourierft":
+            rows, columns = getattr(theirs.base_model.model, layer).indices["default"]
+            buffers[f"{at}indices"].copy_(columns * m + rows)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_wider_family(name):
+    config, step, leaves = FAMILY[name]
+    # RoAD turns the bias too; W R is of W alone, so they agree on linears without a bias.
+    net = Net(bias=name != "road").float().double()
+    theirs = peft.get_peft_model(copy.deepcopy(net).float() if name == "pissa" else copy.deepcopy(net), config).double()
+    graph = trace(net, Inputs(args=(torch.zeros(4, N, dtype=torch.float64),), dynamic={0: {0: "batch"}}))
+    layers = sorted(config.target_modules)
+    ours = rewrite(graph, plan(graph, [Rule(target=[f"{layer}.weight" for layer in layers], apply=[step])]))
+    mine, their = tuned_parameters(ours), dict(theirs.base_model.model.named_parameters())
+    assert len(mine) == sum(p.requires_grad for p in their.values())
+    take_constants(name, theirs, ours)
+    pairs = []
+    for layer in layers:
+        for leaf, (suffix, seen) in leaves.items():
+            p, q = mine[f"{layer}.weight.{name}.{leaf}"], their[f"{layer}.{suffix}"]
+            with torch.no_grad():
+                q.copy_(q + 0.3 * torch.randn_like(q))
+                p.copy_(seen(q))
+            pairs.append((p, q, seen))
+    x, weights = torch.randn(5, N, dtype=torch.float64), torch.randn(5, N, dtype=torch.float64)
+    ours.train()
+    theirs.train()
+    # The weights went through float32, in which PEFT's PiSSA and FourierFT compute.
+    close = {"rtol": 2e-5, "atol": 2e-5} if name in ("fourierft", "pissa") else CLOSE
+    torch.testing.assert_close(ours(x), theirs(x), **close)
+    (ours(x) * weights).sum().backward()
+    (theirs(x) * weights).sum().backward()
+    for p, q, seen in pairs:
+        # A skew block's entry above the diagonal stands for two of PEFT's, each with half the weight.
+        expected = 2 * seen(q.grad) if seen is skew else seen(q.grad)
+        torch.testing.assert_close(p.grad, expected, **close)
+    merge(ours, net)
+    torch.testing.assert_close(net(x), theirs(x), **close)
+
+
 def test_adalora_forward_and_penalty():
     """PEFT's penalty is a mean of norms, (25) a sum of squares: with one factor orthogonal it is half the other's."""
     net = nn.Sequential(nn.Linear(N, M)).double()

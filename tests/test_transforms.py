@@ -12,6 +12,13 @@ from rewriter.algebra import Concat, Dense
 from rewriter.transforms import METHODS, compose, decompose, initial_value
 from rewriter.transforms.extension import best_scale
 
+
+def lokr_count(n, m, r):
+    p, q = (next(i for i in range(int(width**0.5), 0, -1) if width % i == 0) for width in (n, m))
+    n, m = n // p, m // q
+    return p * q + (r * (n + m) if r < max(n, m) / 2 else n * m)
+
+
 # Method -> (options, count of a site of n inputs, m outputs and rank r). All are the identity at the start.
 COUNTS = {
     "full": ((), lambda n, m, r: n * m),
@@ -31,26 +38,60 @@ COUNTS = {
     "spectral": (("rank",), lambda n, m, r: r * (n + m)),
     "svdiff": ((), lambda n, m, r: min(n, m)),
 }
+COUNTS |= {
+    "pissa": (("rank",), lambda n, m, r: r * (n + m)),
+    "milora": (("rank",), lambda n, m, r: r * (n + m)),
+    "lora_fa": (("rank", "alpha"), lambda n, m, r: r * m),
+    "lora_xs": (("rank", "alpha"), lambda n, m, r: r * r),
+    "vera": (("rank",), lambda n, m, r: r + m),
+    "randlora": (("rank", "alpha"), lambda n, m, r: -(-min(n, m) // r) * (r + min(n, m))),
+    "loha": (("rank", "alpha"), lambda n, m, r: 2 * r * (n + m)),
+    "lokr": (("rank", "alpha"), lokr_count),
+    "fourierft": ((), lambda n, m, r: min(1000, n * m)),
+    "delora": (("rank",), lambda n, m, r: r * (n + m) + 1),
+    "miss": (("rank",), lambda n, m, r: r * m),
+    "hra": ({"rank": 2}, lambda n, m, r: 2 * n),
+    "oft": ({"block": 4}, lambda n, m, r: n // 4 * 6),
+    "boft": ({"block": 2, "factors": 2}, lambda n, m, r: n + m),
+    "road": ((), lambda n, m, r: m),
+}
+# Of whole blocks of inputs or outputs: tested on four times the size.
+BLOCKED = ("oft", "boft", "road")
 # Of these a site inside a module, or a selection first, is needed: tests/test_methods.py.
 ELSEWHERE = {"s_bitfit", "prefix", "prompt", "fish_mask", "fish_dip", "spt", "hadapter", "padapter", "pa", "mam"}
 MATRIX = [name for name in COUNTS if name != "bitfit"]
-ANYWHERE = [name for name in MATRIX if name not in ("sam_parser", "spectral", "svdiff", "pafi")]
+DECOMPOSING = ("sam_parser", "spectral", "svdiff", "pissa", "milora", "lora_xs")
+PLAIN = [name for name in MATRIX if name not in BLOCKED]
+ANYWHERE = [name for name in PLAIN if name not in (*DECOMPOSING, "pafi")]
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}  # float64, sizes below 10: rounding is of the order of 1e-14.
 
 
 def chain_of(names, rank):
     values = {"rank": rank, "alpha": 2.5}
-    return [(METHODS[name], METHODS[name].options(**{key: values[key] for key in COUNTS[name][0]})) for name in names]
+
+    def options(name):
+        given = COUNTS[name][0]
+        return given if isinstance(given, dict) else {key: values[key] for key in given}
+
+    return [(METHODS[name], METHODS[name].options(**options(name))) for name in names]
+
+
+def sized(name, size):
+    return tuple(4 * width for width in size) if name in BLOCKED else size
 
 
 class Tensors:
     """Leaves of one site as tensors; `noise` moves the tuned ones away from their start."""
 
     def __init__(self, base, noise=0.0, seed=0):
-        self.base, self.noise, self.tuned = base, noise, {}
+        self.base, self.noise, self.tuned, self.every = base, noise, {}, {}
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, leaf):
+        self.every[leaf.name] = value = self.made(leaf)
+        return value
+
+    def made(self, leaf):
         value = initial_value(leaf, 0, lambda: decompose(self.base))
         if leaf.role == "chosen":
             return value
@@ -98,6 +139,7 @@ def matrix(shape, seed):
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(size=sizes, rank=st.integers(1, 9), seed=st.integers(0, 99), transposed=st.booleans())
 def test_apply_is_x_times_dense(name, size, rank, seed, transposed):
+    size = sized(name, size)
     rank = min(rank, *size)
     wrap = (lambda w: Dense(w.mT.contiguous(), transposed=True)) if transposed else Dense
     check(matrix(size, seed), wrap, [name], rank)
@@ -105,7 +147,7 @@ def test_apply_is_x_times_dense(name, size, rank, seed, transposed):
 
 @pytest.mark.parametrize("name", MATRIX)
 def test_batches_of_matrices(name):
-    base = matrix((4, 6, 5), 1)
+    base = matrix((4, *(sized(name, (6, 5)))), 1)
     check(base, Dense, [name], 2, bias=False)
     check(base, lambda w: Dense(w.mT.contiguous(), transposed=True), [name], 2, bias=False)
 
@@ -114,7 +156,7 @@ def test_batches_of_matrices(name):
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(size=sizes, rank=st.integers(1, 9), seed=st.integers(0, 99))
 def test_identity_at_the_start_and_count(name, size, rank, seed):
-    n, m = (1, size[1]) if name == "bitfit" else size
+    n, m = (1, size[1]) if name == "bitfit" else sized(name, size)
     rank = min(rank, n, m)
     base = matrix((n, m), seed)
     tensors = Tensors(base)
@@ -123,28 +165,27 @@ def test_identity_at_the_start_and_count(name, size, rank, seed):
     assert sum(t.numel() for t in tensors.tuned.values()) == COUNTS[name][1](n, m, rank)
 
 
-@pytest.mark.parametrize("first", MATRIX)
+@pytest.mark.parametrize("first", PLAIN)
 @pytest.mark.parametrize("second", ANYWHERE)
 def test_chains_of_two(first, second):
     op, tensors = check(matrix((6, 5), 3), Dense, [first, second], 2)
     n, m = 6, 5
     assert sum(t.numel() for t in tensors.tuned.values()) == COUNTS[first][1](n, m, 2) + COUNTS[second][1](n, m, 2)
-    f, g = Tensors(matrix((6, 5), 3), 0.3), None
+    f = Tensors(matrix((6, 5), 3), 0.3)
     inner = compose(chain_of([first], 2), Dense(f.base), (6, 5), f, "w").dense().detach()
-    values = iter([t for name, t in tensors.tuned.items() if name not in f.tuned] if first != second else [])
     if first != second:
         # g(f(W)): the second method on the first one's result, with the same tensors.
-        g = compose(chain_of([second], 2), Dense(inner), (6, 5), lambda leaf: next(values), "w")
+        g = compose(chain_of([second], 2), Dense(inner), (6, 5), lambda leaf: tensors.every[leaf.name], "w")
         torch.testing.assert_close(op.dense(), g.dense(), **CLOSE)
 
 
-@pytest.mark.parametrize("second", ["sam_parser", "spectral", "svdiff"])
+@pytest.mark.parametrize("second", DECOMPOSING)
 def test_decompositions_come_first(second):
     with pytest.raises(SpecError, match="must be the first"):
         check(matrix((4, 4), 0), Dense, ["lora", second], 2)
 
 
-@pytest.mark.parametrize("name", MATRIX)
+@pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("axis", ["out", "in"])
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(size=st.tuples(st.integers(3, 9), st.integers(3, 9)), cut=st.integers(1, 8), seed=st.integers(0, 99))
@@ -249,6 +290,29 @@ def test_scales_and_a_chain_on_them(scale):
     op = compose(chain, Dense(base), (6, 5), tensors, "w")
     torch.testing.assert_close(op.apply(x), x @ op.dense(), **CLOSE)
     assert all(g is not None for g in gradients(op.apply(x), matrix((7, 5), 3), tensors))
+
+
+def test_butterflies_by_hand():
+    """boft with explicit permutations: evens before odds, in pieces of half a block, within runs of block * 2^i."""
+    n, m, block, factors = 16, 5, 4, 3
+    base = matrix((n, m), 1)
+    op, t, _ = one_method("boft", base, block=block, factors=factors)
+    q = t["q"].detach().unflatten(0, (factors, n // block))
+    rows, columns = torch.triu_indices(block, block, 1)
+    expected, unit = base, torch.eye(block, dtype=torch.float64)
+    for i in range(factors):
+        skew = torch.zeros(n // block, block, block, dtype=torch.float64)
+        skew[:, rows, columns] = q[i]
+        skew = skew - skew.transpose(1, 2)
+        rotations = torch.linalg.solve(unit + skew, unit - skew, left=False)
+        run, half = block * 2**i, block // 2
+        pieces = torch.arange(n).view(n // run, run // half, half)
+        order = torch.cat([pieces[:, ::2], pieces[:, 1::2]], dim=1).flatten()
+        p = torch.eye(n, dtype=torch.float64)[order]
+        expected = p @ torch.block_diag(*rotations) @ p.T @ expected
+    torch.testing.assert_close(op.dense(), expected * t["l"], **CLOSE)
+    plain = (op.dense() / t["l"]).detach()
+    torch.testing.assert_close(plain.T @ plain, base.T @ base, **CLOSE)
 
 
 def test_gates_are_random_in_training_alone():

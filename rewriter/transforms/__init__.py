@@ -47,9 +47,15 @@ Density = Annotated[float, Field(gt=0, le=1, description="share of the entries t
 Samples = Annotated[int, Field(ge=1, le=MOST, description="training rows whose gradients decide")]
 Interval = Annotated[int, Field(ge=1, le=MOST, description="optimiser steps from one decision to the next")]
 Share = Annotated[float, Field(ge=0, lt=1, description="share of the optimiser steps")]
+Positive = Annotated[float, Field(gt=0, description="a number above 0")]
+Factor = Annotated[
+    int | None, Field(ge=1, le=MOST, description="largest size of the left factor; default: the root of n, of m")
+]
 Initial = float | Value | Callable[[tuple[int, ...], torch.Generator], torch.Tensor]
 
 
+# Files of methods; one of another name holds combinations, the general case.
+CLASSES = ("reconstruction", "extension", "combination")
 # What a transform can stand on. The first three are parameters; the others are found in the graph inside a module.
 KINDS = ("matrix", "vector", "cross_attention", "attention", "feed_forward", "keys", "values", "embeddings")
 
@@ -59,7 +65,8 @@ class Leaf:
     """A tensor that a transform declares.
 
     Attributes:
-        role: "tuned"; "constant", computed from the frozen weight; or "chosen", indices that travel with the adapter.
+        role: "tuned"; "constant", computed from the frozen weight or drawn alike everywhere; or "chosen", indices that
+            travel with the adapter.
     """
 
     name: str
@@ -77,7 +84,7 @@ class Scope:
         shape: (..., n, m) of the weight in the source's orientation; widths of input and output of a sublayer.
         lookup: leaf -> value; decides whether the leaves are meta tensors, tensors or proxies.
         prefix: name of this step of the chain; leaves are called `<prefix>.<leaf>`.
-        frozen: whether `w` is the frozen weight itself, the first of a chain.
+        untouched: whether `w` is the frozen weight itself, the first of a chain.
         given: sizes that tuning has settled for this step (the rank that is left, the entries kept); see `size`.
         training: the lowering is for the train graph.
         penalties: collects what `penalty` is given: (name, scalar).
@@ -87,7 +94,7 @@ class Scope:
     shape: tuple[int, ...]
     lookup: Callable[[Leaf], Value]
     prefix: str
-    frozen: bool = True
+    untouched: bool = True
     given: Mapping[str, int] = field(default_factory=dict)
     training: bool = False
     penalties: list[tuple[str, Value]] = field(default_factory=list, repr=False)
@@ -113,6 +120,10 @@ class Scope:
         """Declare `size` indices (int64) that a selection decides and the adapter keeps; return their value."""
         return self._leaf(name, size, initial, "chosen")
 
+    def frozen(self, name: str, shape: int | tuple[int, ...], initial: Initial) -> Value:
+        """Declare a constant: drawn once for all sites, runs and seeds, so that no adapter has to hold it."""
+        return self._leaf(name, shape, initial, "constant")
+
     def size(self, name: str, default: int) -> int:
         """A size that a budget may change while tuning, e.g. the rank that is left: the settled one, else `default`."""
         return self.given.get(name, default)
@@ -127,7 +138,7 @@ class Scope:
         Raises:
             SpecError: the weight is already transformed, so its decomposition would change while training.
         """
-        if not self.frozen:
+        if not self.untouched:
             method = self.prefix.split(".")[-1]
             raise SpecError(f"{method} decomposes the frozen weight, so it must be the first of its chain")
         k = min(self.n, self.m)
@@ -184,6 +195,7 @@ def transform(function: Callable[..., Operator] | None = None, *, on: tuple[str,
     config = ConfigDict(extra="forbid", strict=True, frozen=True)
     options: Any = create_model(f"{function.__name__}_options", __config__=config, __doc__=doc, **fields)
     kind = function.__module__.rsplit(".", 1)[-1]
+    kind = kind if kind in CLASSES else "combination"
     METHODS[function.__name__] = Method(function.__name__, kind, function, options, on, doc)
     return function
 
@@ -218,7 +230,8 @@ def initial_value(leaf: Leaf, seed: int, svd: Callable[[], dict[str, torch.Tenso
     if isinstance(initial, torch.Tensor):
         return initial.detach().clone()
     if callable(initial):
-        digest = hashlib.sha256(f"{seed}:{leaf.name}".encode()).digest()
+        key = f"{seed}:{leaf.name}" if leaf.role != "constant" else ".".join(leaf.name.split(".")[-2:])
+        digest = hashlib.sha256(key.encode()).digest()
         return initial(leaf.shape, torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1))
     return torch.full(leaf.shape, float(initial))
 

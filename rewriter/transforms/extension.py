@@ -2,13 +2,17 @@
 
 import math
 
-from ..algebra import Affine, Dense, Diag, Dropout, Identity, Operator, Pointwise, Value
+import torch
+
+from ..algebra import Affine, Dense, Diag, Dropout, Hadamard, Identity, Kronecker, Operator, Pointwise, Value
 from . import (
     Activation,
     Alpha,
     Coefficient,
     Constraint,
+    Factor,
     Interval,
+    Positive,
     Probability,
     Rank,
     ScaleOf,
@@ -169,3 +173,129 @@ def best_scale(w: Value, target: Value, change: Value) -> Value:
         w, target, change: W, W* and dW, of one shape.
     """
     return ((target - w) * change).sum() / change.square().sum()
+
+
+@transform
+def pissa(w: Operator, site: Scope, *, rank: Rank) -> Operator:
+    """W - A0 B0 + A B; A = A0 = Ur Sr^(1/2), B = B0 = Sr^(1/2) Vr^t, the largest singular values. arXiv 2404.02948"""
+    return _replaced(w, site, slice(0, rank))
+
+
+@transform
+def milora(w: Operator, site: Scope, *, rank: Rank) -> Operator:
+    """As `pissa`, of the smallest singular values. arXiv 2406.09044"""
+    k = min(site.n, site.m)
+    return _replaced(w, site, slice(k - rank, k))
+
+
+def _replaced(w: Operator, site: Scope, part: slice) -> Operator:
+    u, s, vt = site.svd()
+    root, rank = s[..., part].sqrt(), part.stop - part.start
+    a0, b0 = u[..., part] * root.unsqueeze(-2), root.unsqueeze(-1) * vt[..., part, :]
+    a, b = site.tuned("a", (site.n, rank), a0), site.tuned("b", (rank, site.m), b0)
+    return w - Dense(a0) @ Dense(b0) + Dense(a) @ Dense(b)
+
+
+@transform
+def lora_fa(w: Operator, site: Scope, *, rank: Rank, alpha: Alpha = None, scale: ScaleOf = "fixed") -> Operator:
+    """W + s A B, A random and frozen, B = 0 at the start. arXiv 2308.03303"""
+    a = Dense(site.frozen("a", (site.n, rank), kaiming_uniform))
+    return w + scaled(site, rank, alpha, scale) * (a @ Dense(site.tuned("b", (rank, site.m), 0.0)))
+
+
+@transform
+def lora_xs(w: Operator, site: Scope, *, rank: Rank, alpha: Alpha = None, scale: ScaleOf = "fixed") -> Operator:
+    """W + s (Ur Sr) R Vr^t, R (r, r) = 0 at the start. arXiv 2405.17604"""
+    u, s, vt = site.svd()
+    r = Dense(site.tuned("r", (rank, rank), 0.0))
+    change = Dense(u[..., :rank]) @ Diag(s[..., :rank]) @ r @ Dense(vt[..., :rank, :])
+    return w + scaled(site, rank, alpha, scale) * change
+
+
+@transform
+def vera(w: Operator, site: Scope, *, rank: Rank) -> Operator:
+    """W + A Diag(d) B Diag(l), A and B random, frozen and the same everywhere; d = 0.1, l = 0. arXiv 2310.11454"""
+    a = Dense(site.frozen("a", (site.n, rank), kaiming_uniform))
+    b = Dense(site.frozen("b", (rank, site.m), kaiming_uniform))
+    return w + a @ Diag(site.tuned("d", rank, 0.1)) @ b @ Diag(site.tuned("l", site.m, 0.0))
+
+
+@transform
+def randlora(w: Operator, site: Scope, *, rank: Rank, alpha: Alpha = None) -> Operator:
+    """W + s sum_i B_i Diag(d_i) A Diag(g_i) over ceil(k / r) random frozen B_i and one A, k = min(n, m): of full rank.
+
+    d = 0 and g = 1 / k at the start. A is on the shorter side. arXiv 2502.00987
+    """
+    short, long = sorted((site.n, site.m))
+    bases = math.ceil(short / rank)
+    a = site.frozen("a", (rank, 1, short), normal(short**-0.5))
+    b = Dense(site.frozen("b", (long, bases * rank), normal((bases * rank) ** -0.5)))
+    d, g = site.tuned("d", (rank, bases), 0.0), site.tuned("g", (bases, short), 1 / short)
+    scaled_a = Dense((d.unsqueeze(-1) * a * g.unsqueeze(-3)).flatten(-3, -2))
+    if site.n > site.m:
+        return w + (alpha or rank) / rank * (b @ scaled_a)
+    left, right = (Dense(one.stored.transpose(-2, -1)) for one in (scaled_a, b))
+    return w + (alpha or rank) / rank * (left @ right)
+
+
+@transform
+def loha(w: Operator, site: Scope, *, rank: Rank, alpha: Alpha = None) -> Operator:
+    """W + s (A1 B1) * (A2 B2), entry by entry; A1 and B1 normal, A2 = 0.1 normal, B2 = 0. FedPara, arXiv 2108.06098"""
+    a1, b1 = site.tuned("a1", (site.n, rank), normal(1.0)), site.tuned("b1", (rank, site.m), normal(0.1))
+    a2, b2 = site.tuned("a2", (site.n, rank), normal(1.0)), site.tuned("b2", (rank, site.m), 0.0)
+    return w + (alpha or rank) / rank * Hadamard(Dense(a1) @ Dense(b1), Dense(a2) @ Dense(b2))
+
+
+@transform
+def lokr(w: Operator, site: Scope, *, rank: Rank, alpha: Alpha = None, factor: Factor = None) -> Operator:
+    """W + s kron(C, A B), C = 0 and A, B Kaiming-uniform at the start. arXiv 2103.10385 (KronA), 2309.14859
+
+    C has the largest divisors of n and m up to `factor`, by default up to their roots; A B is one matrix where `rank`
+    is not smaller than half of its larger side.
+    """
+    (p, n), (q, m) = (_split(width, factor) for width in (site.n, site.m))
+    c = site.tuned("c", (p, q), 0.0)
+    if rank < max(n, m) / 2:
+        a, b = site.tuned("a", (n, rank), kaiming_uniform), site.tuned("b", (rank, m), kaiming_uniform)
+        return w + (alpha or rank) / rank * Kronecker(c, Dense(a) @ Dense(b), n)
+    return w + Kronecker(c, Dense(site.tuned("d", (n, m), kaiming_uniform)), n)
+
+
+def _split(width: int, most: int | None) -> tuple[int, int]:
+    """The largest divisor up to `most`, by default up to the root, and the quotient."""
+    divisor = next(i for i in range(min(most or math.isqrt(width), width), 0, -1) if width % i == 0)
+    return divisor, width // divisor
+
+
+@transform
+def fourierft(w: Operator, site: Scope, *, frequencies: Width = 1000, scale: Positive = 150.0) -> Operator:
+    """W + s Re(F^-1 D), F the two-dimensional Fourier transform and D tuned at random frequencies, 0 at the start.
+    arXiv 2405.03003"""
+    size = site.n * site.m
+    count = min(frequencies, size)
+    draw = lambda shape, generator: torch.randperm(size, generator=generator)[:count].expand(shape)  # noqa: E731
+    indices, d = site.chosen("indices", count, draw), site.tuned("d", count, 0.0)
+    spectrum = d.new_zeros((*site.shape[:-2], size)).scatter(-1, indices, d).unflatten(-1, (site.n, site.m))
+    return w + scale * Dense(torch.real(torch.fft.ifft2(spectrum)))
+
+
+@transform
+def delora(w: Operator, site: Scope, *, rank: Rank, bound: Positive = 15.0) -> Operator:
+    """W + c / r Diag(row_norm(W)) A Diag(1 / (norm(a_i) norm(b_i))) B; A Kaiming-uniform, B = 0, c = `bound`.
+    arXiv 2503.18225"""
+    a = site.tuned("a", (site.n, rank), kaiming_uniform)
+    b = site.tuned("b", (rank, site.m), 0.0)
+    lengths = torch.linalg.vector_norm(a, dim=-2).clamp_min(1e-4) * torch.linalg.vector_norm(b, dim=-1).clamp_min(1e-4)
+    rows = torch.linalg.vector_norm(w.dense(), dim=-1).detach()
+    return w + site.tuned("c", (1, 1), bound) * (Diag(rows) @ Dense(a) @ Diag(1 / (rank * lengths)) @ Dense(b))
+
+
+@transform
+def miss(w: Operator, site: Scope, *, rank: Rank) -> Operator:
+    """W + E D, E identities (r, r) under each other, so row i of D serves the inputs i, i + r, ...; D = 0.
+    arXiv 2409.15371"""
+
+    def tiled(shape, generator):
+        return torch.eye(rank).repeat(math.ceil(shape[-2] / rank), 1)[: shape[-2]].expand(shape)
+
+    return w + Dense(site.frozen("e", (site.n, rank), tiled)) @ Dense(site.tuned("d", (rank, site.m), 0.0))
