@@ -137,7 +137,9 @@ def load_adapter(model: GraphModel, folder: str | Path) -> GraphModel:
         model = model.clone()
         assign(model, {name: stored[BASE + name] for name in random if BASE + name in stored})
     # Only so that nothing has to be chosen again; what the file holds is checked and loaded below.
-    chosen = {name: torch.zeros(shape) for site in found.sites for name, shape, role in site.leaves if role == "chosen"}
+    chosen = {
+        leaf.name: torch.zeros(leaf.shape) for site in found.sites for leaf in site.leaves if leaf.role == "chosen"
+    }
     tuned = rewrite(model, found, values=chosen)
     load_into(_tensors(tuned), folder / TENSORS)
     return tuned

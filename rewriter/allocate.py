@@ -136,7 +136,7 @@ def largest(counts: list[int], scores: list[Tensor]) -> list[Tensor]:
 
 
 class Budget:
-    """Moves the budgets of `adalora`, `diff_pruning` and `fish_dip` while a model is tuned, step by step.
+    """Moves the budgets of `adalora`, `diff_pruning`, `fish_dip` and `lora_dash` while a model is tuned, step by step.
 
     Call `before_step` when the gradients are there, `after_step` when the optimiser has stepped; `state` and `load`
     are for checkpoints.
@@ -159,6 +159,7 @@ class Budget:
         self.ranks = pools(model.plan, "adalora") if not _settled(model.plan, "adalora") else []
         self.cuts = pools(model.plan, "diff_pruning") if not _settled(model.plan, "diff_pruning") else []
         self.masks = pools(model.plan, "fish_dip")
+        self.dashes = [step for group in pools(model.plan, "lora_dash") for step in group]
         self.moments: dict[str, Tensor] = {}
 
     def before_step(self) -> None:
@@ -189,6 +190,8 @@ class Budget:
             self._prune(group, step, steps)
         for group in self.cuts:
             self._cut(group, step, steps)
+        for one in self.dashes:
+            self._launch(one, step, round(one.options.start * steps))
         for group in self.masks:
             if step % group[0].options.interval == 0 and step < steps:
                 self._renew(group, step, optimiser)
@@ -223,6 +226,18 @@ class Budget:
             with torch.no_grad():
                 for one in group:
                     leaves[one.leaf("d")] *= self.moments[one.leaf("kept")].to(leaves[one.leaf("d")].device)
+
+    def _launch(self, one: Step, step: int, launch: int) -> None:
+        if step > launch:
+            return
+        leaves = tuned_parameters(self.model)
+        with torch.no_grad():
+            leaves[one.leaf("d")].zero_()
+            if step == launch:
+                u, s, vt = (self.model.get_buffer(PREFIX + one.leaf(name)) for name in ("u", "s", "vt"))
+                change = (u * (leaves[one.leaf("a")] @ (leaves[one.leaf("b")] @ vt.transpose(-2, -1)))).sum(-2).abs()
+                indices = chosen_indices(self.model)[one.leaf("indices")]
+                indices.copy_((change / (s + 1e-6)).topk(indices.shape[-1]).indices)
 
     def _importance(self, step: Step) -> Tensor:
         """Of each triplet: its d's and the means over its column of A and its row of B."""

@@ -30,7 +30,7 @@ class Site:
         shape: (..., n, m) of the site, in the orientation y = xW.
         layout: how the parameter is stored; None for a place inside a module.
         chain: methods with options, first to last.
-        leaves: the tensors that the chain declares: (name, shape, role).
+        leaves: the tensors that the chain declares.
         head: the parameter is newly made; it does not count as trainable but as head.
         merges: phi(W) can be written back as a plain weight.
         linear: every op that reads the parameter is a product with it.
@@ -44,7 +44,7 @@ class Site:
     shape: tuple[int, ...]
     layout: Layout | None
     chain: tuple[tuple[Method, BaseModel], ...]
-    leaves: tuple[tuple[str, tuple[int, ...], str], ...] = ()
+    leaves: tuple[Leaf, ...] = ()
     head: bool = False
     merges: bool = False
     linear: bool = False
@@ -82,7 +82,12 @@ class Site:
     @property
     def parameters(self) -> int:
         """Tuned parameters."""
-        return sum(torch.Size(shape).numel() for _, shape, role in self.leaves if role == "tuned")
+        return sum(self.tuned.values())
+
+    @property
+    def tuned(self) -> dict[str, int]:
+        """Tuned tensors: name -> entries."""
+        return {leaf.name: torch.Size(leaf.shape).numel() for leaf in self.leaves if leaf.role == "tuned"}
 
     def part(self, stored: torch.Tensor) -> torch.Tensor:
         """This site's (..., n, m) of a tensor that is stored as its parameter is."""
@@ -139,8 +144,8 @@ class Plan:
 
     @property
     def trainable_parameters(self) -> int:
-        """Tuned parameters, newly made heads apart."""
-        return sum(site.parameters for site in self.sites if not site.head)
+        """Tuned parameters, newly made heads apart; a tensor that sites share counts once."""
+        return sum({name: n for site in self.sites if not site.head for name, n in site.tuned.items()}.values())
 
     @property
     def head_parameters(self) -> int:
@@ -347,10 +352,10 @@ class _Found:
                 )
         steps = {step: sizes for step, sizes in self.given.items() if step.rpartition(".")[0] == site.name}
         site = replace(site, given=steps)
-        leaves: dict[str, tuple[str, tuple[int, ...], str]] = {}
+        leaves: dict[str, Leaf] = {}
 
         def lookup(leaf: Leaf) -> torch.Tensor:
-            leaves[leaf.name] = (leaf.name, leaf.shape, leaf.role)
+            leaves[leaf.name] = replace(leaf, initial=0.0)
             return torch.empty(leaf.shape, device="meta", dtype=torch.int64 if leaf.role == "chosen" else None)
 
         w = torch.empty(site.shape, device="meta")

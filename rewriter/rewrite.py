@@ -44,16 +44,17 @@ def rewrite(
     out = model.clone()
     weights = dict(out.named_parameters(remove_duplicate=False))
     out.requires_grad_(False)
+    made: dict[str, torch.Tensor] = {}
     for weight, sites in plan.by_weight().items():
         stored = weights[weight].detach()
         wide = stored.to(torch.promote_types(stored.dtype, torch.float32))
-        transformed(sites, wide, _initialiser(out, wide, seed, values or {}))
+        transformed(sites, wide, _initialiser(out, wide, seed, values or {}, made))
     dtypes = {name: p.dtype for name, p in weights.items()}
     common = next(iter(dtypes.values()))
     for site in plan.sites:
         if site.layout is None:
             w, start = _base(model, site, common)
-            site.compose(w, lambda leaf, s=site, at=start: _initialiser(out, at, seed, values or {})(s, leaf))
+            site.compose(w, lambda leaf, s=site, at=start: _initialiser(out, at, seed, values or {}, made)(s, leaf))
     for mode, graph in out.graphs.items():
         lowering = Lowering(graph, mode == "train")
         insert_adapters(lowering, plan, common)
@@ -92,8 +93,16 @@ def _base(model: GraphModel, site: Site, dtype: torch.dtype) -> tuple[Operator, 
     return Dense(table.to(example.dtype)), example
 
 
-def _initialiser(out: GraphModel, stored: torch.Tensor, seed: int, values: Mapping[str, torch.Tensor]):
+def _initialiser(
+    out: GraphModel,
+    stored: torch.Tensor,
+    seed: int,
+    values: Mapping[str, torch.Tensor],
+    made: dict[str, torch.Tensor],
+):
     def lookup(site: Site, leaf: Leaf) -> torch.Tensor:
+        if leaf.name in made:
+            return made[leaf.name]
         value = values.get(leaf.name)
         if stored.is_meta:
             value = torch.empty(leaf.shape, device="meta")
@@ -101,6 +110,7 @@ def _initialiser(out: GraphModel, stored: torch.Tensor, seed: int, values: Mappi
             value = initial_value(leaf, seed, lambda: cached_svd(site.part(stored)))
         dtype = torch.int64 if leaf.role == "chosen" else stored.dtype
         value = value.to(stored.device, dtype).reshape(leaf.shape).contiguous()
+        made[leaf.name] = value
         out.add(PREFIX + leaf.name, nn.Parameter(value) if leaf.role == "tuned" else value, persistent=False)
         return value
 
@@ -130,13 +140,13 @@ def cached_svd(weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def tuned_parameters(model: GraphModel) -> dict[str, nn.Parameter]:
     """Leaf name -> tuned parameter, without the `subspan.` prefix."""
-    tuned = {name for site in model.plan.sites for name, _, role in site.leaves if role == "tuned"}
+    tuned = {name for site in model.plan.sites for name in site.tuned}
     named = ((name.removeprefix(PREFIX), p) for name, p in model.named_parameters() if name.startswith(PREFIX))
     return {name: p for name, p in named if name in tuned}
 
 
 def chosen_indices(model: GraphModel) -> dict[str, torch.Tensor]:
     """Leaf name -> indices (int64) of the entries that are tuned, without the `subspan.` prefix."""
-    chosen = {name for site in model.plan.sites for name, _, role in site.leaves if role == "chosen"}
+    chosen = {leaf.name for site in model.plan.sites for leaf in site.leaves if leaf.role == "chosen"}
     named = ((name.removeprefix(PREFIX), b) for name, b in model.named_buffers() if name.startswith(PREFIX))
     return {name: b for name, b in named if name in chosen}

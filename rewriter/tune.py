@@ -149,6 +149,19 @@ class _Tuner(transformers.Trainer):
         super().__init__(*args, **kwargs)
         self.sums: dict[str, Tensor | int] = {}
 
+    def create_optimizer(self, *args, **kwargs):
+        """The Trainer's optimiser, with groups of their own for tensors whose learning rate differs."""
+        optimiser = super().create_optimizer(*args, **kwargs)
+        rates = {leaf.name: leaf.rate for site in self.model.plan.sites for leaf in site.leaves}
+        rate_of = {id(p): rates[name] for name, p in tuned_parameters(self.model).items()}
+        optimiser.param_groups[:] = [
+            {**group, "params": members, "lr": rate * group["lr"]}
+            for group in optimiser.param_groups
+            for rate in sorted(set(rate_of.values()))
+            if (members := [p for p in group["params"] if rate_of[id(p)] == rate])
+        ]
+        return optimiser
+
     def training_step(self, *args, **kwargs):
         value = super().training_step(*args, **kwargs)
         self.progress.finite &= torch.isfinite(value.detach())

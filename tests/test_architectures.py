@@ -36,6 +36,7 @@ MATRIX = [
     [{"fourierft": {"frequencies": 50}}],
     [{"delora": {"rank": 4}}],
     [{"miss": {"rank": 4}}],
+    [{"tied_lora": {"rank": 4}}],
     ["ssb", {"lora": {"rank": 4}}],
     ["svdiff", {"dora": {"rank": 4}}],
 ]

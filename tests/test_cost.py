@@ -96,7 +96,7 @@ def test_overhead_of_a_step():
     assert 0.0 < step_cost(graph, tuned, batch, loss).overhead < 0.2
 
 
-BOUNDS = dict.fromkeys(("lora", "trilora", "adalora", "flora", "lora_fa", "lora_xs", "vera", "delora"), 2)
+BOUNDS = dict.fromkeys(("lora", "trilora", "adalora", "flora", "lora_fa", "lora_xs", "vera", "delora", "tied_lora"), 2)
 BOUNDS |= {"miss": 2, "lokr": 2, "spectral": 4, "pissa": 4, "milora": 4, "loha": 4, "pafi": 1}
 
 

@@ -70,6 +70,9 @@ LINEAR = {
     "fish_mask": {"density": 0.05, "samples": 4},
     "fish_dip": {"density": 0.05, "samples": 2, "interval": 2},
     "spt": {"rank": 2, "density": 0.3, "samples": 4},
+    "lora_dash": {"rank": 2, "directions": 3, "start": 0.5},
+    "tied_lora": {"rank": 2},
+    "fourierft": {"frequencies": 30},
 }
 STEPS = 6
 CASES = [
@@ -283,3 +286,46 @@ def test_diff_pruning_tunes_what_is_kept_to_the_end():
         changed = sum(int((v != 0).sum()) for name, v in tuned_parameters(tuned).items() if name.endswith(".d"))
         assert changed <= (0.05 * 2 * 1792 + 6 if step >= 5 else 2 * 1792)
     torch.testing.assert_close(logits(settle(tuned, budget), x), logits(tuned, x))
+
+
+def test_tied_factors_are_one_tensor_for_all_sites_of_a_shape():
+    _, _, graph = traced("bert")
+    found = plan(graph, [Rule(target=ARCHITECTURES["bert"].linear, apply=[{"tied_lora": {"rank": 4}}])])
+    tied = 4 * (16 + 16) + 4 * (16 + 24) + 4 * (24 + 16)
+    assert found.trainable_parameters == tied + 2 * (4 * (4 + 16) + (4 + 24) + (4 + 16))
+    tuned = rewrite(graph, found)
+    assert sum(name.startswith("tied.") for name in tuned_parameters(tuned)) == 6
+
+
+def test_dash_goes_where_the_change_is():
+    """The directions chosen are those of the largest |u^t A B v| over the singular value, and nothing moves before."""
+    model, inputs, graph = traced("bert")
+    name = "bert.encoder.layer.0.intermediate.dense.weight"
+    options = {"rank": 2, "directions": 3, "start": 0.5}
+    tuned = rewrite(graph, plan(graph, [Rule(target=name, apply=[{"lora_dash": options}])]))
+    leaves, budget = tuned_parameters(tuned), Budget(tuned)
+    optimiser = torch.optim.AdamW(leaves.values(), lr=0.02)
+    x = inputs_of("bert", inputs, 3, 11)
+    for step in range(1, 9):
+        optimiser.zero_grad()
+        tuned.train()(**x).logits.square().mean().backward()
+        optimiser.step()
+        budget.after_step(step, 8)
+        a, b, d = (leaves[f"{name}.lora_dash.{leaf}"].detach() for leaf in "abd")
+        if step == 4:
+            u, s, vh = torch.linalg.svd(model.get_parameter(name).detach().T, full_matrices=False)
+            change = torch.einsum("nk,nm,km->k", u, a @ b, vh).abs() / (s + 1e-6)
+            expected = set(change.topk(3).indices.tolist())
+        assert bool(d.any()) == (step > 4)
+    assert set(tuned.get_buffer(f"subspan.{name}.lora_dash.indices").tolist()) == expected
+
+
+def test_lora_plus_gives_b_a_rate_of_its_own(tmp_path):
+    """After one step of AdamW, entries have moved by about their learning rate: small gradients by a little less."""
+    spec = load_spec(tiny.project(tmp_path), ["train.max_grad_norm=0", "train.schedule=constant", "train.epochs=0.1"])
+    step = {"lora": {"rank": 4, "ratio": 16.0}}
+    rules = [Rule(target="bert.encoder.layer.*.attention.self.query.weight", apply=[step])]
+    run(spec.model_copy(update={"rules": rules}), tmp_path / "run", resume=False, overwrite=False)
+    tensors = load_file(tmp_path / "run" / "adapter" / "adapter.safetensors")
+    b = next(value for name, value in tensors.items() if name.endswith("layer.0.attention.self.query.weight.lora.b"))
+    assert 0.9 * 16 * 1e-2 < float(b.abs().max()) <= 16 * 1e-2

@@ -49,6 +49,8 @@ COUNTS |= {
     "lokr": (("rank", "alpha"), lokr_count),
     "fourierft": ((), lambda n, m, r: min(1000, n * m)),
     "delora": (("rank",), lambda n, m, r: r * (n + m) + 1),
+    "tied_lora": (("rank", "alpha"), lambda n, m, r: r * (n + m) + r + m),
+    "lora_dash": (("rank", "alpha"), lambda n, m, r: r * (n + m) + min(8, n, m)),
     "miss": (("rank",), lambda n, m, r: r * m),
     "hra": ({"rank": 2}, lambda n, m, r: 2 * n),
     "oft": ({"block": 4}, lambda n, m, r: n // 4 * 6),
@@ -60,7 +62,7 @@ BLOCKED = ("oft", "boft", "road")
 # Of these a site inside a module, or a selection first, is needed: tests/test_methods.py.
 ELSEWHERE = {"s_bitfit", "prefix", "prompt", "fish_mask", "fish_dip", "spt", "hadapter", "padapter", "pa", "mam"}
 MATRIX = [name for name in COUNTS if name != "bitfit"]
-DECOMPOSING = ("sam_parser", "spectral", "svdiff", "pissa", "milora", "lora_xs")
+DECOMPOSING = ("sam_parser", "spectral", "svdiff", "pissa", "milora", "lora_xs", "lora_dash")
 PLAIN = [name for name in MATRIX if name not in BLOCKED]
 ANYWHERE = [name for name in PLAIN if name not in (*DECOMPOSING, "pafi")]
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}  # float64, sizes below 10: rounding is of the order of 1e-14.

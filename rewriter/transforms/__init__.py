@@ -10,7 +10,7 @@ import inspect
 import math
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -48,6 +48,7 @@ Samples = Annotated[int, Field(ge=1, le=MOST, description="training rows whose g
 Interval = Annotated[int, Field(ge=1, le=MOST, description="optimiser steps from one decision to the next")]
 Share = Annotated[float, Field(ge=0, lt=1, description="share of the optimiser steps")]
 Positive = Annotated[float, Field(gt=0, description="a number above 0")]
+Ratio = Annotated[float, Field(gt=0, description="learning rate of B over that of A (LoRA+, arXiv 2402.12354)")]
 Factor = Annotated[
     int | None, Field(ge=1, le=MOST, description="largest size of the left factor; default: the root of n, of m")
 ]
@@ -67,12 +68,14 @@ class Leaf:
     Attributes:
         role: "tuned"; "constant", computed from the frozen weight or drawn alike everywhere; or "chosen", indices that
             travel with the adapter.
+        rate: its learning rate over the run's.
     """
 
     name: str
     shape: tuple[int, ...]
     initial: Initial
     role: str = "tuned"
+    rate: float = 1.0
 
 
 @dataclass
@@ -109,12 +112,18 @@ class Scope:
         """Outputs of the weight."""
         return self.shape[-1]
 
-    def tuned(self, name: str, shape: int | tuple[int, ...], initial: Initial) -> Value:
+    def tuned(self, name: str, shape: int | tuple[int, ...], initial: Initial, rate: float = 1.0) -> Value:
         """Declare a tuned tensor of `shape` (a batch of weights gets one each) and return its value.
 
-        `initial` is a number, a value of that shape, or a function of (shape, generator).
+        `initial` is a number, a value of that shape, or a function of (shape, generator); `rate` is the tensor's
+        learning rate over the run's.
         """
-        return self._leaf(name, shape, initial, "tuned")
+        return self._leaf(name, shape, initial, "tuned", rate)
+
+    def tied(self, name: str, shape: tuple[int, ...], initial: Initial) -> Value:
+        """Declare a tuned tensor that all sites of one shape share."""
+        method, sizes = self.prefix.rpartition(".")[2], "x".join(map(str, self.shape))
+        return replace(self, prefix=f"tied.{method}")._leaf(f"{name}_{sizes}", shape, initial, "tuned")
 
     def chosen(self, name: str, size: int, initial: Initial) -> Value:
         """Declare `size` indices (int64) that a selection decides and the adapter keeps; return their value."""
@@ -145,9 +154,9 @@ class Scope:
         shapes = {"u": (self.n, k), "s": k, "vt": (k, self.m)}
         return tuple(self._leaf(name, shape, _factor(name), "constant") for name, shape in shapes.items())
 
-    def _leaf(self, name: str, shape: int | tuple[int, ...], initial: Initial, role: str) -> Value:
+    def _leaf(self, name: str, shape: int | tuple[int, ...], initial: Initial, role: str, rate: float = 1.0) -> Value:
         shape = (shape,) if isinstance(shape, int) else shape
-        return self.lookup(Leaf(f"{self.prefix}.{name}", (*self.shape[:-2], *shape), initial, role))
+        return self.lookup(Leaf(f"{self.prefix}.{name}", (*self.shape[:-2], *shape), initial, role, rate))
 
 
 class _factor(str):

@@ -15,6 +15,7 @@ from . import (
     Positive,
     Probability,
     Rank,
+    Ratio,
     ScaleOf,
     Scope,
     Share,
@@ -63,12 +64,13 @@ def lora(
     alpha: Alpha = None,
     scale: ScaleOf = "fixed",
     dropout: Probability = 0.0,
+    ratio: Ratio = 1.0,
     mpc: Constraint = None,
     coefficient: Coefficient = 1e-3,
 ) -> Operator:
     """W + s A B; A Kaiming-uniform and B = 0 at the start. (21)"""
     a = Dense(site.tuned("a", (site.n, rank), kaiming_uniform))
-    b = Dense(site.tuned("b", (rank, site.m), 0.0))
+    b = Dense(site.tuned("b", (rank, site.m), 0.0, ratio))
     product = constrained(site, a, b, mpc, coefficient) @ b
     return w + scaled(site, rank, alpha, scale) * (Dropout(dropout, site.n) @ product if dropout else product)
 
@@ -299,3 +301,33 @@ def miss(w: Operator, site: Scope, *, rank: Rank) -> Operator:
         return torch.eye(rank).repeat(math.ceil(shape[-2] / rank), 1)[: shape[-2]].expand(shape)
 
     return w + Dense(site.frozen("e", (site.n, rank), tiled)) @ Dense(site.tuned("d", (rank, site.m), 0.0))
+
+
+@transform
+def tied_lora(w: Operator, site: Scope, *, rank: Rank, alpha: Alpha = None) -> Operator:
+    """W + s A Diag(u) B Diag(v), A and B the same tuned tensors at all sites of a shape; u = 1 and v = 0 at the start.
+    arXiv 2311.09578"""
+    a = Dense(site.tied("a", (site.n, rank), kaiming_uniform))
+    b = Dense(site.tied("b", (rank, site.m), kaiming_uniform))
+    u, v = Diag(site.tuned("u", rank, 1.0)), Diag(site.tuned("v", site.m, 0.0))
+    return w + (alpha or rank) / rank * (a @ u @ b @ v)
+
+
+@transform
+def lora_dash(
+    w: Operator, site: Scope, *, rank: Rank, alpha: Alpha = None, directions: Width = 8, start: Share = 0.1
+) -> Operator:
+    """W + s A B + Ui Diag(d) Vi^t, i the `directions` that A B has changed most after the first `start` of the steps.
+
+    Change is |u_i^t A B v_i| over the singular value; d = 0 until then. By the source's authors, arXiv 2409.01035.
+    """
+    u, _, vt = site.svd()
+    count = min(directions, site.n, site.m)
+    first = lambda shape, generator: torch.arange(count).expand(shape)  # noqa: E731
+    indices, d = site.chosen("indices", count, first), site.tuned("d", count, 0.0)
+    batch = site.shape[:-2]
+    left = u.gather(-1, indices.unsqueeze(-2).expand(*batch, site.n, count))
+    right = vt.gather(-2, indices.unsqueeze(-1).expand(*batch, count, site.m))
+    a = Dense(site.tuned("a", (site.n, rank), kaiming_uniform))
+    b = Dense(site.tuned("b", (rank, site.m), 0.0))
+    return w + (alpha or rank) / rank * (a @ b) + Dense(left) @ Diag(d) @ Dense(right)
