@@ -33,7 +33,7 @@ def test_defaults_and_shorthand(tmp_path):
     (rule,) = spec.rules
     assert [(m.name, o.model_dump()) for m, o in rule.chain][1] == (
         "lora",
-        {"rank": 8, "alpha": None, "scale": "fixed", "dropout": 0.0, "mpc": None, "coefficient": 1e-3},
+        {"rank": 8, "alpha": None, "scale": "fixed", "dropout": 0.0, "ratio": 1.0, "mpc": None, "coefficient": 1e-3},
     )
     assert rule.slice.axis == "in" and rule.slice.bounds == (0, 4)
     assert spec.metric == "accuracy" and spec.train.batch_size == 32 and spec.export.onnx.opset == 18
