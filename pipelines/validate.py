@@ -121,6 +121,9 @@ def files(paths: list[Path]) -> list[Path]:
     return found
 
 
+_READ: set[str] = set()  # data that was found right
+
+
 def check(spec: Spec, level: Level) -> tuple[Plan, StepCost | None]:
     """The plan of a spec, and the cost of a step where the level or a limit asks for it.
 
@@ -130,8 +133,10 @@ def check(spec: Spec, level: Level) -> tuple[Plan, StepCost | None]:
     with located(spec):
         whole = level is Level.trace or spec.limits.of_a_step
         plan, _, pretrained = plan_of(spec, whole)
-        if spec.data and spec.data.files is not None:
+        data = f"{spec.model.task} {pretrained.labels} {spec.data and spec.data.model_dump_json()}"
+        if spec.data and spec.data.files is not None and data not in _READ:
             load_rows(spec, pretrained.labels)
+            _READ.add(data)
         return plan, step_of(spec) if whole else None
 
 
