@@ -1,0 +1,294 @@
+"""Run specs over seeds and put the results in one table. Needs the extra study; processes can share one."""
+
+import contextlib
+import json
+import math
+import os
+import re
+import resource
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import filelock
+import optuna
+import typer
+from optuna.trial import FrozenTrial, TrialState
+from rich.markup import escape
+
+from pipelines.cli import console, failures, located
+from pipelines.train import run as tune
+from rewriter import SubspanError, load_spec, load_specs
+from rewriter.errors import reason
+from rewriter.files import write_json, write_text
+from rewriter.tune import Interrupted, checkpoints
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+HEARTBEAT, GRACE = 10, 40
+BASE, FULL = "head alone", "full fine-tuning"
+Study = Annotated[Path, typer.Option(help="The study's folder: study.db, a run per cell.", show_default=False)]
+
+
+@app.command()
+def run(
+    specs: Annotated[list[Path], typer.Argument(help="Specs; each with a meta.row is a row.", show_default=False)],
+    out: Study,
+    seeds: Annotated[list[int] | None, typer.Option("--seed", help="Seeds; by default 0.")] = None,
+    row: Annotated[list[str] | None, typer.Option(help="Only these rows.")] = None,
+) -> None:
+    """Tune every row of the specs with every seed; go on where an earlier or another process is.
+
+    A cell is a row and a seed. Start the same command in as many processes as there is room for: each takes the next
+    cell that nobody has. A process that dies is noticed after about 40 seconds; its cell goes on from its checkpoint.
+    """
+    with failures(out):
+        out.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(out / "study.lock"):
+            study = _open(out)
+            known = latest(study)
+            for attributes in _cells(specs, seeds or [0], row):
+                if attributes["cell"] not in known:
+                    study.enqueue_trial({}, user_attrs=attributes)
+        while left := [trial for trial in latest(study).values() if not trial.state.is_finished()]:
+            if any(trial.state == TrialState.WAITING for trial in left):
+                study.optimize(lambda trial: _cell(trial, out), n_trials=1, catch=(Exception,))
+            else:
+                console.print(f"waiting for {len(left)} cells of other processes", highlight=False)
+                optuna.storages.fail_stale_trials(study)
+                time.sleep(HEARTBEAT / 2)
+        cells = latest(study)
+        failed = [one for one in cells.values() if one.state == TrialState.FAIL]
+        for one in failed:
+            why = f"{one.user_attrs['cell']}: {one.user_attrs.get('error', '')}"
+            console.print(f"[bold red]failed:[/] {escape(why)}")
+        done = f"{len(cells) - len(failed)} of {len(cells)} cells done"
+        console.print(f"{done}: python pipelines/study.py report --out {out}", highlight=False)
+    raise typer.Exit(int(bool(failed)))
+
+
+def _cells(specs: list[Path], seeds: list[int], rows: list[str] | None) -> Iterator[dict[str, Any]]:
+    """What a trial has to know of its cell: its name <file>/<row>/<seed>, and where its spec is."""
+    for file in specs:
+        for spec in load_specs(file):
+            if "row" not in spec.meta:
+                raise SubspanError(f"{file}: a row of a study needs a name: meta: {{row: ...}}")
+            row = str(spec.meta["row"])
+            for seed in seeds if rows is None or row in rows else []:
+                cell = f"{file.stem}/{row}/{seed}"
+                yield {"cell": cell, "file": str(file.absolute()), "row": row, "seed": seed}
+
+
+def _open(out: Path) -> optuna.Study:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    retry = optuna.storages.RetryFailedTrialCallback()
+    storage = optuna.storages.RDBStorage(
+        f"sqlite:///{out / 'study.db'}",
+        engine_kwargs={"connect_args": {"timeout": 60}},
+        heartbeat_interval=HEARTBEAT,
+        grace_period=GRACE,
+        heartbeat_stale_trial_callback=retry,
+    )
+    return optuna.create_study(storage=storage, study_name="study", load_if_exists=True, direction="maximize")
+
+
+def latest(study: optuna.Study) -> dict[str, FrozenTrial]:
+    """The last trial of every cell: one whose process died is followed by another."""
+    trials = sorted(study.get_trials(deepcopy=False), key=lambda trial: trial.number)
+    return {trial.user_attrs["cell"]: trial for trial in trials if "cell" in trial.user_attrs}
+
+
+def _cell(trial: optuna.Trial, out: Path) -> float:
+    """One cell; its result is the metric, what else is known goes into the trial's attributes."""
+    if "cell" not in trial.user_attrs:
+        raise optuna.TrialPruned("another process took the last cell")
+    known = trial.user_attrs
+    name, spec = known["cell"], load_spec(f"{known['file']}#{known['row']}", [f"train.seed={known['seed']}"])
+    folder = out / "cells" / re.sub(r"[^A-Za-z0-9_/.-]", "_", name)
+    console.print(f"[bold]{escape(name)}[/]", highlight=False)
+    started = time.perf_counter()
+    try:
+        if not (folder / "metrics.json").exists():
+            resume = bool(checkpoints(folder / "checkpoints"))
+            _forget_peak()
+            with located(spec):
+                tune(spec, folder, resume=resume, overwrite=not resume and folder.exists())
+            trial.set_user_attr("seconds", round(time.perf_counter() - started, 1))
+            trial.set_user_attr("peak_bytes", _peak())
+    except Interrupted:
+        raise KeyboardInterrupt from None
+    except Exception as error:
+        trial.set_user_attr("error", reason(error))
+        raise
+    plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    for key in ("trainable_parameters", "total_parameters"):
+        trial.set_user_attr(key, plan[key])
+    trial.set_user_attr("metric", spec.metric)
+    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["validation"][spec.metric]
+
+
+def _forget_peak() -> None:
+    """Linux counts the peak of a process's memory anew after this; elsewhere it stays that of all cells so far."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak() -> int:
+    """Peak resident memory in bytes."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s*(\d+)", status)[1]) * 1024
+    except (OSError, TypeError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if os.uname().sysname == "Darwin" else 1024)
+
+
+@app.command()
+def report(
+    out: Study,
+    to: Annotated[Path, typer.Option(help="Folder for results.md, results.json and the pictures.")] = Path("docs"),
+) -> None:
+    """Write the tables and the pictures from a study's records."""
+    with failures(to):
+        if not (out / "study.db").is_file():
+            raise SubspanError(f"{out}: no study.db there; python pipelines/study.py run ... --out {out}")
+        records = [_record(cell, trial) for cell, trial in latest(_open(out)).items() if trial.state.is_finished()]
+        if not records:
+            raise SubspanError(f"{out}: no cell is finished yet")
+        to.mkdir(parents=True, exist_ok=True)
+        write_json(to / "results.json", records)
+        write_text(to / "results.md", page(records))
+        for name in dict.fromkeys(record["study"] for record in records):
+            draw(name, [record for record in records if record["study"] == name], to)
+        console.print(f"{len(records)} cells: {to / 'results.md'}")
+
+
+def _record(cell: str, trial: FrozenTrial) -> dict[str, Any]:
+    keys = ("row", "seed", "metric", "trainable_parameters", "total_parameters", "seconds", "peak_bytes", "error")
+    value = trial.value if trial.state == TrialState.COMPLETE else None
+    return {"study": cell.partition("/")[0], "value": value, **{key: trial.user_attrs.get(key) for key in keys}}
+
+
+def summaries(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each row of a study, best first: mean and sample standard deviation over the seeds that finished."""
+    rows = []
+    for name in dict.fromkeys(record["row"] for record in records):
+        own = [record for record in records if record["row"] == name]
+        done = [record for record in own if record["value"] is not None]
+        values = [record["value"] for record in done]
+        row: dict[str, Any] = {"row": name, "failed": len(own) - len(done), "seeds": len(done)}
+        if done:
+            tuned, total = done[0]["trainable_parameters"], done[0]["total_parameters"]
+            row |= {"tuned": tuned, "share": 1000 * tuned / total, "mean": statistics.mean(values)}
+            row["deviation"] = statistics.stdev(values) if len(values) > 1 else None
+            for key in ("seconds", "peak_bytes"):
+                known = [record[key] for record in done if record[key] is not None]
+                row[key] = statistics.mean(known) if known else None
+        rows.append(row)
+    return sorted(rows, key=lambda row: -row.get("mean", -math.inf))
+
+
+# What the source's Tables II to IV say of the ranking: better ones, then worse ones.
+CLAIMS = [
+    (("ssb",), ("ssl", "ia3")),
+    (("ssl", "ia3"), ("sam_parser",)),
+    (("flora",), ("adalora",)),
+    (("adalora", "trilora"), ("lora",)),
+    (("lora + mpc o", "lora + mpc d", "lora + mpc n"), ("lora",)),
+    (("trilora + mpc o",), ("trilora",)),
+    (("adalora",), ("adalora - mpc o",)),
+]
+
+
+def page(records: list[dict[str, Any]]) -> str:
+    """results.md."""
+    parts = [
+        "# Results",
+        "Written by `python pipelines/study.py report` from the records of `python pipelines/study.py run`, which are "
+        "in results.json. Deviations are over seeds, where there are several; seconds and peak memory are of the whole "
+        "run on a machine that did other things too, so they are for orientation.",
+    ]
+    for name in dict.fromkeys(record["study"] for record in records):
+        rows = summaries([record for record in records if record["study"] == name])
+        metric = next((one["metric"] for one in records if one["study"] == name and one["metric"]), "metric")
+        parts += [
+            f"## {name}",
+            f"![share of parameters against {metric}]({name}.svg)",
+            _table(rows, metric),
+            _said(rows),
+        ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _table(rows: list[dict[str, Any]], metric: str) -> str:
+    lines = [
+        f"| method | tuned | thousandths | {metric} | seeds | seconds | peak MB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        failed = f"{row['failed']} failed" if row["failed"] else ""
+        if "mean" not in row:
+            lines.append(f"| {row['row']} | | | **{failed}** | 0 | | |")
+            continue
+        spread = f" ± {row['deviation']:.4f}" if row["deviation"] is not None else ""
+        seeds = f"{row['seeds']}, **{failed}**" if failed else str(row["seeds"])
+        seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
+        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:,.0f}"
+        counts = f"{row['tuned']:,} | {row['share']:.3f}"
+        lines.append(f"| {row['row']} | {counts} | {row['mean']:.4f}{spread} | {seeds} | {seconds} | {peak} |")
+    return "\n".join(lines)
+
+
+def _said(rows: list[dict[str, Any]]) -> str:
+    """Whether the source's ranking is found here, pair by pair, and which methods are below the head alone."""
+    means = {row["row"]: row["mean"] for row in rows if "mean" in row}
+    lines = []
+    for better, worse in CLAIMS:
+        for one in better:
+            for other in worse:
+                if one in means and other in means:
+                    found = "yes" if means[one] > means[other] else "no"
+                    lines.append(f"| {one} > {other} | {found} | {means[one]:.4f} | {means[other]:.4f} |")
+    said = ""
+    if lines:
+        lines = ["| | found | first | second |", "| --- | --- | ---: | ---: |", *lines]
+        said = "The source's ranking, here:\n\n" + "\n".join(lines)
+    if BASE in means:
+        below = [name for name, mean in means.items() if mean < means[BASE]]
+        said += f"\n\nBelow the head alone ({means[BASE]:.4f}): {', '.join(below) or 'none'}."
+    return said.strip()
+
+
+def draw(name: str, records: list[dict[str, Any]], to: Path) -> None:
+    """Share of parameters against the metric, a point a method, as <name>.svg and <name>.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "subspan"
+    rows = [row for row in summaries(records) if "mean" in row]
+    figure, axes = plt.subplots(figsize=(11, 7))
+    for row in rows:
+        if row["row"] == FULL:
+            axes.axhline(row["mean"], color="black", linestyle="--", linewidth=1)
+            axes.annotate(FULL, (0.01, row["mean"]), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
+        elif row["row"] == BASE:
+            axes.axhline(row["mean"], color="grey", linestyle=":", linewidth=1)
+            axes.annotate(BASE, (0.01, row["mean"]), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
+        else:
+            axes.errorbar(row["share"], row["mean"], yerr=row["deviation"], fmt="o", markersize=5, capsize=3)
+            at = {"xytext": (5, 3), "textcoords": "offset points", "fontsize": 8}
+            axes.annotate(row["row"], (row["share"], row["mean"]), **at)
+    label = "tuned parameters, thousandths of the model's"
+    axes.set(xscale="log", xlabel=label, ylabel=records[0]["metric"], title=name)
+    figure.tight_layout()
+    for suffix in ("svg", "png"):
+        aside = to / f".{name}.{suffix}"
+        figure.savefig(aside, format=suffix, dpi=120, metadata={"Date": None} if suffix == "svg" else None)
+        aside.replace(to / f"{name}.{suffix}")
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    app()
