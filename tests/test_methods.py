@@ -71,8 +71,6 @@ LINEAR = {
     "fish_dip": {"density": 0.05, "samples": 2, "interval": 2},
     "spt": {"rank": 2, "density": 0.3, "samples": 4},
     "lora_dash": {"rank": 2, "directions": 3, "start": 0.5},
-    "tied_lora": {"rank": 2},
-    "fourierft": {"frequencies": 30},
 }
 STEPS = 6
 CASES = [

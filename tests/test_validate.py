@@ -55,7 +55,7 @@ GOLDEN = [
     ('self.{query,value}.weight', 'self.querry.weight', '13:13+51', "rules[0].target: 'bert.encoder.layer.*.attention.self.querry.weight' matches no parameter; nearest: bert.encoder.layer.0.attention.self.query.weight, bert.encoder.layer.1.attention.self.query.weight, bert.encoder.layer.0.attention.self.key.weight"),
     ('self.{query,value}.weight', 'self.query', '13:13+43', "rules[0].target: 'bert.encoder.layer.*.attention.self.query' matches no parameter; nearest: bert.encoder.layer.0.attention.self.query.bias, bert.encoder.layer.0.attention.self.query.weight, bert.encoder.layer.1.attention.self.query.bias"),
     ('{lora: {rank: 4', '{lorra: {rank: 4', '14:14+5', "rules[0].apply[0].lorra: unknown method 'lorra'; did you mean 'lora'?"),
-    ('{lora: {rank: 4', '{lora: {rnak: 4', '14:21+4', "rules[0].apply[0].lora.rnak: unknown key 'rnak'; did you mean 'rank'? (known: rank, alpha, scale, dropout, mpc, coefficient)"),
+    ('{lora: {rank: 4', '{lora: {rnak: 4', '14:21+4', "rules[0].apply[0].lora.rnak: unknown key 'rnak'; did you mean 'rank'? (known: rank, alpha, scale, dropout, ratio, mpc, coefficient)"),
     ('rank: 4', 'rank: 0', '14:27+1', 'rules[0].apply[0].lora.rank: should be greater than or equal to 1, not 0'),
     ('rank: 4', 'rank: 17', '14:27+2', 'rules[0].apply[0].lora.rank: rank 17 is larger than bert.encoder.layer.0.attention.self.query.weight allows: it is 16 x 16'),
     ('rank: 4', 'rank: four', '14:27+4', "rules[0].apply[0].lora.rank: should be a valid integer, not 'four'"),
