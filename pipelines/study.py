@@ -37,6 +37,7 @@ def run(
     out: Study,
     seeds: Annotated[list[int] | None, typer.Option("--seed", help="Seeds; by default 0.")] = None,
     row: Annotated[list[str] | None, typer.Option(help="Only these rows.")] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Run failed cells of these rows again.")] = False,
 ) -> None:
     """Tune every row of the specs with every seed; go on where an earlier or another process is.
 
@@ -49,7 +50,8 @@ def run(
             study = _open(out)
             known = latest(study)
             for attributes in _cells(specs, seeds or [0], row):
-                if attributes["cell"] not in known:
+                before = known.get(attributes["cell"])
+                if before is None or (retry and before.state == TrialState.FAIL):
                     study.enqueue_trial({}, user_attrs=attributes)
         while left := [trial for trial in latest(study).values() if not trial.state.is_finished()]:
             if any(trial.state == TrialState.WAITING for trial in left):
@@ -116,7 +118,8 @@ def _cell(trial: optuna.Trial, out: Path) -> float:
                 tune(spec, folder, resume=resume, overwrite=not resume and folder.exists())
             trial.set_user_attr("seconds", round(time.perf_counter() - started, 1))
             trial.set_user_attr("peak_bytes", _peak())
-    except Interrupted:
+    except (Interrupted, KeyboardInterrupt):
+        trial.study.enqueue_trial({}, user_attrs=known)
         raise KeyboardInterrupt from None
     except Exception as error:
         trial.set_user_attr("error", reason(error))

@@ -72,10 +72,31 @@ def test_killed_and_shared_every_cell_is_done_once(spec, tmp_path):
     assert len([t for t in trials(out) if t.state == optuna.trial.TrialState.COMPLETE]) == 4
 
 
+def test_interrupted_it_goes_on(spec, tmp_path):
+    out = tmp_path / "study"
+    first = start(spec, out, "lora")
+    deadline = time.monotonic() + 120
+    while not list(out.glob("cells/**/checkpoint-*")) and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    first.send_signal(signal.SIGINT)
+    printed = first.communicate(timeout=60)[0].decode()
+    assert first.returncode == 130, printed
+    run = CliRunner().invoke(
+        study.app, ["run", str(spec), "--out", str(out), "--row", "lora", "--seed", "0", "--seed", "1"]
+    )
+    assert run.exit_code == 0, run.output
+    assert [study.latest(study._open(out))[f"tiny/lora/{seed}"].state.name for seed in (0, 1)] == ["COMPLETE"] * 2
+
+
 def test_a_failed_cell_is_marked(spec, tmp_path):
     out, docs = tmp_path / "study", tmp_path / "docs"
     run = CliRunner().invoke(study.app, ["run", str(spec), "--out", str(out), "--row", "lora", "--row", "broken"])
     assert run.exit_code == 1 and "rank 99 is larger" in run.output
+    count = len(trials(out))
+    again = CliRunner().invoke(study.app, ["run", str(spec), "--out", str(out), "--row", "broken"])
+    assert again.exit_code == 1 and len(trials(out)) == count
+    retried = CliRunner().invoke(study.app, ["run", str(spec), "--out", str(out), "--row", "broken", "--retry"])
+    assert retried.exit_code == 1 and len(trials(out)) == count + 1
     report = CliRunner().invoke(study.app, ["report", "--out", str(out), "--to", str(docs)])
     assert report.exit_code == 0, report.output
     page = (docs / "results.md").read_text()
