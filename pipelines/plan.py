@@ -43,8 +43,8 @@ def plan(
 
 def _plan(spec: Spec) -> tuple[Plan, Any]:
     with located(spec):
-        found, _, _ = plan_of(spec)
-        return found, step_of(spec)
+        found = plan_of(spec, whole=True)
+        return found[0], step_of(spec, *found)
 
 
 def difference(old: Spec, new: Spec) -> Iterator[str]:

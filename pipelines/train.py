@@ -101,13 +101,12 @@ def tokens_of(spec: Spec) -> int:
     return spec.train.batch_size * (spec.data.max_length if spec.data else 128)
 
 
-def step_of(spec: Spec) -> StepCost:
-    """The cost of a step of a spec, from its train graph on the meta device.
+def step_of(spec: Spec, planned: Plan, traced: GraphModel, pretrained: Pretrained) -> StepCost:
+    """The cost of a step of a spec, from its train graph on the meta device; all else is from `plan_of`, whole.
 
     Raises:
         SpecError: it exceeds a limit of the spec.
     """
-    planned, traced, pretrained = plan_of(spec, whole=True)
     length = spec.data.max_length if spec.data else 128
     batch = example_batch(pretrained.model, spec.model.task, spec.train.batch_size, length)
     cost = step_cost(traced, rewrite(traced, planned), batch, objective(spec.model.task))
@@ -139,11 +138,11 @@ def prepare(spec: Spec) -> Job:
 def run(spec: Spec, out: Path, resume: bool, overwrite: bool) -> None:
     """Tune into the folder `out`."""
     check_folder(spec, out, resume, overwrite)
-    planned, _, _ = plan_of(spec)
-    print_plan(planned, console, tokens_of(spec), step_of(spec) if spec.limits.of_a_step else None)
+    found = plan_of(spec, whole=spec.limits.of_a_step)
+    print_plan(found[0], console, tokens_of(spec), step_of(spec, *found) if spec.limits.of_a_step else None)
     job = prepare(spec)
     traced = trace(job.pretrained.model, job.inputs)
-    planned, chosen = choose(spec, job, traced, planned, out if resume else None)
+    planned, chosen = choose(spec, job, traced, found[0], out if resume else None)
     model = rewrite(traced, planned, spec.train.seed, chosen)
 
     if overwrite:

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -132,12 +132,12 @@ def check(spec: Spec, level: Level) -> tuple[Plan, StepCost | None]:
     """
     with located(spec):
         whole = level is Level.trace or spec.limits.of_a_step
-        plan, _, pretrained = plan_of(spec, whole)
+        found = plan, _, pretrained = plan_of(spec, whole)
         data = f"{spec.model.task} {pretrained.labels} {spec.data and spec.data.model_dump_json()}"
         if spec.data and spec.data.files is not None and data not in _READ:
             load_rows(spec, pretrained.labels)
             _READ.add(data)
-        return plan, step_of(spec) if whole else None
+        return plan, step_of(spec, *found) if whole else None
 
 
 def _findings(error: Exception, file: Path) -> list[Finding]:
@@ -153,12 +153,8 @@ def _findings(error: Exception, file: Path) -> list[Finding]:
 
 
 def _warnings(spec: Spec, plan: Plan, file: str) -> list[Finding]:
-    found = []
-    for warning in plan.warnings:
-        place = spec.locate(warned(warning))
-        line, column, width = (getattr(place, name, 1) for name in ("line", "column", "width"))
-        found.append(Finding("warning", file, line, column, width, warning))
-    return found
+    placed = ((warning, findings(spec.locate(warned(warning)), file)) for warning in plan.warnings)
+    return [replace(finding, kind="warning", message=warning) for warning, found in placed for finding in found]
 
 
 def _json(result: dict[str, Any]) -> dict[str, Any]:
@@ -170,10 +166,8 @@ def _json(result: dict[str, Any]) -> dict[str, Any]:
         out |= plan.to_dict()
         for site, described in zip(plan.sites, out["sites"], strict=True):
             described |= asdict(site_cost(site, tokens_of(spec)))
-        totals = {site.rule: 0 for site in plan.sites}
-        for site in plan.sites:
-            totals[site.rule] += site.parameters
-        out["rules"] = [{"rule": rule, "parameters": total} for rule, total in sorted(totals.items())]
+        totals = {rule: sum(site.parameters for site in sites) for rule, sites in plan.by_rule().items()}
+        out["rules"] = [{"rule": rule, "parameters": total} for rule, total in totals.items()]
         out["step"] = asdict(result["step"]) if result["step"] else None
     return out | {"findings": [finding.to_dict() for finding in found]}
 

@@ -27,7 +27,12 @@ class Operator:
     """A matrix W of shape (..., n, m), known through its products.
 
     Composition: `a @ b` multiplies, `a + b` and `a - b` add, `s * a` scales by a number or a tensor.
+
+    Attributes:
+        implicit: products with it need less than its entries, so `dense` is not formed where there is another way.
     """
+
+    implicit = False
 
     def apply(self, x: Value, bias: Value | None = None) -> Value:
         """x @ W (+ bias) for x of shape (..., n); returns (..., m) and never forms a product of two factors."""
@@ -52,11 +57,6 @@ class Operator:
     def lift(self, matrix: Value) -> Value:
         """W @ matrix for a matrix of shape (..., m, k); raises as `dense`."""
         return self.dense() @ matrix
-
-    @property
-    def implicit(self) -> bool:
-        """Whether products with it need less than its entries, so `dense` is not formed where there is another way."""
-        return False
 
     def map(self, fn: Callable[[Value], Value]) -> "Operator":
         """The same expression with `fn` applied to every leaf."""
@@ -115,6 +115,7 @@ class Diag(Operator):
     """A diagonal matrix given by its entries, shape (..., n)."""
 
     entries: Value
+    implicit = True
 
     def dense(self):
         return torch.diag_embed(self.entries)
@@ -130,10 +131,6 @@ class Diag(Operator):
     def lift(self, matrix):
         return self.entries.unsqueeze(-1) * matrix
 
-    @property
-    def implicit(self):
-        return True
-
     def map(self, fn):
         return Diag(fn(self.entries))
 
@@ -141,6 +138,8 @@ class Diag(Operator):
 @dataclass(frozen=True)
 class Identity(Operator):
     """The identity, of whatever size it meets."""
+
+    implicit = True
 
     def apply(self, x, bias=None):
         return x if bias is None else x + bias
@@ -151,10 +150,6 @@ class Identity(Operator):
     def lift(self, matrix):
         return matrix
 
-    @property
-    def implicit(self):
-        return True
-
     def map(self, fn):
         return self
 
@@ -164,6 +159,7 @@ class Blocks(Operator):
     """A block-diagonal matrix given by its blocks, shape (..., k, b, c)."""
 
     blocks: Value
+    implicit = True
 
     def apply(self, x, bias=None):
         k, b = self.blocks.shape[-3], self.blocks.shape[-2]
@@ -177,10 +173,6 @@ class Blocks(Operator):
         k, c = self.blocks.shape[-3], self.blocks.shape[-1]
         return (self.blocks @ matrix.unflatten(-2, (k, c))).flatten(-3, -2)
 
-    @property
-    def implicit(self):
-        return True
-
     def map(self, fn):
         return Blocks(fn(self.blocks))
 
@@ -192,6 +184,7 @@ class Shuffle(Operator):
     a: int
     b: int
     width: int
+    implicit = True
 
     def apply(self, x, bias=None):
         y = x.unflatten(-1, (-1, self.a, self.b, self.width)).transpose(-3, -2).flatten(-4)
@@ -203,10 +196,6 @@ class Shuffle(Operator):
     def lift(self, matrix):
         back = Shuffle(self.b, self.a, self.width)
         return back.apply(matrix.transpose(-2, -1)).transpose(-2, -1)
-
-    @property
-    def implicit(self):
-        return True
 
     def map(self, fn):
         return self

@@ -180,7 +180,8 @@ class Budget:
                 self.moments[f"{step.leaf(leaf)}.spread"] = DECAY * spread + (1 - DECAY) * (now - mean).abs()
 
     def after_step(self, step: int, steps: int, optimiser: torch.optim.Optimizer | None = None) -> None:
-        """Prune AdaLoRA's triplets to the schedule, cut `diff_pruning` to its budget, renew the masks of `fish_dip`.
+        """Prune AdaLoRA's triplets to the schedule, cut `diff_pruning` to its budget, choose the directions of
+        `lora_dash`, renew the masks of `fish_dip`.
 
         Args:
             step, steps: optimiser steps done, and of the whole run.
@@ -211,9 +212,7 @@ class Budget:
                 self.moments[one.leaf("kept")] = part.view_as(weight)
         elif step <= last:
             return
-        with torch.no_grad():
-            for one, weight in zip(group, weights, strict=True):
-                weight *= self.moments[one.leaf("kept")].to(weight.device)
+        self._hold(group)
 
     def _cut(self, group: list[Step], step: int, steps: int) -> None:
         last = steps - round(group[0].options.end * steps)
@@ -223,9 +222,15 @@ class Budget:
                 mask = torch.zeros(change.flatten(-2).shape, dtype=torch.bool)
                 self.moments[one.leaf("kept")] = mask.scatter(-1, chosen, True).view_as(change)
         if step >= last:
-            with torch.no_grad():
-                for one in group:
-                    leaves[one.leaf("d")] *= self.moments[one.leaf("kept")].to(leaves[one.leaf("d")].device)
+            self._hold(group)
+
+    def _hold(self, group: list[Step]) -> None:
+        """Keep at 0 what is not kept of the steps' d."""
+        leaves = tuned_parameters(self.model)
+        with torch.no_grad():
+            for one in group:
+                weight = leaves[one.leaf("d")]
+                weight *= self.moments[one.leaf("kept")].to(weight.device)
 
     def _launch(self, one: Step, step: int, launch: int) -> None:
         if step > launch:

@@ -17,10 +17,10 @@ from .errors import SpecError
 from .plan import PARAMETERS, Plan, Site
 from .rewrite import tuned_parameters
 from .spec import Limits
+from .sublayers import SDPA
 from .trace import GraphModel
 from .transforms import Leaf, Method
 
-SDPA = torch.ops.aten.scaled_dot_product_attention.default
 ADAMW = 2  # moments per tuned entry
 
 

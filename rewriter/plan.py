@@ -165,6 +165,12 @@ class Plan:
                 groups.setdefault(site.place, []).append(site)
         return {weight: sorted(sites, key=lambda s: s.block or ()) for weight, sites in groups.items()}
 
+    def by_rule(self) -> dict[int, list[Site]]:
+        """Sites of each rule, rules in order."""
+        return {
+            rule: [site for site in self.sites if site.rule == rule] for rule in sorted({s.rule for s in self.sites})
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """As written to plan.json."""
         return {

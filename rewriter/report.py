@@ -48,9 +48,8 @@ def print_plan(plan: Plan, console: Console, tokens: int, step: StepCost | None 
         row = [escape(label) + mark, escape(transform), size, str(len(sites)), tuned, sites[0].classes]
         table.add_row(*row, "" if cost.rank is None else f"{cost.rank:,}", _added(cost.forward), _added(cost.backward))
     console.print(table)
-    rules = sorted({site.rule for site in plan.sites})
-    for rule in rules if len(rules) > 1 else []:
-        sites = [site for site in plan.sites if site.rule == rule]
+    rules = plan.by_rule()
+    for rule, sites in rules.items() if len(rules) > 1 else []:
         tuned = sum(site.parameters for site in sites)
         console.print(f"rules[{rule}]: {len(sites)} sites, {tuned:,} tuned parameters", highlight=False, markup=False)
     console.print(

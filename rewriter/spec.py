@@ -250,22 +250,17 @@ def _amount(value: str, units: Mapping[str, float], expected: str) -> float:
     return float(found[1]) * units[found[2].lower()]
 
 
-def _share(value: str) -> str:
-    _amount(value, {"%": 1}, "a count, or a share of all parameters such as 0.5%")
-    return value
+def _quantity(units: Mapping[str, float], expected: str) -> Any:
+    """The type of a text that `_amount` reads."""
+
+    def check(value: str) -> str:
+        _amount(value, units, expected)
+        return value
+
+    return Annotated[str, AfterValidator(check)]
 
 
-def _percent(value: str) -> str:
-    _amount(value, {"%": 1}, "a share such as 5%")
-    return value
-
-
-def _size(value: str) -> str:
-    _amount(value, _UNITS, "bytes, or a size such as 8 GiB")
-    return value
-
-
-Parameters = Annotated[int, Field(ge=0)] | Annotated[str, AfterValidator(_share)]
+Parameters = Annotated[int, Field(ge=0)] | _quantity({"%": 1}, "a count, or a share of all parameters such as 0.5%")
 
 
 class Limits(_Model):
@@ -277,10 +272,10 @@ class Limits(_Model):
     head_parameters: Parameters | None = Field(
         None, description="parameters of new heads: a count, or a share of all parameters"
     )
-    activation_memory: Annotated[int, Field(ge=0)] | Annotated[str, AfterValidator(_size)] | None = Field(
+    activation_memory: Annotated[int, Field(ge=0)] | _quantity(_UNITS, "bytes, or a size such as 8 GiB") | None = Field(
         None, description="bytes that a batch's forward saves for its backward, or a size such as 8 GiB"
     )
-    overhead_flops: Annotated[str, AfterValidator(_percent)] | None = Field(
+    overhead_flops: _quantity({"%": 1}, "a share such as 5%") | None = Field(
         None, description="a step's FLOPs beyond the frozen model's forward and input gradient, such as 5%"
     )
 
@@ -439,9 +434,9 @@ def load_specs(path: str | Path, overrides: list[str] | None = None) -> list[Spe
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise LocatedError(str(path), 1, 1, 1, f"not UTF-8 text (byte {error.start})") from None
     except (OSError, ValueError) as error:
-        if isinstance(error, UnicodeDecodeError):
-            raise LocatedError(str(path), 1, 1, 1, f"not UTF-8 text (byte {error.start})") from None
         raise UnreachableError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     try:
         places = parse(text)

@@ -53,7 +53,11 @@ def test_killed_and_shared_every_cell_is_done_once(spec, tmp_path):
     out = tmp_path / "study"
     first = start(spec, out, "lora", "ssb")
     deadline = time.monotonic() + 120
-    while len(list(out.glob("cells/*/*/*/checkpoints/checkpoint-*"))) < 2 and first.poll() is None and time.monotonic() < deadline:
+    while (
+        len(list(out.glob("cells/*/*/*/checkpoints/checkpoint-*"))) < 2
+        and first.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.05)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
@@ -76,7 +80,11 @@ def test_interrupted_it_goes_on(spec, tmp_path):
     out = tmp_path / "study"
     first = start(spec, out, "lora")
     deadline = time.monotonic() + 120
-    while not list(out.glob("cells/*/*/*/checkpoints/checkpoint-*")) and first.poll() is None and time.monotonic() < deadline:
+    while (
+        not list(out.glob("cells/*/*/*/checkpoints/checkpoint-*"))
+        and first.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.05)
     first.send_signal(signal.SIGINT)
     printed = first.communicate(timeout=60)[0].decode()

@@ -199,7 +199,8 @@ def test_json_has_the_plan_and_its_costs(spec):
 
 
 def test_one_trace_for_a_folder_of_one_model(spec, tmp_path, monkeypatch):
-    other = tiny.project(tmp_path / "other") if (tmp_path / "other").mkdir() is None else None
+    (tmp_path / "other").mkdir()
+    other = tiny.project(tmp_path / "other")
     for i in range(25):
         (tmp_path / f"{i:02}_a.yaml").write_text(spec.read_text().replace("rank: 4", f"rank: {1 + i % 16}"))
         (tmp_path / f"{i:02}_b.yaml").write_text(other.read_text().replace("rank: 4", f"rank: {1 + i % 16}"))

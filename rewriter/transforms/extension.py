@@ -28,7 +28,7 @@ from . import (
 )
 
 
-def scaled(site: Scope, rank: int, alpha: float | None, scale: str) -> float | Value:
+def scaled(site: Scope, rank: int, alpha: float | None, scale: str = "fixed") -> float | Value:
     """s of (15): alpha / rank, alpha / sqrt(rank) (arXiv 2312.03732), or a tuned scalar that starts at alpha / rank."""
     alpha = alpha or rank
     if scale == "learned":
@@ -235,17 +235,17 @@ def randlora(w: Operator, site: Scope, *, rank: Rank, alpha: Alpha = None) -> Op
     d, g = site.tuned("d", (rank, bases), 0.0), site.tuned("g", (bases, short), 1 / short)
     scaled_a = Dense((d.unsqueeze(-1) * a * g.unsqueeze(-3)).flatten(-3, -2))
     if site.n > site.m:
-        return w + (alpha or rank) / rank * (b @ scaled_a)
+        return w + scaled(site, rank, alpha) * (b @ scaled_a)
     left, right = (Dense(one.stored.transpose(-2, -1)) for one in (scaled_a, b))
-    return w + (alpha or rank) / rank * (left @ right)
+    return w + scaled(site, rank, alpha) * (left @ right)
 
 
 @transform
 def loha(w: Operator, site: Scope, *, rank: Rank, alpha: Alpha = None) -> Operator:
-    """W + s (A1 B1) * (A2 B2), entry by entry; A1 and B1 normal, A2 = 0.1 normal, B2 = 0. FedPara, arXiv 2108.06098"""
+    """W + s (A1 B1) * (A2 B2), entry by entry; A1, A2 normal, B1 = 0.1 normal, B2 = 0. FedPara, arXiv 2108.06098"""
     a1, b1 = site.tuned("a1", (site.n, rank), normal(1.0)), site.tuned("b1", (rank, site.m), normal(0.1))
     a2, b2 = site.tuned("a2", (site.n, rank), normal(1.0)), site.tuned("b2", (rank, site.m), 0.0)
-    return w + (alpha or rank) / rank * Hadamard(Dense(a1) @ Dense(b1), Dense(a2) @ Dense(b2))
+    return w + scaled(site, rank, alpha) * Hadamard(Dense(a1) @ Dense(b1), Dense(a2) @ Dense(b2))
 
 
 @transform
@@ -259,7 +259,7 @@ def lokr(w: Operator, site: Scope, *, rank: Rank, alpha: Alpha = None, factor: F
     c = site.tuned("c", (p, q), 0.0)
     if rank < max(n, m) / 2:
         a, b = site.tuned("a", (n, rank), kaiming_uniform), site.tuned("b", (rank, m), kaiming_uniform)
-        return w + (alpha or rank) / rank * Kronecker(c, Dense(a) @ Dense(b), n)
+        return w + scaled(site, rank, alpha) * Kronecker(c, Dense(a) @ Dense(b), n)
     return w + Kronecker(c, Dense(site.tuned("d", (n, m), kaiming_uniform)), n)
 
 
@@ -310,7 +310,7 @@ def tied_lora(w: Operator, site: Scope, *, rank: Rank, alpha: Alpha = None) -> O
     a = Dense(site.tied("a", (site.n, rank), kaiming_uniform))
     b = Dense(site.tied("b", (rank, site.m), kaiming_uniform))
     u, v = Diag(site.tuned("u", rank, 1.0)), Diag(site.tuned("v", site.m, 0.0))
-    return w + (alpha or rank) / rank * (a @ u @ b @ v)
+    return w + scaled(site, rank, alpha) * (a @ u @ b @ v)
 
 
 @transform
@@ -330,4 +330,4 @@ def lora_dash(
     right = vt.gather(-2, indices.unsqueeze(-1).expand(*batch, count, site.m))
     a = Dense(site.tuned("a", (site.n, rank), kaiming_uniform))
     b = Dense(site.tuned("b", (rank, site.m), 0.0))
-    return w + (alpha or rank) / rank * (a @ b) + Dense(left) @ Diag(d) @ Dense(right)
+    return w + scaled(site, rank, alpha) * (a @ b) + Dense(left) @ Diag(d) @ Dense(right)
