@@ -1,7 +1,5 @@
 """Print a spec's plan, or what changes from one spec to another."""
 
-import re
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,8 +10,7 @@ from rich.markup import escape
 from pipelines.cli import Settings, console, failures, located
 from pipelines.train import plan_of, step_of, tokens_of
 from rewriter import Plan, Spec, load_spec, print_plan
-
-_NUMBER = re.compile(r"(?<=\.)\d+(?=[.\[])")
+from rewriter.report import Alike, layers_together
 
 
 def plan(
@@ -60,7 +57,7 @@ def difference(old: Spec, new: Spec) -> Iterator[str]:
     for key in sorted({*sites_a, *sites_b}, key=lambda key: (key[0], key not in sites_a, key)):
         for sign, one, other in (("-", sites_a, sites_b), ("+", sites_b, sites_a)):
             if one.get(key) != other.get(key) and key in one:
-                (label, transform, merges), (count, tuned) = key, one[key]
+                (label, transform, _, _, merges), (count, tuned) = key, one[key]
                 stays = "" if merges else ", does not merge"
                 yield f"{sign} {label}  {transform}  {count} sites, {tuned:,} tuned{stays}"
     yield "totals"
@@ -98,15 +95,10 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _sites(plan: Plan) -> dict[tuple[str, str, bool], tuple[int, int]]:
-    """Equal sites of several layers together: (label, transform, merges) -> (sites, tuned parameters)."""
-    counts: Counter[tuple[str, str, bool]] = Counter()
-    tuned: Counter[tuple[str, str, bool]] = Counter()
-    for site in plan.sites:
-        key = _NUMBER.sub("*", site.label, count=1), site.transform, site.merges
-        counts[key] += 1
-        tuned[key] += site.parameters
-    return {key: (count, tuned[key]) for key, count in counts.items()}
+def _sites(plan: Plan) -> dict[Alike, tuple[int, int]]:
+    """Of equal sites of several layers: how many, and their tuned parameters."""
+    groups = layers_together(plan).items()
+    return {key: (len(sites), sum(site.parameters for site in sites)) for key, sites in groups}
 
 
 if __name__ == "__main__":

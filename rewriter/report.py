@@ -10,9 +10,19 @@ from rich.markup import escape
 from rich.table import Table
 
 from .cost import StepCost, site_cost
-from .plan import Plan
+from .plan import Plan, Site
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=[.\[])")
+Alike = tuple[str, str, tuple[int, ...], bool, bool]
+
+
+def layers_together(plan: Plan) -> dict[Alike, list[Site]]:
+    """Equal sites of several layers together: (label with * for the layer, transform, shape, head, merges) -> sites."""
+    groups: dict[Alike, list[Site]] = {}
+    for site in plan.sites:
+        key = _NUMBER.sub("*", site.label, count=1), site.transform, site.shape, site.head, site.merges
+        groups.setdefault(key, []).append(site)
+    return groups
 
 
 def print_plan(plan: Plan, console: Console, tokens: int, step: StepCost | None = None) -> None:
@@ -22,11 +32,6 @@ def print_plan(plan: Plan, console: Console, tokens: int, step: StepCost | None 
         tokens: rows that an op reads per step.
         step: cost of a step, if it is known.
     """
-    groups: dict[tuple, list] = {}
-    for site in plan.sites:
-        groups.setdefault(
-            (_NUMBER.sub("*", site.label, count=1), site.transform, site.shape, site.head, site.merges), []
-        ).append(site)
     table = Table(title="plan", title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
     for column, justify in (
         ("site", "left"),
@@ -40,7 +45,7 @@ def print_plan(plan: Plan, console: Console, tokens: int, step: StepCost | None 
         ("backward", "right"),
     ):
         table.add_column(column, justify=justify, overflow="fold")
-    for (label, transform, shape, head, merges), sites in groups.items():
+    for (label, transform, shape, head, merges), sites in layers_together(plan).items():
         mark = "  (head)" if head else "" if merges else "  (does not merge)"
         size = " x ".join(map(str, shape))
         cost = site_cost(sites[0], tokens)

@@ -1,24 +1,16 @@
 """The commands plan and show on a tiny project."""
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
-from pipelines.plan import difference, plan
-from pipelines.show import show
+from pipelines.plan import difference
 from rewriter import load_spec
 from tests import tiny
+from tests.test_pipelines import call
 
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory):
     return tiny.project(tmp_path_factory.mktemp("project"))
-
-
-def call(command, *arguments):
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(command)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def test_what_changes(spec, tmp_path):
@@ -40,7 +32,7 @@ def test_what_changes(spec, tmp_path):
     ]
     assert "  tuned parameters: 512 -> 128 (-75.0%)" in lines
     assert "  head parameters: 34, as before" in lines and "  merges: yes -> no" in lines
-    result = call(plan, new, "--against", spec)
+    result = call("plan", new, "--against", spec)
     assert result.exit_code == 0 and result.stdout.splitlines() == lines
 
 
@@ -51,20 +43,20 @@ def test_nothing_changes(spec):
 
 
 def test_a_plan_says_what_a_step_costs(spec):
-    result = call(plan, spec, "--set", "rules.0.apply.0.lora.rank=2")
+    result = call("plan", spec, "--set", "rules.0.apply.0.lora.rank=2")
     assert result.exit_code == 0 and "256 tuned parameters" in result.stdout
     assert "MB of activations" in result.stdout and "extension" in result.stdout
-    wrong = call(plan, spec, "--set", "rules.0.apply.0.lora.rank=99")
+    wrong = call("plan", spec, "--set", "rules.0.apply.0.lora.rank=99")
     assert wrong.exit_code == 1 and wrong.stderr.count("error: ") == 1
 
 
 @pytest.mark.parametrize(("form", "start"), [("svg", "<svg"), ("dot", "digraph"), ("mermaid", "flowchart")])
 def test_show_writes_a_picture(spec, tmp_path, form, start):
     out = tmp_path / f"layer.{form}"
-    result = call(show, spec, "--layer", "1", "--format", form, "--out", out)
+    result = call("show", spec, "--layer", "1", "--format", form, "--out", out)
     assert result.exit_code == 0 and result.stdout.strip() == str(out)
     text = out.read_text()
     assert text.startswith(start) and "attention.self.query.weight.lora.a" in text
-    missing = call(show, spec, "--layer", "7", "--out", tmp_path / "none.svg")
+    missing = call("show", spec, "--layer", "7", "--out", tmp_path / "none.svg")
     assert missing.exit_code == 1 and "the model has no such layer" in missing.stderr
     assert not (tmp_path / "none.svg").exists()

@@ -111,6 +111,17 @@ def objective(model, batch):
     return model(**batch).logits.square().mean()
 
 
+def stepping(tuned, budget, optimiser, x, steps):
+    """Optimiser steps with their budget; the number of each when it is done."""
+    for step in range(1, steps + 1):
+        optimiser.zero_grad()
+        tuned.train()(**x).logits.square().mean().backward()
+        budget.before_step()
+        optimiser.step()
+        budget.after_step(step, steps, optimiser)
+        yield step
+
+
 @pytest.mark.parametrize(("name", "where", "method"), CASES, ids=["-".join(case) for case in CASES])
 def test_tune_settle_save_load_merge(name, where, method, tmp_path):
     model, inputs, graph = traced(name)
@@ -191,12 +202,8 @@ def test_adalora_ends_at_its_budget():
     tuned = rewrite(graph, plan(graph, [Rule(target=ARCHITECTURES["bert"].linear, apply=[{"adalora": options}])]))
     budget, optimiser = Budget(tuned), torch.optim.SGD(tuned_parameters(tuned).values(), lr=0.1)
     x = inputs_of("bert", inputs, 3, 11)
-    for step in range(1, 11):
-        optimiser.zero_grad()
-        tuned.train()(**x).logits.square().mean().backward()
-        budget.before_step()
-        optimiser.step()
-        budget.after_step(step, 10)
+    for _ in stepping(tuned, budget, optimiser, x, 10):
+        pass
     given = settle(tuned, budget).plan.given
     assert len(given) == 12 and sum(sizes["rank"] for sizes in given.values()) == 12 * 2
     assert len({sizes["rank"] for sizes in given.values()}) > 1
@@ -275,12 +282,7 @@ def test_diff_pruning_tunes_what_is_kept_to_the_end():
     tuned = rewrite(graph, plan(graph, [Rule(target=ARCHITECTURES["bert"].linear, apply=[{"diff_pruning": options}])]))
     budget, optimiser = Budget(tuned), torch.optim.AdamW(tuned_parameters(tuned).values(), lr=0.02)
     x = inputs_of("bert", inputs, 3, 11)
-    for step in range(1, 11):
-        optimiser.zero_grad()
-        tuned.train()(**x).logits.square().mean().backward()
-        budget.before_step()
-        optimiser.step()
-        budget.after_step(step, 10, optimiser)
+    for step in stepping(tuned, budget, optimiser, x, 10):
         changed = sum(int((v != 0).sum()) for name, v in tuned_parameters(tuned).items() if name.endswith(".d"))
         assert changed <= (0.05 * 2 * 1792 + 6 if step >= 5 else 2 * 1792)
     torch.testing.assert_close(logits(settle(tuned, budget), x), logits(tuned, x))
@@ -304,11 +306,7 @@ def test_dash_goes_where_the_change_is():
     leaves, budget = tuned_parameters(tuned), Budget(tuned)
     optimiser = torch.optim.AdamW(leaves.values(), lr=0.02)
     x = inputs_of("bert", inputs, 3, 11)
-    for step in range(1, 9):
-        optimiser.zero_grad()
-        tuned.train()(**x).logits.square().mean().backward()
-        optimiser.step()
-        budget.after_step(step, 8)
+    for step in stepping(tuned, budget, optimiser, x, 8):
         a, b, d = (leaves[f"{name}.lora_dash.{leaf}"].detach() for leaf in "abd")
         if step == 4:
             u, s, vh = torch.linalg.svd(model.get_parameter(name).detach().T, full_matrices=False)

@@ -16,13 +16,15 @@ import typer
 from typer.testing import CliRunner
 
 from pipelines.export import export
+from pipelines.plan import plan
+from pipelines.show import show
 from pipelines.train import train
 from pipelines.validate import validate
 from tests.tiny import project, save_model
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = {}
-for command in (validate, train, export):
+for command in (validate, plan, show, train, export):
     COMMANDS[command.__name__] = typer.Typer(pretty_exceptions_enable=False)
     COMMANDS[command.__name__].command()(command)
 
