@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
+import optuna
 import peft
 import torch
 import transformers
@@ -15,6 +16,7 @@ from rich.table import Table
 from torch import nn
 
 from pipelines.cli import console, failures
+from pipelines.study import Study, latest, open_study
 from pipelines.train import prepare
 from pipelines.validate import Level, check
 from rewriter import (
@@ -44,7 +46,7 @@ def accuracy(
         results = []
         for seed in seeds or [0, 1, 2]:
             loaded = load_spec(spec, [f"train.seed={seed}"])
-            results.append((ours(loaded), theirs(loaded)))
+            results.append((ours(loaded), theirs(loaded)[0]))
             table.add_row(str(seed), *(f"{value:.4f}" for value in results[-1]))
         table.add_row("mean", *(f"{statistics.mean(column):.4f}" for column in zip(*results, strict=True)))
         console.print(table)
@@ -59,8 +61,29 @@ def ours(spec: Spec) -> float:
         return tune(model, spec, job.train, job.validation, job.collate, Path(folder))[1]["validation"]["accuracy"]
 
 
-def theirs(spec: Spec) -> float:
-    """Accuracy of PEFT's LoRA with the rank and alpha of the spec's first rule."""
+@app.command()
+def beside(
+    out: Study,
+    seeds: Annotated[list[int] | None, typer.Option("--seed", help="Seeds; by default 0, 1 and 2.")] = None,
+    spec: Annotated[str, typer.Option(help="A row of LoRA.")] = "specs/study/rotten_tomatoes.yaml#lora",
+) -> None:
+    """Put PEFT's LoRA on a row's setting into a study: cells of one more row, "<row> of PEFT"."""
+    with failures(out):
+        study = open_study(out)
+        for seed in seeds or [0, 1, 2]:
+            loaded = load_spec(spec, [f"train.seed={seed}"])
+            row = f"{loaded.meta['row']} of PEFT"
+            cell = f"{Path(spec.partition('#')[0]).stem}/{row}/{seed}"
+            if cell not in latest(study):
+                value, tuned, total = theirs(loaded)
+                known = {"trainable_parameters": tuned, "total_parameters": total, "metric": "accuracy"}
+                known |= {"cell": cell, "row": row, "seed": seed, "settings": []}
+                study.add_trial(optuna.trial.create_trial(value=value, user_attrs=known))
+            console.print(f"{cell}: {latest(study)[cell].value:.4f}", highlight=False)
+
+
+def theirs(spec: Spec) -> tuple[float, int, int]:
+    """Accuracy of PEFT's LoRA with the rank and alpha of the first rule; tuned weights, less the head, and all."""
     job = prepare(spec)
     ((_, options),) = spec.rules[0].chain
     config = peft.LoraConfig(
@@ -70,7 +93,9 @@ def theirs(spec: Spec) -> float:
         modules_to_save=["classifier"],
         task_type="SEQ_CLS",
     )
+    total = job.pretrained.model.num_parameters()
     model = peft.get_peft_model(job.pretrained.model, config)
+    tuned = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     with TemporaryDirectory() as folder:
         trainer = transformers.Trainer(
             model=model,
@@ -81,7 +106,7 @@ def theirs(spec: Spec) -> float:
             compute_metrics=lambda out: {"accuracy": float((out.predictions.argmax(-1) == out.label_ids).mean())},
         )
         trainer.train()
-        return trainer.evaluate()["eval_accuracy"]
+        return trainer.evaluate()["eval_accuracy"], tuned, total
 
 
 @app.command()

@@ -18,7 +18,7 @@ import typer
 from optuna.trial import FrozenTrial, TrialState
 from rich.markup import escape
 
-from pipelines.cli import console, failures, located
+from pipelines.cli import Settings, console, failures, located
 from pipelines.train import run as tune
 from rewriter import SubspanError, load_spec, load_specs
 from rewriter.errors import reason
@@ -37,6 +37,7 @@ def run(
     out: Study,
     seeds: Annotated[list[int] | None, typer.Option("--seed", help="Seeds; by default 0.")] = None,
     row: Annotated[list[str] | None, typer.Option(help="Only these rows.")] = None,
+    settings: Settings = None,
     retry: Annotated[bool, typer.Option("--retry", help="Run failed cells of these rows again.")] = False,
 ) -> None:
     """Tune every row of the specs with every seed; go on where an earlier or another process is.
@@ -47,10 +48,13 @@ def run(
     with failures(out):
         out.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(out / "study.lock"):
-            study = _open(out)
+            study = open_study(out)
             known = latest(study)
-            for attributes in _cells(specs, seeds or [0], row):
+            for attributes in _cells(specs, seeds or [0], row, settings or []):
                 before = known.get(attributes["cell"])
+                if before is not None and before.user_attrs["settings"] != attributes["settings"]:
+                    was = " ".join(before.user_attrs["settings"]) or "nothing"
+                    raise SubspanError(f"{attributes['cell']}: its run has {was} set; give another --out")
                 if before is None or (retry and before.state == TrialState.FAIL):
                     study.enqueue_trial({}, user_attrs=attributes)
         while left := [trial for trial in latest(study).values() if not trial.state.is_finished()]:
@@ -70,19 +74,22 @@ def run(
     raise typer.Exit(int(bool(failed)))
 
 
-def _cells(specs: list[Path], seeds: list[int], rows: list[str] | None) -> Iterator[dict[str, Any]]:
+def _cells(
+    specs: list[Path], seeds: list[int], rows: list[str] | None, settings: list[str]
+) -> Iterator[dict[str, Any]]:
     """What a trial has to know of its cell: its name <file>/<row>/<seed>, and where its spec is."""
     for file in specs:
-        for spec in load_specs(file):
+        for spec in load_specs(file, settings):
             if "row" not in spec.meta:
                 raise SubspanError(f"{file}: a row of a study needs a name: meta: {{row: ...}}")
             row = str(spec.meta["row"])
             for seed in seeds if rows is None or row in rows else []:
                 cell = f"{file.stem}/{row}/{seed}"
-                yield {"cell": cell, "file": str(file.absolute()), "row": row, "seed": seed}
+                yield {"cell": cell, "file": str(file.absolute()), "row": row, "seed": seed, "settings": settings}
 
 
-def _open(out: Path) -> optuna.Study:
+def open_study(out: Path) -> optuna.Study:
+    """The study of a folder; made, where there is none."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     retry = optuna.storages.RetryFailedTrialCallback()
     storage = optuna.storages.RDBStorage(
@@ -106,7 +113,8 @@ def _cell(trial: optuna.Trial, out: Path) -> float:
     if "cell" not in trial.user_attrs:
         raise optuna.TrialPruned("another process took the last cell")
     known = trial.user_attrs
-    name, spec = known["cell"], load_spec(f"{known['file']}#{known['row']}", [f"train.seed={known['seed']}"])
+    name, settings = known["cell"], [*known["settings"], f"train.seed={known['seed']}"]
+    spec = load_spec(f"{known['file']}#{known['row']}", settings)
     folder = out / "cells" / re.sub(r"[^A-Za-z0-9_/.-]", "_", name)
     console.print(f"[bold]{escape(name)}[/]", highlight=False)
     started = time.perf_counter()
@@ -127,8 +135,10 @@ def _cell(trial: optuna.Trial, out: Path) -> float:
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     for key in ("trainable_parameters", "total_parameters"):
         trial.set_user_attr(key, plan[key])
+    measured = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["validation"]
     trial.set_user_attr("metric", spec.metric)
-    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["validation"][spec.metric]
+    trial.set_user_attr("rows", measured["rows"])
+    return measured[spec.metric]
 
 
 def _forget_peak() -> None:
@@ -155,7 +165,7 @@ def report(
     with failures(to):
         if not (out / "study.db").is_file():
             raise SubspanError(f"{out}: no study.db there; python pipelines/study.py run ... --out {out}")
-        records = [_record(cell, trial) for cell, trial in latest(_open(out)).items() if trial.state.is_finished()]
+        records = [_record(cell, trial) for cell, trial in latest(open_study(out)).items() if trial.state.is_finished()]
         if not records:
             raise SubspanError(f"{out}: no cell is finished yet")
         to.mkdir(parents=True, exist_ok=True)
@@ -167,9 +177,28 @@ def report(
 
 
 def _record(cell: str, trial: FrozenTrial) -> dict[str, Any]:
-    keys = ("row", "seed", "metric", "trainable_parameters", "total_parameters", "seconds", "peak_bytes", "error")
+    keys = (
+        "row",
+        "seed",
+        "metric",
+        "trainable_parameters",
+        "total_parameters",
+        "rows",
+        "seconds",
+        "peak_bytes",
+        "error",
+    )
     value = trial.value if trial.state == TrialState.COMPLETE else None
     return {"study": cell.partition("/")[0], "value": value, **{key: trial.user_attrs.get(key) for key in keys}}
+
+
+def _error(values: list[float], record: dict[str, Any]) -> float | None:
+    """Standard error of the mean: over seeds; with one seed, of a share of rows that are right."""
+    if len(values) > 1:
+        return statistics.stdev(values) / math.sqrt(len(values))
+    if record["metric"] == "accuracy" and record["rows"]:
+        return math.sqrt(values[0] * (1 - values[0]) / record["rows"])
+    return None
 
 
 def summaries(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -184,6 +213,7 @@ def summaries(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
             tuned, total = done[0]["trainable_parameters"], done[0]["total_parameters"]
             row |= {"tuned": tuned, "share": 1000 * tuned / total, "mean": statistics.mean(values)}
             row["deviation"] = statistics.stdev(values) if len(values) > 1 else None
+            row["error"] = _error(values, done[0])
             for key in ("seconds", "peak_bytes"):
                 known = [record[key] for record in done if record[key] is not None]
                 row[key] = statistics.mean(known) if known else None
@@ -208,8 +238,8 @@ def page(records: list[dict[str, Any]]) -> str:
     parts = [
         "# Results",
         "Written by `python pipelines/study.py report` from the records of `python pipelines/study.py run`, which are "
-        "in results.json. Deviations are over seeds, where there are several; seconds and peak memory are of the whole "
-        "run on a machine that did other things too, so they are for orientation.",
+        "in results.json. Deviations and standard errors are over seeds; with one seed, the error is that of a share "
+        "of so many rows. Seconds and peak memory are of a whole run on a machine that did other things too.",
     ]
     for name in dict.fromkeys(record["study"] for record in records):
         rows = summaries([record for record in records if record["study"] == name])
@@ -243,23 +273,32 @@ def _table(rows: list[dict[str, Any]], metric: str) -> str:
 
 
 def _said(rows: list[dict[str, Any]]) -> str:
-    """Whether the source's ranking is found here, pair by pair, and which methods are below the head alone."""
-    means = {row["row"]: row["mean"] for row in rows if "mean" in row}
+    """Whether the source's ranking is found here, pair by pair; what PEFT reaches; what is below the head alone."""
+    known = {row["row"]: row for row in rows if "mean" in row}
+    pairs = [(one, other) for better, worse in CLAIMS for one in better for other in worse]
     lines = []
-    for better, worse in CLAIMS:
-        for one in better:
-            for other in worse:
-                if one in means and other in means:
-                    found = "yes" if means[one] > means[other] else "no"
-                    lines.append(f"| {one} > {other} | {found} | {means[one]:.4f} | {means[other]:.4f} |")
-    said = ""
+    for first, second in ((known[one], known[other]) for one, other in pairs if {one, other} <= known.keys()):
+        apart = first["mean"] - second["mean"]
+        errors = [row["error"] for row in (first, second)]
+        error = None if None in errors else math.hypot(*errors)
+        found = ("yes" if apart > 0 else "no") + (", within the error" if error and abs(apart) < error else "")
+        shown = f" ± {error:.4f}" if error else ""
+        lines.append(f"| {first['row']} > {second['row']} | {found} | {apart:+.4f}{shown} |")
+    parts = []
     if lines:
-        lines = ["| | found | first | second |", "| --- | --- | ---: | ---: |", *lines]
-        said = "The source's ranking, here:\n\n" + "\n".join(lines)
-    if BASE in means:
-        below = [name for name, mean in means.items() if mean < means[BASE]]
-        said += f"\n\nBelow the head alone ({means[BASE]:.4f}): {', '.join(below) or 'none'}."
-    return said.strip()
+        parts += [
+            "The source's ranking, here:",
+            "\n".join(["| | found | difference |", "| --- | --- | ---: |", *lines]),
+        ]
+    for name in known:
+        if (peft := known.get(f"{name} of PEFT")) is not None:
+            apart = known[name]["mean"] - peft["mean"]
+            parts.append(f"PEFT's {name} on the same setting: {peft['mean']:.4f}, {apart:+.4f} from ours.")
+    if BASE in known:
+        base = known[BASE]["mean"]
+        below = [name for name, row in known.items() if row["mean"] < base]
+        parts.append(f"Below the head alone ({base:.4f}): {', '.join(below) or 'none'}.")
+    return "\n\n".join(parts)
 
 
 def draw(name: str, records: list[dict[str, Any]], to: Path) -> None:

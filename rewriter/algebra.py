@@ -163,7 +163,7 @@ class Blocks(Operator):
 
     def apply(self, x, bias=None):
         k, b = self.blocks.shape[-3], self.blocks.shape[-2]
-        y = (x.unflatten(-1, (k, b)).unsqueeze(-2) @ self.blocks.unsqueeze(-4)).flatten(-3)
+        y = torch.einsum("...kb,...kbc->...kc", x.unflatten(-1, (k, b)), self.blocks.unsqueeze(-4)).flatten(-2)
         return y if bias is None else y + bias
 
     def times(self, matrix):

@@ -22,6 +22,7 @@ from .transforms.reconstruction import gate_value
 Batch = Mapping[str, Tensor]
 Objective = Callable[[nn.Module, Batch], Tensor]
 SELECTED = ("fish_mask", "fish_dip", "spt")
+CUT = ("diff_pruning", "s_bitfit")
 DECAY = 0.85
 CANDIDATES = 4
 
@@ -136,7 +137,7 @@ def largest(counts: list[int], scores: list[Tensor]) -> list[Tensor]:
 
 
 class Budget:
-    """Moves the budgets of `adalora`, `diff_pruning`, `fish_dip` and `lora_dash` while a model is tuned, step by step.
+    """Moves the budgets of `adalora`, `diff_pruning`, `s_bitfit`, `fish_dip` and `lora_dash`, step by step of tuning.
 
     Call `before_step` when the gradients are there, `after_step` when the optimiser has stepped; `state` and `load`
     are for checkpoints.
@@ -157,7 +158,7 @@ class Budget:
         self.model, self.seed = model, seed
         self.rows, self.collate, self.objective = rows, collate, objective
         self.ranks = pools(model.plan, "adalora") if not _settled(model.plan, "adalora") else []
-        self.cuts = pools(model.plan, "diff_pruning") if not _settled(model.plan, "diff_pruning") else []
+        self.cuts = [group for name in CUT if not _settled(model.plan, name) for group in pools(model.plan, name)]
         self.masks = pools(model.plan, "fish_dip")
         self.dashes = [step for group in pools(model.plan, "lora_dash") for step in group]
         self.moments: dict[str, Tensor] = {}
@@ -180,8 +181,8 @@ class Budget:
                 self.moments[f"{step.leaf(leaf)}.spread"] = DECAY * spread + (1 - DECAY) * (now - mean).abs()
 
     def after_step(self, step: int, steps: int, optimiser: torch.optim.Optimizer | None = None) -> None:
-        """Prune AdaLoRA's triplets to the schedule, cut `diff_pruning` to its budget, choose the directions of
-        `lora_dash`, renew the masks of `fish_dip`.
+        """Prune AdaLoRA's triplets to the schedule, cut `diff_pruning` and `s_bitfit` to their budgets, choose the
+        directions of `lora_dash`, renew the masks of `fish_dip`.
 
         Args:
             step, steps: optimiser steps done, and of the whole run.
@@ -218,9 +219,8 @@ class Budget:
         last = steps - round(group[0].options.end * steps)
         leaves = tuned_parameters(self.model)
         if step == last:
-            for one, (chosen, change) in zip(group, _kept(group, leaves), strict=True):
-                mask = torch.zeros(change.flatten(-2).shape, dtype=torch.bool)
-                self.moments[one.leaf("kept")] = mask.scatter(-1, chosen, True).view_as(change)
+            masks = _open(group, leaves) if group[0].method == "s_bitfit" else _masks(group, leaves)
+            self.moments |= {one.leaf("kept"): mask for one, mask in zip(group, masks, strict=True)}
         if step >= last:
             self._hold(group)
 
@@ -340,15 +340,10 @@ def settle(model: GraphModel, budget: Budget | None = None) -> GraphModel:
             values[step.leaf("indices")] = chosen
             values[step.leaf("d")] = change.flatten(-2).gather(-1, chosen.to(change.device))
     for group in pools(model.plan, "s_bitfit"):
-        group = sorted(
-            (step for step in group if step.name not in given), key=lambda step: -float(leaves[step.leaf("alpha")])
-        )
-        room = group[0].options.density * sum(step.site.shape[-1] for step in group) if group else 0
-        for i, step in enumerate(group):
-            size = step.site.shape[-1]
-            keep = i == 0 or size <= room
-            room -= size if keep else 0
-            given[step.name] = {"entries": size if keep else 0}
+        group = [step for step in group if step.name not in given]
+        for step, mask in zip(group, _open(group, leaves), strict=True):
+            kept = (budget.moments if budget else {}).get(step.leaf("kept"), mask)
+            given[step.name] = {"entries": int(kept.sum())}
             values[step.leaf("d")] = gate_value(leaves[step.leaf("alpha")]) * leaves[step.leaf("d")]
     for group in pools(model.plan, "prefix"):
         for step in group:
@@ -368,6 +363,26 @@ def _kept(group: list[Step], leaves: Mapping[str, Tensor]) -> list[tuple[Tensor,
     changes = [(gate_value(leaves[step.leaf("alpha")]) * leaves[step.leaf("d")]).detach() for step in group]
     indices = largest([step.entries for step in group], [change.abs() for change in changes])
     return list(zip(indices, changes, strict=True))
+
+
+def _masks(group: list[Step], leaves: Mapping[str, Tensor]) -> list[Tensor]:
+    """`_kept`, as masks of the entries."""
+    return [
+        torch.zeros(change.flatten(-2).shape, dtype=torch.bool).scatter(-1, chosen, True).view_as(change)
+        for chosen, change in _kept(group, leaves)
+    ]
+
+
+def _open(group: list[Step], leaves: Mapping[str, Tensor]) -> list[Tensor]:
+    """Of every step of `s_bitfit` a mask of its d, all or nothing: the most open gates stay, one at least."""
+    masks = {step.name: torch.zeros(leaves[step.leaf("d")].shape, dtype=torch.bool) for step in group}
+    room = group[0].options.density * sum(mask.numel() for mask in masks.values()) if group else 0
+    for i, step in enumerate(sorted(group, key=lambda step: -leaves[step.leaf("alpha")].item())):
+        mask = masks[step.name]
+        if i == 0 or mask.numel() <= room:
+            mask.fill_(True)
+            room -= mask.numel()
+    return list(masks.values())
 
 
 def _tensors(model: GraphModel) -> dict[str, Tensor]:

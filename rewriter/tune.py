@@ -329,7 +329,7 @@ def tune(
 
     Returns:
         The tuned model (another one where a budget took something away), and
-        {"validation": {metric: value, "loss": value}, "train": {"loss", "steps", "epochs", "seconds"}}.
+        {"validation": {metric: value, "loss": value, "rows"}, "train": {"loss", "steps", "epochs", "seconds", "rows"}}.
 
     Raises:
         SpecError: the loss is not finite; half precision where the hardware has none.
@@ -353,12 +353,14 @@ def tune(
         measured = [_tuner(settled, spec, train, validation, collate, folder, []).evaluate()]
     losses = [entry["loss"] for entry in history if "loss" in entry]
     return settled, {
-        "validation": {name: measured[-1][f"eval_{name}"] for name in dict.fromkeys((spec.metric, "loss"))},
+        "validation": {name: measured[-1][f"eval_{name}"] for name in dict.fromkeys((spec.metric, "loss"))}
+        | {"rows": len(validation)},
         "train": {
             "loss": losses[-1] if losses else result.training_loss,
             "steps": tuner.state.global_step,
             "epochs": tuner.state.epoch,
             "seconds": round(result.metrics["train_runtime"], 2),
+            "rows": len(train),
         },
     }
 

@@ -132,7 +132,7 @@ FAMILY = {
     ),
     "delora": (
         peft.DeloraConfig(r=RANK, **BOTH),
-        {"delora": {"rank": RANK}},
+        {"delora": {"rank": RANK, "bound": 15.0}},
         {
             "a": ("delora_A.default", transposed), "b": ("delora_B.default", transposed),
             "c": ("delora_lambda.default", lambda value: value.reshape(1, 1)),

@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipelines import study
+from rewriter import load_spec
 from tests import tiny
 
 RULES = """\
@@ -37,8 +38,11 @@ def spec(tmp_path_factory):
     return file
 
 
+SET = ["--set", "train.learning_rate=0.02"]
+
+
 def start(spec, out, *rows):
-    picked = [part for row in rows for part in ("--row", row)]
+    picked = [*SET, *(part for row in rows for part in ("--row", row))]
     arguments = ["run", str(spec), "--out", str(out), "--seed", "0", "--seed", "1", *picked]
     return subprocess.Popen(
         [sys.executable, "-c", COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -71,7 +75,7 @@ def test_killed_and_shared_every_cell_is_done_once(spec, tmp_path):
     assert sorted(trial.user_attrs["cell"] for trial in done) == [
         f"tiny/{row}/{seed}" for row in ("lora", "ssb") for seed in (0, 1)
     ]
-    again = CliRunner().invoke(study.app, ["run", str(spec), "--out", str(out), "--row", "lora", "--seed", "0"])
+    again = CliRunner().invoke(study.app, ["run", str(spec), "--out", str(out), "--row", "lora", "--seed", "0", *SET])
     assert again.exit_code == 0 and len(trials(out)) == len([t for t in trials(out) if t.state.is_finished()])
     assert len([t for t in trials(out) if t.state == optuna.trial.TrialState.COMPLETE]) == 4
 
@@ -90,10 +94,11 @@ def test_interrupted_it_goes_on(spec, tmp_path):
     printed = first.communicate(timeout=60)[0].decode()
     assert first.returncode == 130, printed
     run = CliRunner().invoke(
-        study.app, ["run", str(spec), "--out", str(out), "--row", "lora", "--seed", "0", "--seed", "1"]
+        study.app, ["run", str(spec), "--out", str(out), "--row", "lora", "--seed", "0", "--seed", "1", *SET]
     )
+    assert all(load_spec(file).train.learning_rate == 0.02 for file in out.glob("cells/*/*/*/spec.yaml"))
     assert run.exit_code == 0, run.output
-    assert [study.latest(study._open(out))[f"tiny/lora/{seed}"].state.name for seed in (0, 1)] == ["COMPLETE"] * 2
+    assert [study.latest(study.open_study(out))[f"tiny/lora/{seed}"].state.name for seed in (0, 1)] == ["COMPLETE"] * 2
 
 
 def test_a_failed_cell_is_marked(spec, tmp_path):
@@ -105,6 +110,8 @@ def test_a_failed_cell_is_marked(spec, tmp_path):
     assert again.exit_code == 1 and len(trials(out)) == count
     retried = CliRunner().invoke(study.app, ["run", str(spec), "--out", str(out), "--row", "broken", "--retry"])
     assert retried.exit_code == 1 and len(trials(out)) == count + 1
+    other = CliRunner().invoke(study.app, ["run", str(spec), "--out", str(out), "--set", "train.epochs=9"])
+    assert other.exit_code == 1 and "its run has nothing set; give another --out" in other.output
     report = CliRunner().invoke(study.app, ["report", "--out", str(out), "--to", str(docs)])
     assert report.exit_code == 0, report.output
     page = (docs / "results.md").read_text()
@@ -121,6 +128,7 @@ def records(**values):
         "metric": "accuracy",
         "trainable_parameters": 10,
         "total_parameters": 1000,
+        "rows": 100,
         "seconds": 1.0,
         "peak_bytes": 1,
     }
@@ -145,6 +153,14 @@ def test_numbers_of_a_summary():
 
 
 def test_claims_are_counted():
-    page = study.page(records(ssb=[0.8], ssl=[0.7], ia3=[0.9], **{"head alone": [0.75]}))
-    assert "| ssb > ssl | yes | 0.8000 | 0.7000 |" in page and "| ssb > ia3 | no | 0.8000 | 0.9000 |" in page
-    assert "Below the head alone (0.7500): ssl." in page
+    page = study.page(records(ssb=[0.8], ssl=[0.7], ia3=[0.81], lora=[0.5, 0.7], **{"head alone": [0.75]}))
+    error = (0.8 * 0.2 / 100 + 0.7 * 0.3 / 100) ** 0.5
+    assert f"| ssb > ssl | yes | +0.1000 ± {error:.4f} |" in page
+    assert "| ssb > ia3 | no, within the error | -0.0100 ± " in page
+    assert "Below the head alone (0.7500): ssl, lora." in page
+
+
+def test_error_over_seeds_and_peft_beside():
+    page = study.page(records(**{"trilora": [0.8, 0.9], "lora": [0.5, 0.7], "lora of PEFT": [0.6, 0.61]}))
+    assert f"| trilora > lora | yes | +0.2500 ± {(0.05**2 + 0.1**2) ** 0.5:.4f} |" in page
+    assert "PEFT's lora on the same setting: 0.6050, -0.0050 from ours." in page

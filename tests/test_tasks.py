@@ -98,7 +98,7 @@ def test_text(case, tmp_path):
     succeeds("train", spec, "--out", run)
     succeeds("export", run)
     metrics = json.loads((run / "metrics.json").read_text())
-    assert set(metrics["validation"]) == {metric, "loss"} and metrics["train"]["steps"] == 3
+    assert set(metrics["validation"]) == {metric, "loss", "rows"} and metrics["train"]["steps"] == 3
     if metric == "perplexity":
         assert metrics["validation"]["perplexity"] == pytest.approx(
             torch.tensor(metrics["validation"]["loss"]).exp().item(), rel=0.05

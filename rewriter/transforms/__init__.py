@@ -215,6 +215,11 @@ def kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator) -> torch
     return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
 
 
+def he_uniform(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """U(-sqrt(6/n), sqrt(6/n)) for a factor of shape (..., n, r): Kaiming's for ReLU, as in VeRA (arXiv 2310.11454)."""
+    return math.sqrt(6) * kaiming_uniform(shape, generator)
+
+
 def normal(deviation: float) -> Callable[[tuple[int, ...], torch.Generator], torch.Tensor]:
     """Start values drawn from N(0, deviation^2)."""
     return lambda shape, generator: deviation * torch.randn(shape, generator=generator)

@@ -22,6 +22,7 @@ from . import (
     TargetRank,
     Width,
     eye,
+    he_uniform,
     kaiming_uniform,
     normal,
     transform,
@@ -217,8 +218,8 @@ def lora_xs(w: Operator, site: Scope, *, rank: Rank, alpha: Alpha = None, scale:
 @transform
 def vera(w: Operator, site: Scope, *, rank: Rank) -> Operator:
     """W + A Diag(d) B Diag(l), A and B random, frozen and the same everywhere; d = 0.1, l = 0. arXiv 2310.11454"""
-    a = Dense(site.frozen("a", (site.n, rank), kaiming_uniform))
-    b = Dense(site.frozen("b", (rank, site.m), kaiming_uniform))
+    a = Dense(site.frozen("a", (site.n, rank), he_uniform))
+    b = Dense(site.frozen("b", (rank, site.m), he_uniform))
     return w + a @ Diag(site.tuned("d", rank, 0.1)) @ b @ Diag(site.tuned("l", site.m, 0.0))
 
 
@@ -226,12 +227,14 @@ def vera(w: Operator, site: Scope, *, rank: Rank) -> Operator:
 def randlora(w: Operator, site: Scope, *, rank: Rank, alpha: Alpha = None) -> Operator:
     """W + s sum_i B_i Diag(d_i) A Diag(g_i) over ceil(k / r) random frozen B_i and one A, k = min(n, m): of full rank.
 
-    d = 0 and g = 1 / k at the start. A is on the shorter side. arXiv 2502.00987
+    B_i and A are standard normal, A on the shorter side; d = 0 and g = 1 / k at the start; `alpha` is 20 r by default.
+    arXiv 2502.00987
     """
+    alpha = alpha or 20 * rank
     short, long = sorted((site.n, site.m))
     bases = math.ceil(short / rank)
-    a = site.frozen("a", (rank, 1, short), normal(short**-0.5))
-    b = Dense(site.frozen("b", (long, bases * rank), normal((bases * rank) ** -0.5)))
+    a = site.frozen("a", (rank, 1, short), normal(1.0))
+    b = Dense(site.frozen("b", (long, bases * rank), normal(1.0)))
     d, g = site.tuned("d", (rank, bases), 0.0), site.tuned("g", (bases, short), 1 / short)
     scaled_a = Dense((d.unsqueeze(-1) * a * g.unsqueeze(-3)).flatten(-3, -2))
     if site.n > site.m:
@@ -282,7 +285,7 @@ def fourierft(w: Operator, site: Scope, *, frequencies: Width = 1000, scale: Pos
 
 
 @transform
-def delora(w: Operator, site: Scope, *, rank: Rank, bound: Positive = 15.0) -> Operator:
+def delora(w: Operator, site: Scope, *, rank: Rank, bound: Positive = 1.0) -> Operator:
     """W + c / r Diag(row_norm(W)) A Diag(1 / (norm(a_i) norm(b_i))) B; A Kaiming-uniform, B = 0, c = `bound`.
     arXiv 2503.18225"""
     a = site.tuned("a", (site.n, rank), kaiming_uniform)

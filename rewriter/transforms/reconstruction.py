@@ -71,10 +71,13 @@ def bitfit(w: Operator, site: Scope) -> Operator:
 
 
 @transform(on=("vector",))
-def s_bitfit(w: Operator, site: Scope, *, density: Density = 0.5, coefficient: Coefficient = 1e-3) -> Operator:
+def s_bitfit(
+    w: Operator, site: Scope, *, density: Density = 0.5, coefficient: Coefficient = 1e-3, end: Share = 0.5
+) -> Operator:
     """b + z d, a gate z for every bias vector while they compete; the open gates' d are kept, d = 0. Ref. 41
 
-    At the end the biases with the largest gates are kept, as many as hold `density` of the entries.
+    The biases with the largest gates are kept, as many as hold `density` of the entries, and tuned alone for the last
+    `end` of the steps.
     """
     kept = site.size("entries", -1)
     if kept < 0:
