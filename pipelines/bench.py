@@ -23,6 +23,7 @@ from rewriter import (
     Inputs,
     Rule,
     Spec,
+    SubspanError,
     load_spec,
     plan,
     rewrite,
@@ -65,9 +66,9 @@ def ours(spec: Spec) -> float:
 def beside(
     out: Study,
     seeds: Annotated[list[int] | None, typer.Option("--seed", help="Seeds; by default 0, 1 and 2.")] = None,
-    spec: Annotated[str, typer.Option(help="A row of LoRA.")] = "specs/study/rotten_tomatoes.yaml#lora",
+    spec: Annotated[str, typer.Option(help="A row of lora or prompt.")] = "specs/study/rotten_tomatoes.yaml#lora",
 ) -> None:
-    """Put PEFT's LoRA on a row's setting into a study: cells of one more row, "<row> of PEFT"."""
+    """Put PEFT on a row's setting into a study: cells of one more row, "<row> of PEFT"."""
     with failures(out):
         study = open_study(out)
         for seed in seeds or [0, 1, 2]:
@@ -83,19 +84,19 @@ def beside(
 
 
 def theirs(spec: Spec) -> tuple[float, int, int]:
-    """Accuracy of PEFT's LoRA with the rank and alpha of the first rule; tuned weights, less the head, and all."""
+    """Accuracy of PEFT's method with the options of the first rule; tuned weights, less the head, and all."""
     job = prepare(spec)
-    ((_, options),) = spec.rules[0].chain
-    config = peft.LoraConfig(
-        r=options.rank,
-        lora_alpha=options.alpha,
-        target_modules=LINEARS,
-        modules_to_save=["classifier"],
-        task_type="SEQ_CLS",
-    )
+    ((method, options),) = spec.rules[0].chain
+    if method.name == "lora":
+        keywords = {"target_modules": LINEARS, "modules_to_save": ["classifier"], "task_type": "SEQ_CLS"}
+        config = peft.LoraConfig(r=options.rank, lora_alpha=options.alpha, **keywords)
+    elif method.name == "prompt":
+        config = peft.PromptTuningConfig(num_virtual_tokens=options.length, task_type="SEQ_CLS")
+    else:
+        raise SubspanError(f"{method.name}: only lora and prompt are run with PEFT here")
     total = job.pretrained.model.num_parameters()
     model = peft.get_peft_model(job.pretrained.model, config)
-    tuned = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    tuned = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and "classifier" not in name)
     with TemporaryDirectory() as folder:
         trainer = transformers.Trainer(
             model=model,
