@@ -301,6 +301,14 @@ def test_tied_factors_are_one_tensor_for_all_sites_of_a_shape():
     assert sum(name.startswith("tied.") for name in tuned_parameters(tuned)) == 6
 
 
+def test_frozen_random_factors_are_one_tensor_for_all_sites_of_their_shape():
+    _, _, graph = traced("bert")
+    rules = [Rule(target=ARCHITECTURES["bert"].linear, apply=[{"vera": {"rank": 4}}])]
+    buffers = {name for name, _ in rewrite(graph, plan(graph, rules)).named_buffers() if name.startswith("subspan.")}
+    sizes = ("a_16x4", "a_24x4", "b_4x16", "b_4x24")
+    assert buffers == {f"subspan.frozen.vera.{size}" for size in sizes}
+
+
 def test_dash_goes_where_the_change_is():
     """The directions chosen are those of the largest |u^t A B v| over the singular value, and nothing moves before."""
     model, inputs, graph = traced("bert")

@@ -122,16 +122,15 @@ class Scope:
 
     def tied(self, name: str, shape: tuple[int, ...], initial: Initial) -> Value:
         """Declare a tuned tensor that all sites of one shape share."""
-        method, sizes = self.prefix.rpartition(".")[2], "x".join(map(str, self.shape))
-        return replace(self, prefix=f"tied.{method}")._leaf(f"{name}_{sizes}", shape, initial, "tuned")
+        return self._shared("tied", self.shape, name, shape, initial, "tuned")
 
     def chosen(self, name: str, size: int, initial: Initial) -> Value:
         """Declare `size` indices (int64) that a selection decides and the adapter keeps; return their value."""
         return self._leaf(name, size, initial, "chosen")
 
-    def frozen(self, name: str, shape: int | tuple[int, ...], initial: Initial) -> Value:
+    def frozen(self, name: str, shape: tuple[int, ...], initial: Initial) -> Value:
         """Declare a constant: drawn once for all sites, runs and seeds, so that no adapter has to hold it."""
-        return self._leaf(name, shape, initial, "constant")
+        return self._shared("frozen", shape, name, shape, initial, "constant")
 
     def size(self, name: str, default: int) -> int:
         """A size that a budget may change while tuning, e.g. the rank that is left: the settled one, else `default`."""
@@ -153,6 +152,11 @@ class Scope:
         k = min(self.n, self.m)
         shapes = {"u": (self.n, k), "s": k, "vt": (k, self.m)}
         return tuple(self._leaf(name, shape, _factor(name), "constant") for name, shape in shapes.items())
+
+    def _shared(self, how: str, by: tuple[int, ...], name: str, shape: tuple[int, ...], initial: Initial, role: str):
+        """A leaf that is one for all sites where the method has the same `by`."""
+        method, sizes = self.prefix.rpartition(".")[2], "x".join(map(str, by))
+        return replace(self, prefix=f"{how}.{method}")._leaf(f"{name}_{sizes}", shape, initial, role)
 
     def _leaf(self, name: str, shape: int | tuple[int, ...], initial: Initial, role: str, rate: float = 1.0) -> Value:
         shape = (shape,) if isinstance(shape, int) else shape
