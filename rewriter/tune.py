@@ -167,6 +167,11 @@ class _Tuner(transformers.Trainer):
         self.progress.finite &= torch.isfinite(value.detach())
         return value
 
+    def evaluate(self, *args, **kwargs):
+        # A data loader draws a seed; a run that resumes after the evaluation would not have drawn it.
+        with torch.random.fork_rng(devices=[]):
+            return super().evaluate(*args, **kwargs)
+
     def penalised(self, value: Tensor) -> Tensor:
         """A batch's loss with the model's penalties, each a mean over the batches of one optimiser step."""
         for name, penalty in self.model.penalties.items():

@@ -258,16 +258,17 @@ RESUMED = [
 def test_resume_gives_the_unbroken_result(where, method, tmp_path):
     spec = load_spec(tiny.project(tmp_path))
     rules = [rule("bert", where, method), Rule(target="classifier.*", apply=["full"])]
-    train = spec.train.model_copy(update={"checkpoint_steps": 3})
+    train = spec.train.model_copy(update={"checkpoint_steps": 3, "checkpoint_keep": 4})
     spec = spec.model_copy(update={"rules": rules, "train": train})
     run(spec, tmp_path / "run", resume=False, overwrite=False)
     unbroken = load_file(tmp_path / "run" / "adapter" / "adapter.safetensors")
     plans = (tmp_path / "run" / "plan.json").read_text()
     shutil.rmtree(tmp_path / "run" / "adapter")
     (tmp_path / "run" / "metrics.json").unlink()
-    *_, kept, last = checkpoints(tmp_path / "run" / "checkpoints")
+    *_, kept, middle, last = checkpoints(tmp_path / "run" / "checkpoints")
+    shutil.rmtree(middle)
     shutil.rmtree(last)
-    assert 0 < int(kept.name.partition("-")[2]) < 12
+    assert kept.name == "checkpoint-6"  # where `end: 0.5` cuts
     run(spec, tmp_path / "run", resume=True, overwrite=False)
     resumed = load_file(tmp_path / "run" / "adapter" / "adapter.safetensors")
     assert resumed.keys() == unbroken.keys()
