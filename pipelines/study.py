@@ -27,6 +27,7 @@ from rewriter.tune import Interrupted, checkpoints
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 HEARTBEAT, GRACE = 10, 40
+MEASURED = ("seconds", "peak_bytes")
 BASE, FULL = "head alone", "full fine-tuning"
 Study = Annotated[Path, typer.Option(help="The study's folder: study.db, a run per cell.", show_default=False)]
 
@@ -158,16 +159,12 @@ def _peak() -> int:
 
 @app.command()
 def report(
-    out: Study,
+    out: Annotated[Path, typer.Option(help="The study's folder, or a results.json.", show_default=False)],
     to: Annotated[Path, typer.Option(help="Folder for results.md, results.json and the pictures.")] = Path("docs"),
 ) -> None:
     """Write the tables and the pictures from a study's records."""
     with failures(to):
-        if not (out / "study.db").is_file():
-            raise SubspanError(f"{out}: no study.db there; python pipelines/study.py run ... --out {out}")
-        records = [_record(cell, trial) for cell, trial in latest(open_study(out)).items() if trial.state.is_finished()]
-        if not records:
-            raise SubspanError(f"{out}: no cell is finished yet")
+        records = _records(out)
         to.mkdir(parents=True, exist_ok=True)
         write_json(to / "results.json", records)
         write_text(to / "results.md", page(records))
@@ -176,18 +173,22 @@ def report(
         console.print(f"{len(records)} cells: {to / 'results.md'}")
 
 
+def _records(out: Path) -> list[dict[str, Any]]:
+    if out.is_file():
+        try:
+            return json.loads(out.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise SubspanError(f"{out}: not the results.json of a report: {reason(error)}") from error
+    if not (out / "study.db").is_file():
+        raise SubspanError(f"{out}: no study.db there; python pipelines/study.py run ... --out {out}")
+    records = [_record(cell, trial) for cell, trial in latest(open_study(out)).items() if trial.state.is_finished()]
+    if not records:
+        raise SubspanError(f"{out}: no cell is finished yet")
+    return records
+
+
 def _record(cell: str, trial: FrozenTrial) -> dict[str, Any]:
-    keys = (
-        "row",
-        "seed",
-        "metric",
-        "trainable_parameters",
-        "total_parameters",
-        "rows",
-        "seconds",
-        "peak_bytes",
-        "error",
-    )
+    keys = ("row", "seed", "metric", "trainable_parameters", "total_parameters", "rows", *MEASURED, "error")
     value = trial.value if trial.state == TrialState.COMPLETE else None
     return {"study": cell.partition("/")[0], "value": value, **{key: trial.user_attrs.get(key) for key in keys}}
 
@@ -214,7 +215,7 @@ def summaries(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
             row |= {"tuned": tuned, "share": 1000 * tuned / total, "mean": statistics.mean(values)}
             row["deviation"] = statistics.stdev(values) if len(values) > 1 else None
             row["error"] = _error(values, done[0])
-            for key in ("seconds", "peak_bytes"):
+            for key in MEASURED:
                 known = [record[key] for record in done if record[key] is not None]
                 row[key] = statistics.mean(known) if known else None
         rows.append(row)
