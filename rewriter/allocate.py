@@ -191,7 +191,7 @@ class Budget:
         for group in self.ranks:
             self._prune(group, step, steps)
         for group in self.cuts:
-            self._cut(group, step, steps, optimiser)
+            self._cut(group, step, steps)
         for one in self.dashes:
             self._launch(one, step, round(one.options.start * steps))
         for group in self.masks:
@@ -215,15 +215,12 @@ class Budget:
             return
         self._hold(group)
 
-    def _cut(self, group: list[Step], step: int, steps: int, optimiser: torch.optim.Optimizer | None) -> None:
+    def _cut(self, group: list[Step], step: int, steps: int) -> None:
         last = steps - round(group[0].options.end * steps)
         leaves = tuned_parameters(self.model)
         if step == last:
             masks = _open(group, leaves) if group[0].method == "s_bitfit" else _masks(group, leaves)
             self.moments |= {one.leaf("kept"): mask for one, mask in zip(group, masks, strict=True)}
-            if optimiser is not None:
-                # The gradients were another model's: remembered, they would hold the steps small.
-                optimiser.state.clear()
         if step >= last:
             self._hold(group)
 
