@@ -27,7 +27,7 @@ from rewriter.tune import Interrupted, checkpoints
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 HEARTBEAT, GRACE = 10, 40
-MEASURED = ("seconds", "peak_bytes")
+MEASURED = ("loss", "seconds", "peak_bytes")
 BASE, FULL = "head alone", "full fine-tuning"
 Study = Annotated[Path, typer.Option(help="The study's folder: study.db, a run per cell.", show_default=False)]
 
@@ -138,7 +138,8 @@ def _cell(trial: optuna.Trial, out: Path) -> float:
         trial.set_user_attr(key, plan[key])
     measured = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["validation"]
     trial.set_user_attr("metric", spec.metric)
-    trial.set_user_attr("rows", measured["rows"])
+    for key in ("rows", "loss"):
+        trial.set_user_attr(key, measured[key])
     return measured[spec.metric]
 
 
@@ -256,20 +257,21 @@ def page(records: list[dict[str, Any]]) -> str:
 
 def _table(rows: list[dict[str, Any]], metric: str) -> str:
     lines = [
-        f"| method | tuned | thousandths | {metric} | seeds | seconds | peak MB |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        f"| method | tuned | thousandths | {metric} | loss | seeds | seconds | peak MB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
         failed = f"{row['failed']} failed" if row["failed"] else ""
         if "mean" not in row:
-            lines.append(f"| {row['row']} | | | **{failed}** | 0 | | |")
+            lines.append(f"| {row['row']} | | | **{failed}** | | 0 | | |")
             continue
         spread = f" ± {row['deviation']:.4f}" if row["deviation"] is not None else ""
         seeds = f"{row['seeds']}, **{failed}**" if failed else str(row["seeds"])
+        loss = "" if row["loss"] is None else f"{row['loss']:.4f}"
         seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:,.0f}"
         counts = f"{row['tuned']:,} | {row['share']:.3f}"
-        lines.append(f"| {row['row']} | {counts} | {row['mean']:.4f}{spread} | {seeds} | {seconds} | {peak} |")
+        lines.append(f"| {row['row']} | {counts} | {row['mean']:.4f}{spread} | {loss} | {seeds} | {seconds} | {peak} |")
     return "\n".join(lines)
 
 
@@ -284,12 +286,16 @@ def _said(rows: list[dict[str, Any]]) -> str:
         error = None if None in errors else math.hypot(*errors)
         found = ("yes" if apart > 0 else "no") + (", within the error" if error and abs(apart) < error else "")
         shown = f" ± {error:.4f}" if error else ""
-        lines.append(f"| {first['row']} > {second['row']} | {found} | {apart:+.4f}{shown} |")
+        losses = [row["loss"] for row in (first, second)]
+        lower = "" if None in losses else "yes" if losses[0] < losses[1] else "no"
+        lines.append(f"| {first['row']} > {second['row']} | {found} | {apart:+.4f}{shown} | {lower} |")
     parts = []
+    if len(known) > 1 and len({row["mean"] for row in known.values()}) == 1:
+        parts.append("Every row ends with the same value: this run shows no difference but in the loss.")
     if lines:
         parts += [
             "The source's ranking, here:",
-            "\n".join(["| | found | difference |", "| --- | --- | ---: |", *lines]),
+            "\n".join(["| | found | difference | by loss |", "| --- | --- | ---: | --- |", *lines]),
         ]
     for name in known:
         if (peft := known.get(f"{name} of PEFT")) is not None:
@@ -308,10 +314,12 @@ def draw(name: str, records: list[dict[str, Any]], to: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from adjustText import adjust_text
 
     plt.rcParams["svg.hashsalt"] = "subspan"
     rows = [row for row in summaries(records) if "mean" in row]
     figure, axes = plt.subplots(figsize=(11, 7))
+    labels = []
     for row in rows:
         if row["row"] == FULL:
             axes.axhline(row["mean"], color="black", linestyle="--", linewidth=1)
@@ -321,11 +329,19 @@ def draw(name: str, records: list[dict[str, Any]], to: Path) -> None:
             axes.annotate(BASE, (0.01, row["mean"]), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
         else:
             axes.errorbar(row["share"], row["mean"], yerr=row["deviation"], fmt="o", markersize=5, capsize=3)
-            at = {"xytext": (5, 3), "textcoords": "offset points", "fontsize": 8}
-            axes.annotate(row["row"], (row["share"], row["mean"]), **at)
+            labels.append(axes.text(row["share"], row["mean"], row["row"], fontsize=8))
     label = "tuned parameters, thousandths of the model's"
     axes.set(xscale="log", xlabel=label, ylabel=records[0]["metric"], title=name)
+    axes.margins(x=0.12)
     figure.tight_layout()
+    adjust_text(
+        labels,
+        ax=axes,
+        expand=(1.1, 1.6),
+        iter_lim=1000,
+        time_lim=60,
+        arrowprops={"arrowstyle": "-", "color": "grey", "linewidth": 0.5},
+    )
     for suffix in ("svg", "png"):
         aside = to / f".{name}.{suffix}"
         figure.savefig(aside, format=suffix, dpi=120, metadata={"Date": None} if suffix == "svg" else None)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import optuna
 import pytest
@@ -115,12 +116,23 @@ def test_a_failed_cell_is_marked(spec, tmp_path):
     report = CliRunner().invoke(study.app, ["report", "--out", str(out), "--to", str(docs)])
     assert report.exit_code == 0, report.output
     page = (docs / "results.md").read_text()
-    assert "| broken | | | **1 failed** | 0 | | |" in page and "| lora | 256 | " in page
+    assert "| broken | | | **1 failed** | | 0 | | |" in page and "| lora | 256 | " in page
     records = json.loads((docs / "results.json").read_text())
     assert [record["value"] is None for record in records] == [False, True] and records[0]["peak_bytes"] > 10**8
     ET.parse(docs / "tiny.svg")
     assert (docs / "tiny.png").read_bytes()[:4] == b"\x89PNG"
     assert not list(docs.glob(".*"))
+    again = CliRunner().invoke(
+        study.app, ["report", "--out", str(docs / "results.json"), "--to", str(tmp_path / "two")]
+    )
+    assert again.exit_code == 0, again.output
+    for file in docs.iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file
+
+
+def test_the_documents_are_made_of_the_records():
+    docs = Path(__file__).parents[1] / "docs"
+    assert study.page(json.loads((docs / "results.json").read_text())) == (docs / "results.md").read_text()
 
 
 def records(**values):
@@ -129,6 +141,7 @@ def records(**values):
         "trainable_parameters": 10,
         "total_parameters": 1000,
         "rows": 100,
+        "loss": 0.5,
         "seconds": 1.0,
         "peak_bytes": 1,
     }
@@ -155,12 +168,17 @@ def test_numbers_of_a_summary():
 def test_claims_are_counted():
     page = study.page(records(ssb=[0.8], ssl=[0.7], ia3=[0.81], lora=[0.5, 0.7], **{"head alone": [0.75]}))
     error = (0.8 * 0.2 / 100 + 0.7 * 0.3 / 100) ** 0.5
-    assert f"| ssb > ssl | yes | +0.1000 ± {error:.4f} |" in page
+    assert f"| ssb > ssl | yes | +0.1000 ± {error:.4f} | no |" in page
     assert "| ssb > ia3 | no, within the error | -0.0100 ± " in page
     assert "Below the head alone (0.7500): ssl, lora." in page
 
 
+def test_a_study_without_differences_says_so():
+    page = study.page(records(ssb=[0.8], ssl=[0.8]))
+    assert "Every row ends with the same value" in page and "| ssb > ssl | no, within the error | +0.0000 ± " in page
+
+
 def test_error_over_seeds_and_peft_beside():
     page = study.page(records(**{"trilora": [0.8, 0.9], "lora": [0.5, 0.7], "lora of PEFT": [0.6, 0.61]}))
-    assert f"| trilora > lora | yes | +0.2500 ± {(0.05**2 + 0.1**2) ** 0.5:.4f} |" in page
+    assert f"| trilora > lora | yes | +0.2500 ± {(0.05**2 + 0.1**2) ** 0.5:.4f} | no |" in page
     assert "PEFT's lora on the same setting: 0.6050, -0.0050 from ours." in page
