@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import filelock
 import optuna
@@ -39,23 +40,27 @@ def run(
     seeds: Annotated[list[int] | None, typer.Option("--seed", help="Seeds; by default 0.")] = None,
     row: Annotated[list[str] | None, typer.Option(help="Only these rows.")] = None,
     settings: Settings = None,
+    name: Annotated[str | None, typer.Option(help="Name of the table; by default the file's.")] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Run failed cells of these rows again.")] = False,
 ) -> None:
     """Tune every row of the specs with every seed; go on where an earlier or another process is.
 
     A cell is a row and a seed. Start the same command in as many processes as there is room for: each takes the next
     cell that nobody has. A process that dies is noticed after about 40 seconds; its cell goes on from its checkpoint.
+    What is set for all rows goes with a name of its own.
     """
     with failures(out):
+        if name and "/" in name:
+            raise SubspanError(f"--name {name}: a name, not a path")
         out.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(out / "study.lock"):
             study = open_study(out)
             known = latest(study)
-            for attributes in _cells(specs, seeds or [0], row, settings or []):
+            for attributes in _cells(specs, seeds or [0], row, settings or [], name):
                 before = known.get(attributes["cell"])
                 if before is not None and before.user_attrs["settings"] != attributes["settings"]:
                     was = " ".join(before.user_attrs["settings"]) or "nothing"
-                    raise SubspanError(f"{attributes['cell']}: its run has {was} set; give another --out")
+                    raise SubspanError(f"{attributes['cell']}: its run has {was} set; give another --name")
                 if before is None or (retry and before.state == TrialState.FAIL):
                     study.enqueue_trial({}, user_attrs=attributes)
         while left := [trial for trial in latest(study).values() if not trial.state.is_finished()]:
@@ -76,16 +81,16 @@ def run(
 
 
 def _cells(
-    specs: list[Path], seeds: list[int], rows: list[str] | None, settings: list[str]
+    specs: list[Path], seeds: list[int], rows: list[str] | None, settings: list[str], name: str | None
 ) -> Iterator[dict[str, Any]]:
-    """What a trial has to know of its cell: its name <file>/<row>/<seed>, and where its spec is."""
+    """What a trial has to know of its cell: its name <table>/<row>/<seed>, and where its spec is."""
     for file in specs:
         for spec in load_specs(file, settings):
             if "row" not in spec.meta:
                 raise SubspanError(f"{file}: a row of a study needs a name: meta: {{row: ...}}")
             row = str(spec.meta["row"])
             for seed in seeds if rows is None or row in rows else []:
-                cell = f"{file.stem}/{row}/{seed}"
+                cell = f"{name or file.stem}/{row}/{seed}"
                 yield {"cell": cell, "file": str(file.absolute()), "row": row, "seed": seed, "settings": settings}
 
 
@@ -116,7 +121,7 @@ def _cell(trial: optuna.Trial, out: Path) -> float:
     known = trial.user_attrs
     name, settings = known["cell"], [*known["settings"], f"train.seed={known['seed']}"]
     spec = load_spec(f"{known['file']}#{known['row']}", settings)
-    folder = out / "cells" / re.sub(r"[^A-Za-z0-9_/.-]", "_", name)
+    folder = folder_of(out, name)
     console.print(f"[bold]{escape(name)}[/]", highlight=False)
     started = time.perf_counter()
     try:
@@ -141,6 +146,13 @@ def _cell(trial: optuna.Trial, out: Path) -> float:
     for key in ("rows", "loss"):
         trial.set_user_attr(key, measured[key])
     return measured[spec.metric]
+
+
+def folder_of(out: Path, cell: str) -> Path:
+    """Where a cell runs: inside the study whatever its row is called, and no other row's."""
+    table, _, rest = cell.partition("/")
+    row, _, seed = rest.rpartition("/")
+    return out.joinpath("cells", *(quote(part, safe=" +").replace(".", "%2E") for part in (table, row)), seed)
 
 
 def _forget_peak() -> None:

@@ -112,13 +112,16 @@ def test_a_failed_cell_is_marked(spec, tmp_path):
     retried = CliRunner().invoke(study.app, ["run", str(spec), "--out", str(out), "--row", "broken", "--retry"])
     assert retried.exit_code == 1 and len(trials(out)) == count + 1
     other = CliRunner().invoke(study.app, ["run", str(spec), "--out", str(out), "--set", "train.epochs=9"])
-    assert other.exit_code == 1 and "its run has nothing set; give another --out" in other.output
+    assert other.exit_code == 1 and "its run has nothing set; give another --name" in other.output
+    named = ["--row", "broken", "--set", "train.epochs=9", "--name", "long"]
+    other = CliRunner().invoke(study.app, ["run", str(spec), "--out", str(out), *named])
+    assert other.exit_code == 1 and "failed: long/broken/0: " in other.output
     report = CliRunner().invoke(study.app, ["report", "--out", str(out), "--to", str(docs)])
     assert report.exit_code == 0, report.output
     page = (docs / "results.md").read_text()
     assert "| broken | | | **1 failed** | | 0 | | |" in page and "| lora | 256 | " in page
     records = json.loads((docs / "results.json").read_text())
-    assert [record["value"] is None for record in records] == [False, True] and records[0]["peak_bytes"] > 10**8
+    assert [record["value"] is None for record in records] == [False, True, True] and records[0]["peak_bytes"] > 10**8
     ET.parse(docs / "tiny.svg")
     assert (docs / "tiny.png").read_bytes()[:4] == b"\x89PNG"
     assert not list(docs.glob(".*"))
@@ -150,6 +153,13 @@ def records(**values):
         for row, many in values.items()
         for seed, value in enumerate(many)
     ]
+
+
+def test_folders_of_cells_are_apart_and_inside(tmp_path):
+    cells = ["t/a b/0", "t/a_b/0", "t/../0", "t/../../x/0", "../a b/0", "t/a b/1", "t/a+b/0", "t/a/b/0", "t/a%2Fb/0"]
+    folders = {study.folder_of(tmp_path, cell) for cell in cells}
+    assert len(folders) == len(cells)
+    assert all(folder.resolve().parents[2] == tmp_path / "cells" for folder in folders)
 
 
 def test_numbers_of_a_summary():
