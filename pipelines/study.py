@@ -8,6 +8,7 @@ import re
 import resource
 import statistics
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -97,14 +98,16 @@ def _cells(
 def open_study(out: Path) -> optuna.Study:
     """The study of a folder; made, where there is none."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    retry = optuna.storages.RetryFailedTrialCallback()
-    storage = optuna.storages.RDBStorage(
-        f"sqlite:///{out / 'study.db'}",
-        engine_kwargs={"connect_args": {"timeout": 60}},
-        heartbeat_interval=HEARTBEAT,
-        grace_period=GRACE,
-        heartbeat_stale_trial_callback=retry,
-    )
+    with warnings.catch_warnings():
+        # Optuna calls heartbeats experimental, at every call.
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        storage = optuna.storages.RDBStorage(
+            f"sqlite:///{out / 'study.db'}",
+            engine_kwargs={"connect_args": {"timeout": 60}},
+            heartbeat_interval=HEARTBEAT,
+            grace_period=GRACE,
+            heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
+        )
     return optuna.create_study(storage=storage, study_name="study", load_if_exists=True, direction="maximize")
 
 
@@ -351,7 +354,6 @@ def draw(name: str, records: list[dict[str, Any]], to: Path) -> None:
         ax=axes,
         expand=(1.1, 1.6),
         iter_lim=1000,
-        time_lim=60,
         arrowprops={"arrowstyle": "-", "color": "grey", "linewidth": 0.5},
     )
     for suffix in ("svg", "png"):
