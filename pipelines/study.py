@@ -30,7 +30,8 @@ from rewriter.tune import Interrupted, checkpoints
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 HEARTBEAT, GRACE = 10, 40
 MEASURED = ("loss", "seconds", "peak_bytes")
-BASE, FULL = "head alone", "full fine-tuning"
+BASE = "head alone"
+LINES = {"full fine-tuning": {"color": "black", "linestyle": "--"}, BASE: {"color": "grey", "linestyle": ":"}}
 Study = Annotated[Path, typer.Option(help="The study's folder: study.db, a run per cell.", show_default=False)]
 
 
@@ -209,12 +210,12 @@ def _record(cell: str, trial: FrozenTrial) -> dict[str, Any]:
     return {"study": cell.partition("/")[0], "value": value, **{key: trial.user_attrs.get(key) for key in keys}}
 
 
-def _error(values: list[float], record: dict[str, Any]) -> float | None:
+def _error(row: dict[str, Any], record: dict[str, Any]) -> float | None:
     """Standard error of the mean: over seeds; with one seed, of a share of rows that are right."""
-    if len(values) > 1:
-        return statistics.stdev(values) / math.sqrt(len(values))
+    if row["deviation"] is not None:
+        return row["deviation"] / math.sqrt(row["seeds"])
     if record["metric"] == "accuracy" and record["rows"]:
-        return math.sqrt(values[0] * (1 - values[0]) / record["rows"])
+        return math.sqrt(row["mean"] * (1 - row["mean"]) / record["rows"])
     return None
 
 
@@ -230,7 +231,7 @@ def summaries(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
             tuned, total = done[0]["trainable_parameters"], done[0]["total_parameters"]
             row |= {"tuned": tuned, "share": 1000 * tuned / total, "mean": statistics.mean(values)}
             row["deviation"] = statistics.stdev(values) if len(values) > 1 else None
-            row["error"] = _error(values, done[0])
+            row["error"] = _error(row, done[0])
             for key in MEASURED:
                 known = [record[key] for record in done if record[key] is not None]
                 row[key] = statistics.mean(known) if known else None
@@ -336,12 +337,10 @@ def draw(name: str, records: list[dict[str, Any]], to: Path) -> None:
     figure, axes = plt.subplots(figsize=(11, 7))
     labels = []
     for row in rows:
-        if row["row"] == FULL:
-            axes.axhline(row["mean"], color="black", linestyle="--", linewidth=1)
-            axes.annotate(FULL, (0.01, row["mean"]), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
-        elif row["row"] == BASE:
-            axes.axhline(row["mean"], color="grey", linestyle=":", linewidth=1)
-            axes.annotate(BASE, (0.01, row["mean"]), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
+        if row["row"] in LINES:
+            axes.axhline(row["mean"], linewidth=1, **LINES[row["row"]])
+            at = {"xycoords": ("axes fraction", "data"), "va": "bottom", "fontsize": 8}
+            axes.annotate(row["row"], (0.01, row["mean"]), **at)
         else:
             axes.errorbar(row["share"], row["mean"], yerr=row["deviation"], fmt="o", markersize=5, capsize=3)
             labels.append(axes.text(row["share"], row["mean"], row["row"], fontsize=8))

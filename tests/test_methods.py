@@ -281,8 +281,8 @@ def test_what_is_cut_stays_cut(where, method, density):
     """After the cut the entries off the budget stay 0, so nothing is lost when the model is settled."""
     _, inputs, graph = traced("bert")
     target = getattr(ARCHITECTURES["bert"], where)
-    step = {method: {"density": density, "end": 0.5}}
-    tuned = rewrite(graph, plan(graph, [Rule(target=target, apply=[step])]))
+    options = {"density": density, "end": 0.5}
+    tuned = rewrite(graph, plan(graph, [Rule(target=target, apply=[{method: options}])]))
     budget, optimiser = Budget(tuned), torch.optim.AdamW(tuned_parameters(tuned).values(), lr=0.02)
     x = inputs_of("bert", inputs, 3, 11)
     entries = [value for name, value in tuned_parameters(tuned).items() if name.endswith(".d")]

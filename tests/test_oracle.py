@@ -166,19 +166,18 @@ def take_constants(name, theirs, ours):
     """PEFT's frozen random tensors, in ours."""
     buffers = dict(ours.named_buffers())
     for layer, (n, m) in {"first": (N, M), "second": (M, N)}.items():
-        at = f"subspan.{layer}.weight.{name}."
+        at = f"subspan.frozen.{name}."
         if name == "vera":
-            buffers[f"subspan.frozen.vera.a_{n}x{RANK}"].copy_(theirs.base_model.vera_A["default"][:, :n].T)
-            buffers[f"subspan.frozen.vera.b_{RANK}x{m}"].copy_(theirs.base_model.vera_B["default"][:m].T)
+            buffers[f"{at}a_{n}x{RANK}"].copy_(theirs.base_model.vera_A["default"][:, :n].T)
+            buffers[f"{at}b_{RANK}x{m}"].copy_(theirs.base_model.vera_B["default"][:m].T)
         if name == "randlora":
             bases, short = -(-min(n, m) // RANK), min(n, m)
-            at = "subspan.frozen.randlora."
             buffers[f"{at}a_{RANK}x1x{short}"].copy_(theirs.base_model.randlora_A["default"][:, :1, :short])
             b = theirs.base_model.randlora_B["default"][: max(n, m), :bases].flatten(1)
             buffers[f"{at}b_{max(n, m)}x{bases * RANK}"].copy_(b)
         if name == "fourierft":
             rows, columns = getattr(theirs.base_model.model, layer).indices["default"]
-            buffers[f"{at}indices"].copy_(columns * m + rows)
+            buffers[f"subspan.{layer}.weight.fourierft.indices"].copy_(columns * m + rows)
 
 
 @pytest.mark.parametrize("name", FAMILY)
