@@ -1,8 +1,7 @@
 """Tune a model as a spec says: spec -> trace -> plan -> rewrite -> tune -> adapter."""
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,13 +11,13 @@ from datasets import Dataset
 from torch import Tensor
 
 from pipelines.cli import Settings, console, failures, located
+from pipelines.folder import check_folder, claimed, clear
 from rewriter import (
     GraphModel,
     Inputs,
     Plan,
     Pretrained,
     Spec,
-    SubspanError,
     allocate,
     collator,
     dump_spec,
@@ -40,9 +39,9 @@ from rewriter.allocate import SELECTED, pools
 from rewriter.cost import StepCost, exceeded, step_cost
 from rewriter.data import check_length
 from rewriter.errors import raise_all
-from rewriter.files import remove, write_json, write_text
+from rewriter.files import write_json, write_text
 from rewriter.pretrained import example_batch, positions
-from rewriter.tune import checkpoints, objective, resumed_choices
+from rewriter.tune import objective, resumed_choices
 
 
 def train(
@@ -52,7 +51,7 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in --out from its newest checkpoint.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete what is in --out first.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="First delete the run that is in --out.")] = False,
 ) -> None:
     """Tune a model and write the run folder: spec.yaml, plan.json, metrics.json, log.jsonl, checkpoints/, adapter/.
 
@@ -146,8 +145,8 @@ def run(spec: Spec, out: Path, resume: bool, overwrite: bool) -> None:
     model = rewrite(traced, planned, spec.train.seed, chosen)
 
     if overwrite:
-        remove(out)
-    with new_folder(out):
+        clear(out)
+    with claimed(out):
         write_text(out / "spec.yaml", dump_spec(spec))
         write_json(out / "plan.json", planned.to_dict())
         model, metrics = tune(model, spec, job.train, job.validation, job.collate, out, resume)
@@ -172,46 +171,6 @@ def choose(
         given = {step: sizes for site in sites for step, sizes in site["settled"].items() if step in selected}
         return plan(traced, spec.rules, job.pretrained.new, spec.strict, given), chosen
     return allocate(traced, planned, job.train, job.collate, objective(spec.model.task))
-
-
-def check_folder(spec: Spec, out: Path, resume: bool, overwrite: bool) -> None:
-    """Refuse to mix runs, and to delete what is not a run.
-
-    Raises:
-        SubspanError: saying which option is meant.
-    """
-    written = out / "spec.yaml"
-    if resume and overwrite:
-        raise SubspanError("--resume goes on, --overwrite starts anew: give one of them")
-    if out.exists() and not out.is_dir():
-        raise SubspanError(f"--out {out}: is a file, not a folder")
-    if not out.exists() or not any(out.iterdir()):
-        return
-    if overwrite and not written.is_file():
-        raise SubspanError(f"--overwrite: {out} has no spec.yaml, so it is not a run; delete it yourself")
-    if not (resume or overwrite):
-        raise SubspanError(
-            f"--out {out}: there is something in it; --resume goes on with that run, --overwrite deletes it"
-        )
-    if resume and not written.is_file():
-        raise SubspanError(f"--resume: {out} has no spec.yaml, so it is not a run")
-    if resume and dump_spec(load_spec(written)) != dump_spec(spec):
-        raise SubspanError(f"--resume: {written} is of another run; its settings differ from this spec's")
-    if resume and (out / "metrics.json").exists():
-        raise SubspanError(f"--resume: {out} is finished; python pipelines/export.py {out}")
-
-
-@contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[None]:
-    """Make the folder; take it away again after a failure that leaves no checkpoint to go on from."""
-    made = not out.exists()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        yield
-    except BaseException:
-        if made and not checkpoints(out / "checkpoints"):
-            remove(out)
-        raise
 
 
 if __name__ == "__main__":

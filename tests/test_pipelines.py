@@ -16,10 +16,12 @@ import typer
 from typer.testing import CliRunner
 
 from pipelines.export import export
+from pipelines.folder import check_folder, clear, is_run
 from pipelines.plan import plan
 from pipelines.show import show
 from pipelines.train import train
 from pipelines.validate import validate
+from rewriter import load_spec
 from tests.tiny import project, save_model
 
 ROOT = Path(__file__).parent.parent
@@ -121,6 +123,7 @@ def test_a_difference_over_atol_fails_and_leaves_nothing(spec, run, tmp_path):
     (broken / "spec.yaml").write_text(written.replace("atol: 0.0001", "atol: 1.0e-12"))
     assert "nothing is written" in fails("export", broken)
     assert sorted(p.name for p in broken.iterdir()) == [
+        ".subspan-run",
         "adapter",
         "checkpoints",
         "log.jsonl",
@@ -189,6 +192,36 @@ def test_folders_are_not_mixed_or_deleted(spec, run, tmp_path):
     assert "delete it yourself" in fails("train", spec, "--out", tmp_path, "--overwrite")
     assert (tmp_path / "mine").read_text() == "precious"
     assert "is a file" in fails("train", spec, "--out", tmp_path / "mine")
+
+
+@pytest.mark.parametrize("option", ["--overwrite", "--resume"])
+def test_a_project_with_its_own_spec_is_no_run(spec, tmp_path, monkeypatch, option):
+    """Its files are neither deleted nor overwritten, whatever else lies there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "spec.yaml").write_text("# mine\n" + spec.read_text())
+    (tmp_path / "plan.json").write_text("{}")
+    (tmp_path / "src").mkdir()
+    before = {path: path.is_file() and path.read_text() for path in tmp_path.rglob("*")}
+    assert f"{option}: . is not a run" in fails("train", "spec.yaml", "--out", ".", option)
+    assert {path: path.is_file() and path.read_text() for path in tmp_path.rglob("*")} == before
+
+
+def test_overwriting_removes_what_a_run_wrote_and_nothing_else(spec, run, tmp_path):
+    out = tmp_path / "run"
+    subprocess.run(["cp", "-r", run, out], check=True)
+    (out / "notes.txt").write_text("mine")
+    assert is_run(out)
+    (out / ".subspan-run").unlink()  # A run from before there were markers is known all the same.
+    assert is_run(out)
+    clear(out)
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    (killed / ".subspan-run").write_text("")
+    check_folder(load_spec(spec), killed, resume=True, overwrite=False)
+    check_folder(load_spec(spec), killed, resume=False, overwrite=True)
+    clear(killed)
+    assert not killed.exists()
 
 
 def test_an_unwritable_folder(spec):
