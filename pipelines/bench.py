@@ -15,7 +15,7 @@ import typer
 from rich.table import Table
 from torch import nn
 
-from pipelines.cli import console, failures
+from pipelines.console import console, failures
 from pipelines.study import Study, latest, open_study
 from pipelines.train import prepare
 from pipelines.validate import Level, check
@@ -30,7 +30,7 @@ from rewriter import (
     trace,
     tune,
 )
-from rewriter.tune import training_arguments
+from rewriter.training.tune import training_arguments
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 LINEARS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]

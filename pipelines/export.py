@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines.cli import console, failures, located
+from pipelines.console import Transforms, console, failures, located
 from rewriter import (
     Inputs,
     Pretrained,
@@ -29,17 +29,22 @@ from rewriter import (
     torch_stage,
     trace,
 )
-from rewriter.adapter import read_manifest
+from rewriter.adapters.store import check_transforms, read_manifest
 from rewriter.files import aside, write_json
 
 
-def export(run: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)]) -> None:
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)],
+    transforms: Transforms = None,
+) -> None:
     """Merge a run's adapter, write merged/ and onnx/, and compare every stage's outputs with the tuned model's.
 
     A difference over export.verify.atol is an error, and then nothing is written. What can't merge (prefixes, prompts,
     adapters with a nonlinearity) stays in the ONNX graph, and there is no merged/ then.
     """
     with failures(run):
+        if (run / "adapter").is_dir():
+            check_transforms(run / "adapter")
         spec = load_spec(run / "spec.yaml")
         with located(spec):
             report = ship(spec, run)
@@ -50,8 +55,8 @@ def ship(spec: Spec, run: Path) -> dict[str, Any]:
     """Write merged/, onnx/ and verify.json into the run's folder; returns the content of verify.json."""
     pretrained, processor = load_model(spec), load_processor(spec)
     inputs = example_inputs(pretrained.model, spec.model.task)
-    traced = trace(pretrained.model, inputs, modes=("eval",))
-    tuned = load_adapter(traced, run / "adapter")
+    traced = trace(pretrained.model, inputs, ("eval",), spec.train.passes.off)
+    tuned = load_adapter(traced, run / "adapter", without=spec.train.passes.off, also=spec.train.passes.on)
     whole = tuned.plan.merges
     stored = merge(tuned, traced, partly=True)
     merge(tuned, pretrained.model, partly=True)
@@ -71,9 +76,10 @@ def ship(spec: Spec, run: Path) -> dict[str, Any]:
                 onnx / "model.onnx",
                 spec.export.onnx.opset,
                 metadata(spec, pretrained, run),
+                spec.train.passes.off,
             )
             stages["onnx"] = onnx_stage(onnx / "model.onnx")
-        found = differences(torch_stage(tuned), stages, samples(spec, pretrained, inputs))
+        found = differences(torch_stage(tuned), stages, samples(spec, pretrained, inputs, tuned.plan.rows))
         report = {
             "max_abs_diff": max(found.values()),
             "atol": spec.export.verify.atol,
@@ -96,10 +102,10 @@ def reload(spec: Spec, folder: Path) -> Pretrained:
     return load_model(spec.model_copy(update={"model": model}))
 
 
-def samples(spec: Spec, pretrained: Pretrained, inputs: Inputs):
-    """Random inputs that the model takes."""
+def samples(spec: Spec, pretrained: Pretrained, inputs: Inputs, rows: int):
+    """Random inputs that the model takes beside so many rows of its own."""
     config = pretrained.model.config
-    positions = (getattr(config, "max_position_embeddings", None) or 0) - spec.prompt_length
+    positions = (getattr(config, "max_position_embeddings", None) or 0) - rows
     limits = [spec.data.max_length if spec.data else 0, positions]
     return batches(inputs, getattr(config, "vocab_size", 2), min((n for n in limits if n > 0), default=None))
 

@@ -1,18 +1,32 @@
 """The folder of a run: known by a marker file of its own, so that nothing else is ever taken for one or removed."""
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from rewriter import Spec, SubspanError, dump_spec, load_spec
 from rewriter.files import remove, write_text
-from rewriter.tune import checkpoints
+from rewriter.spec import is_dump
+from rewriter.training.tune import BUDGET, OPTIMISER, STATE, TRAINER_STATE, TUNED, checkpoints
 
 MARKER = ".subspan-run"
+FOLDERS = ("checkpoints", "adapter", "merged", "onnx")
 _NOTE = "This folder is a run of subspan. --overwrite removes what a run writes, and nothing else.\n"
-# All that training and export write into a run's folder.
+# What training and export write, file by file: nothing else in these folders is touched.
 WRITTEN = (
-    "spec.yaml", "plan.json", "log.jsonl", "checkpoints", "metrics.json", "adapter", "merged", "onnx", "verify.json",
+    "spec.yaml", "plan.json", "log.jsonl", "metrics.json", "verify.json", MARKER,
+    "adapter/adapter.json", "adapter/adapter.safetensors",
+    *(f"checkpoints/checkpoint-*/{name}" for name in (TUNED, OPTIMISER, BUDGET, STATE, TRAINER_STATE)),
+    *(
+        f"{folder}/{name}"
+        for folder in ("merged", "onnx")
+        for name in (
+            "config.json", "*.safetensors", "*.safetensors.index.json", "generation_config.json", "model.onnx*",
+            "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
+            "preprocessor_config.json", "processor_config.json", "chat_template*",
+        )
+    ),
 )  # fmt: skip
 
 
@@ -30,9 +44,8 @@ def check_folder(spec: Spec, out: Path, resume: bool, overwrite: bool) -> None:
     if not out.exists() or not any(out.iterdir()):
         return
     if not (resume or overwrite):
-        raise SubspanError(
-            f"--out {out}: there is something in it; --resume goes on with that run, --overwrite deletes it"
-        )
+        what = "--resume goes on with that run, --overwrite deletes it" if is_run(out) else "choose a new folder"
+        raise SubspanError(f"--out {out}: there is something in it; {what}")
     if not is_run(out):
         option = "--resume" if resume else "--overwrite"
         way_out = "" if resume else "; delete it yourself, or choose another --out"
@@ -46,24 +59,28 @@ def check_folder(spec: Spec, out: Path, resume: bool, overwrite: bool) -> None:
 def is_run(out: Path) -> bool:
     """Whether a folder holds a run: it has the marker, or was made before there was one.
 
-    Such an older run is told by the two files that every run wrote first: a plan.json beside a spec.yaml that is, byte
-    for byte, what `dump_spec` writes.
+    Such an older run is told by the files that every run wrote first: a log beside a plan.json with the plan's own keys
+    and a spec.yaml that is, byte for byte, as `dump_spec` writes it.
     """
     if (out / MARKER).is_file():
         return True
     try:
+        planned = json.loads((out / "plan.json").read_text(encoding="utf-8"))
         text = (out / "spec.yaml").read_text(encoding="utf-8")
-        return (out / "plan.json").is_file() and text == dump_spec(load_spec(out / "spec.yaml"))
-    except (OSError, UnicodeDecodeError, SubspanError):
+    except (OSError, ValueError):
         return False
+    ours = isinstance(planned, dict) and {"trainable_thousandths", "sites"} <= planned.keys()
+    return ours and (out / "log.jsonl").is_file() and is_dump(text)
 
 
 def clear(out: Path) -> None:
-    """Remove what a run wrote, and the folder where nothing else is in it."""
-    for name in (*WRITTEN, MARKER):
-        remove(out / name)
-    with contextlib.suppress(OSError):
-        out.rmdir()
+    """Remove the files that a run wrote, and the folders that are empty then."""
+    for pattern in WRITTEN:
+        for file in out.glob(pattern):
+            remove(file)
+    for folder in (*out.glob("checkpoints/checkpoint-*"), *(out / name for name in FOLDERS), out):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 @contextlib.contextmanager

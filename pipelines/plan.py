@@ -7,10 +7,10 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from pipelines.cli import Settings, console, failures, located
+from pipelines.console import Settings, Transforms, Without, console, failures, located, overrides
 from pipelines.train import plan_of, step_of, tokens_of
 from rewriter import Plan, Spec, load_spec, print_plan
-from rewriter.report import Alike, layers_together
+from rewriter.report.table import Alike, layers_together
 
 
 def plan(
@@ -21,13 +21,15 @@ def plan(
         Path | None, typer.Option(help="Another spec: print what changes from it to SPEC.", show_default=False)
     ] = None,
     settings: Settings = None,
+    without: Without = None,
+    transforms: Transforms = None,
 ) -> None:
     """Print the plan of a spec and what a step costs; with --against, what changes from another spec to this one.
 
     No weight is read. --set is for SPEC alone.
     """
     with failures():
-        new = load_spec(spec, settings or [])
+        new = load_spec(spec, overrides(settings, without))
         if against is None:
             found, cost = _plan(new)
             print_plan(found, console, tokens_of(new), cost)

@@ -8,10 +8,11 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from pipelines.cli import failures
-from rewriter import METHODS, Spec
+from pipelines.console import Transforms, failures
+from rewriter import TRANSFORMS, Spec
 from rewriter.files import write_text
-from rewriter.transforms import Method
+from rewriter.spec import link_model
+from rewriter.transforms import CLASSES, Transform
 
 SCHEMA, PAGE = Path("specs/spec.schema.json"), Path("docs/methods.md")
 WORDS = {
@@ -26,8 +27,11 @@ WORDS = {
 }
 
 
-def schema(folder: Annotated[Path, typer.Argument(help="The repository's root.")] = Path(".")) -> None:
-    """Write specs/spec.schema.json and docs/methods.md from the models that check specs."""
+def schema(
+    folder: Annotated[Path, typer.Argument(help="Where specs/ and docs/ are.")] = Path("."),
+    transforms: Transforms = None,
+) -> None:
+    """Write specs/spec.schema.json, for editors, and docs/methods.md, with all transforms that are installed."""
     with failures(folder):
         for file, text in pages().items():
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
@@ -42,16 +46,18 @@ def pages() -> dict[Path, str]:
 def spec_schema() -> dict[str, Any]:
     """The JSON Schema (2020-12) of a spec file: one spec, or variants of one."""
     spec = Spec.model_json_schema()
-    definitions = spec.pop("$defs")
-    bare = []
-    for name, method in METHODS.items():
-        step = definitions[f"{name}_step"]
-        step["description"] = method.doc
-        if not required(method):
+    definitions, bare, links = spec.pop("$defs"), [], {}
+    for name, one in TRANSFORMS.items():
+        link = link_model(one).model_json_schema()
+        definitions |= link.pop("$defs")
+        link["description"] = one.doc
+        if not required(one):
             bare.append(name)
-            step["properties"][name] = {"anyOf": [step["properties"][name], {"type": "null"}]}
-    steps = definitions["Rule"]["properties"]["apply"]
-    steps["items"] = {"anyOf": [{"enum": bare}, steps["items"]]}
+            link["properties"][name] = {"anyOf": [link["properties"][name], {"type": "null"}]}
+        links[f"{name}_transform"] = link
+    definitions |= links
+    refs = [{"$ref": f"#/$defs/{name}"} for name in links]
+    definitions["Rule"]["properties"]["apply"]["items"] = {"anyOf": [{"enum": bare}, {"oneOf": refs}]}
     anything = {name: {"description": f"as of one spec: {name}"} for name in spec["properties"]}
     variant = {"type": "object", "properties": {**anything, "values": _VALUES}, "additionalProperties": False}
     variants = {
@@ -80,7 +86,7 @@ _VALUES = {
 }
 
 
-def required(method: Method) -> list[str]:
+def required(method: Transform) -> list[str]:
     """Names of the options that have no default."""
     return [name for name, field in method.options.model_fields.items() if field.is_required()]
 
@@ -92,15 +98,15 @@ def methods_page() -> str:
         "Generated from the methods' own code by `python pipelines/schema.py`; a test keeps it so. y = xW with W of "
         "shape (n, m), W = U S Vt; equations are of [arXiv 2407.05417v2](https://arxiv.org/abs/2407.05417v2).",
     ]
-    for kind in ("reconstruction", "extension", "combination"):
+    for kind in CLASSES:
         parts.append(f"## {kind.capitalize()}")
-        for name, method in METHODS.items():
+        for name, method in TRANSFORMS.items():
             if method.kind == kind:
                 parts += _section(name, method)
     return "\n\n".join(parts) + "\n"
 
 
-def _section(name: str, method: Method) -> list[str]:
+def _section(name: str, method: Transform) -> list[str]:
     given = ", ".join(f"{option}: ..." for option in required(method))
     example = f"{{{name}: {{{given}}}}}" if given else name
     stands = "; ".join(WORDS[kind] for kind in method.on)

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli import Settings, failures, located
-from pipelines.train import plan_of
-from rewriter import load_spec, rewrite
+from pipelines.console import Settings, Transforms, Without, failures, located, overrides
+from pipelines.train import plan_of, rewritten
+from rewriter import load_spec
 from rewriter.files import write_text
-from rewriter.picture import layer_of, picture, to_dot, to_mermaid, to_svg
+from rewriter.report.picture import layer_of, picture, to_dot, to_mermaid, to_svg
 
 
 class Form(StrEnum):
@@ -27,6 +27,8 @@ WRITERS = {Form.svg: to_svg, Form.dot: to_dot, Form.mermaid: to_mermaid}
 def show(
     spec: Annotated[Path, typer.Argument(help="The spec (YAML).", show_default=False)],
     settings: Settings = None,
+    without: Without = None,
+    transforms: Transforms = None,
     layer: Annotated[int, typer.Option(min=0, help="Which layer.")] = 0,
     format: Annotated[Form, typer.Option(help="svg for a viewer; dot or mermaid for other tools.")] = Form.svg,
     out: Annotated[
@@ -39,13 +41,13 @@ def show(
     """
     file = out or Path(f"{spec.name.partition('#')[0].removesuffix('.yaml')}.layer{layer}.{format}")
     with failures(file):
-        loaded = load_spec(spec, settings or [])
+        loaded = load_spec(spec, overrides(settings, without))
         with located(loaded):
             plan, traced, _ = plan_of(loaded, whole=True)
         module = layer_of(traced.graphs["eval"], plan, layer)
         pictures = [
             picture(traced, plan, module, f"{module}: frozen"),
-            picture(rewrite(traced, plan), plan, module, f"{module}: rewritten"),
+            picture(rewritten(loaded, traced, plan), plan, module, f"{module}: rewritten"),
         ]
         write_text(file, WRITERS[format](pictures))
         print(file)

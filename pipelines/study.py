@@ -20,12 +20,12 @@ import typer
 from optuna.trial import FrozenTrial, TrialState
 from rich.markup import escape
 
-from pipelines.cli import Settings, console, failures, located
+from pipelines.console import Settings, console, failures, located
 from pipelines.train import run as tune
 from rewriter import SubspanError, load_spec, load_specs
 from rewriter.errors import reason
 from rewriter.files import write_json, write_text
-from rewriter.tune import Interrupted, checkpoints
+from rewriter.training.tune import Interrupted, checkpoints
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 HEARTBEAT, GRACE = 10, 40

@@ -10,14 +10,15 @@ import typer
 from datasets import Dataset
 from torch import Tensor
 
-from pipelines.cli import Settings, console, failures, located
+from pipelines.console import Settings, Transforms, Without, console, failures, located, overrides
 from pipelines.folder import check_folder, claimed, clear
 from rewriter import (
-    GraphModel,
     Inputs,
     Plan,
     Pretrained,
     Spec,
+    TracedModel,
+    TunedModel,
     allocate,
     collator,
     dump_spec,
@@ -35,19 +36,22 @@ from rewriter import (
     trace,
     tune,
 )
-from rewriter.allocate import SELECTED, pools
-from rewriter.cost import StepCost, exceeded, step_cost
 from rewriter.data import check_length
 from rewriter.errors import raise_all
 from rewriter.files import write_json, write_text
+from rewriter.passes.manager import check_names
+from rewriter.plan.cost import StepCost, exceeded, step_cost
 from rewriter.pretrained import example_batch, positions
-from rewriter.tune import objective, resumed_choices
+from rewriter.training.tune import objective, resumed_choices
+from rewriter.transforms import Schedule
 
 
 def train(
     spec: Annotated[Path, typer.Argument(help="The spec (YAML).", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder of the run; made new.", show_default=False)],
     settings: Settings = None,
+    without: Without = None,
+    transforms: Transforms = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in --out from its newest checkpoint.")
     ] = False,
@@ -58,20 +62,20 @@ def train(
     Ctrl-C ends the step in progress, writes a checkpoint and stops; --resume goes on to the same result.
     """
     with failures(out):
-        loaded = load_spec(spec, settings or [])
+        loaded = load_spec(spec, overrides(settings, without))
         with located(loaded):
             run(loaded, out, resume, overwrite)
 
 
-_TRACED: dict[str, tuple[bool, GraphModel, Pretrained]] = {}
+_TRACED: dict[str, tuple[bool, TracedModel, Pretrained]] = {}
 
 
 def model_key(spec: Spec) -> str:
     """Equal for specs whose models trace alike."""
-    return f"{spec.model.model_dump_json()} {spec.train.seed}"
+    return f"{spec.model.model_dump_json()} {spec.train.seed} {spec.train.passes.off}"
 
 
-def plan_of(spec: Spec, whole: bool = False) -> tuple[Plan, GraphModel, Pretrained]:
+def plan_of(spec: Spec, whole: bool = False) -> tuple[Plan, TracedModel, Pretrained]:
     """The plan of a spec, the traced model and the model, on the meta device: no weight is read.
 
     Specs of one model that follow each other trace it once.
@@ -79,6 +83,8 @@ def plan_of(spec: Spec, whole: bool = False) -> tuple[Plan, GraphModel, Pretrain
     Args:
         whole: trace the train graph too, and with dynamic shapes, as a run does; a plan alone needs neither.
     """
+    passes = spec.train.passes
+    check_names(passes.off, passes.on)
     key = model_key(spec)
     if key not in _TRACED or (whole and not _TRACED[key][0]):
         pretrained = load_model(spec, meta=True)
@@ -86,11 +92,11 @@ def plan_of(spec: Spec, whole: bool = False) -> tuple[Plan, GraphModel, Pretrain
         if not whole:
             inputs = Inputs(kwargs=inputs.kwargs)
         _TRACED.clear()
-        traced = trace(pretrained.model, inputs, modes=("train", "eval") if whole else ("eval",))
+        traced = trace(pretrained.model, inputs, ("train", "eval") if whole else ("eval",), passes.off)
         _TRACED[key] = whole, traced, pretrained
     _, traced, pretrained = _TRACED[key]
     planned = plan(traced, spec.rules, pretrained.new, spec.strict)
-    check_length(spec, positions(pretrained.model))
+    check_length(spec, positions(pretrained.model), planned.rows)
     raise_all(exceeded(spec.limits, planned))
     return planned, traced, pretrained
 
@@ -100,7 +106,7 @@ def tokens_of(spec: Spec) -> int:
     return spec.train.batch_size * (spec.data.max_length if spec.data else 128)
 
 
-def step_of(spec: Spec, planned: Plan, traced: GraphModel, pretrained: Pretrained) -> StepCost:
+def step_of(spec: Spec, planned: Plan, traced: TracedModel, pretrained: Pretrained) -> StepCost:
     """The cost of a step of a spec, from its train graph on the meta device; all else is from `plan_of`, whole.
 
     Raises:
@@ -108,9 +114,15 @@ def step_of(spec: Spec, planned: Plan, traced: GraphModel, pretrained: Pretraine
     """
     length = spec.data.max_length if spec.data else 128
     batch = example_batch(pretrained.model, spec.model.task, spec.train.batch_size, length)
-    cost = step_cost(traced, rewrite(traced, planned), batch, objective(spec.model.task))
+    cost = step_cost(traced, rewritten(spec, traced, planned), batch, objective(spec.model.task))
     raise_all(exceeded(spec.limits, planned, cost))
     return cost
+
+
+def rewritten(spec: Spec, traced: TracedModel, planned: Plan, chosen: dict[str, Tensor] | None = None) -> TunedModel:
+    """`rewrite` with a spec's seed and passes."""
+    passes = spec.train.passes
+    return rewrite(traced, planned, spec.train.seed, chosen, passes.off, passes.on)
 
 
 @dataclass
@@ -140,9 +152,9 @@ def run(spec: Spec, out: Path, resume: bool, overwrite: bool) -> None:
     found = plan_of(spec, whole=spec.limits.of_a_step)
     print_plan(found[0], console, tokens_of(spec), step_of(spec, *found) if spec.limits.of_a_step else None)
     job = prepare(spec)
-    traced = trace(job.pretrained.model, job.inputs)
+    traced = trace(job.pretrained.model, job.inputs, without=spec.train.passes.off)
     planned, chosen = choose(spec, job, traced, found[0], out if resume else None)
-    model = rewrite(traced, planned, spec.train.seed, chosen)
+    model = rewritten(spec, traced, planned, chosen)
 
     if overwrite:
         clear(out)
@@ -162,13 +174,21 @@ def run(spec: Spec, out: Path, resume: bool, overwrite: bool) -> None:
 
 
 def choose(
-    spec: Spec, job: Job, traced: GraphModel, planned: Plan, resumed: Path | None
+    spec: Spec, job: Job, traced: TracedModel, planned: Plan, resumed: Path | None
 ) -> tuple[Plan, dict[str, Tensor]]:
-    """What sparse methods tune: chosen on the training data, or as the run to resume chose it."""
-    if resumed and (chosen := resumed_choices(resumed / "checkpoints")) is not None:
-        sites = json.loads((resumed / "plan.json").read_text(encoding="utf-8"))["sites"]
-        selected = {step.name for group in pools(planned, *SELECTED) for step in group}
-        given = {step: sizes for site in sites for step, sizes in site["settled"].items() if step in selected}
+    """What schedules choose by the training data, or what the run to resume chose."""
+    if resumed and (choices := resumed_choices(resumed / "checkpoints")) is not None:
+        given, chosen = choices
+        if given is None:
+            # A checkpoint of a version that kept the sizes in plan.json alone.
+            choosing = {
+                name
+                for site in planned.sites
+                for name, one in site.schedules
+                if type(one).choose is not Schedule.choose
+            }
+            sites = json.loads((resumed / "plan.json").read_text(encoding="utf-8"))["sites"]
+            given = {step: sizes for site in sites for step, sizes in site["settled"].items() if step in choosing}
         return plan(traced, spec.rules, job.pretrained.new, spec.strict, given), chosen
     return allocate(traced, planned, job.train, job.collate, objective(spec.model.task))
 

@@ -13,12 +13,13 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from pipelines.cli import Settings, console, located
+from pipelines.console import Settings, Transforms, Without, console, located, overrides
 from pipelines.findings import Finding, findings, to_github, to_sarif, to_text
 from pipelines.train import model_key, plan_of, step_of, tokens_of
 from rewriter import Plan, Spec, SubspanError, load_rows, load_specs, print_plan
-from rewriter.cost import StepCost, site_cost
 from rewriter.errors import UnreachableError, reason
+from rewriter.passes.manager import check_names
+from rewriter.plan.cost import StepCost, site_cost
 from rewriter.spec import warned
 
 
@@ -42,6 +43,8 @@ class Format(StrEnum):
 def validate(
     specs: Annotated[list[Path], typer.Argument(help="Specs (YAML files), or folders of them.", show_default=False)],
     settings: Settings = None,
+    without: Without = None,
+    transforms: Transforms = None,
     level: Annotated[
         Level,
         typer.Option(
@@ -63,7 +66,7 @@ def validate(
     2 if one could not be checked, for example because its model can't be reached.
     """
     datasets.disable_progress_bars()
-    results = check_all(specs, settings or [], level, format)
+    results = check_all(specs, overrides(settings, without), level, format)
     found = [finding for result in results for finding in result["findings"]]
     if format is Format.json:
         print(json.dumps([_json(result) for result in results], indent=2, ensure_ascii=False))
@@ -91,10 +94,14 @@ def check_all(paths: list[Path], settings: list[str], level: Level, format: Form
             continue
         results += [{"file": str(file), "spec": spec, "plan": None, "findings": []} for spec in loaded]
     order = sorted(range(len(results)), key=lambda i: model_key(results[i]["spec"]) if results[i]["spec"] else "")
-    for i in order if level is not Level.schema else []:
+    for i in order:
         if (spec := results[i]["spec"]) is None:
             continue
         try:
+            with located(spec):
+                check_names(spec.train.passes.off, spec.train.passes.on)
+            if level is Level.schema:
+                continue
             results[i]["plan"], results[i]["step"] = check(spec, level)
             results[i]["findings"] = _warnings(spec, results[i]["plan"], results[i]["file"])
         except Exception as error:

@@ -1,25 +1,26 @@
 """Subspan, a compiler for parameter-efficient fine-tuning: a method is a matrix expression, the rest follows."""
 
-from .adapter import fingerprint, load_adapter, save_adapter
-from .allocate import Budget, allocate, settle
+from .adapters.store import fingerprint, load_adapter, save_adapter
 from .data import collator, encode, load_rows
 from .errors import SpecError, SubspanError
-from .merge import merge, merged_weights, rest
-from .onnx import export_onnx
+from .export.merge import merge, merged_weights, rest
+from .export.onnx import export_onnx
+from .export.verify import batches, differences, onnx_stage, torch_stage
+from .graph.traced import Inputs, TracedModel
 from .plan import Plan, Site, plan
 from .pretrained import Pretrained, example_inputs, for_onnx, load_model, load_processor, save_model
-from .report import print_plan, print_summary
-from .rewrite import rewrite, tuned_parameters
+from .report.table import print_plan, print_summary
+from .rewrite import rewrite
 from .spec import Rule, Spec, dump_spec, load_spec, load_specs
-from .trace import GraphModel, Inputs, trace
-from .transforms import METHODS, transform
-from .tune import tune
-from .verify import batches, differences, onnx_stage, torch_stage
+from .trace import trace
+from .training.schedules import Budget, allocate, settle
+from .training.tune import tune
+from .transforms import TRANSFORMS, transform
+from .tuned import TunedModel, tuned_parameters
 
 __all__ = [
-    "METHODS",
+    "TRANSFORMS",
     "Budget",
-    "GraphModel",
     "Inputs",
     "Plan",
     "Pretrained",
@@ -28,6 +29,8 @@ __all__ = [
     "Spec",
     "SpecError",
     "SubspanError",
+    "TracedModel",
+    "TunedModel",
     "allocate",
     "batches",
     "collator",

@@ -187,15 +187,15 @@ def label_reader(spec: Spec, rows: datasets.Dataset, labels: list[str]) -> Calla
     return read
 
 
-def check_length(spec: Spec, most: int | None) -> None:
-    """Refuse sequences of more than `most` tokens, a soft prompt's included.
+def check_length(spec: Spec, most: int | None, rows: int = 0) -> None:
+    """Refuse sequences of more than `most` tokens, together with `rows` that transforms put before them.
 
     Raises:
         SpecError: at `data.max_length`.
     """
-    if spec.data and most is not None and spec.data.max_length + spec.prompt_length > most:
-        prompt = f", {spec.prompt_length} of them the prompt's" if spec.prompt_length else ""
-        raise SpecError(f"the model takes at most {most} tokens{prompt}", ("data", "max_length"))
+    if spec.data and most is not None and spec.data.max_length + rows > most:
+        own = f", {rows} of them the transforms'" if rows else ""
+        raise SpecError(f"the model takes at most {most} tokens{own}", ("data", "max_length"))
 
 
 def encode(spec: Spec, rows: datasets.Dataset, processor: Any, labels: list[str]) -> datasets.Dataset:

@@ -54,18 +54,6 @@ class ManyErrors(SubspanError):
         self.errors = tuple(errors)
 
 
-class AdapterError(SubspanError):
-    """An adapter can't be read, or doesn't fit its base model."""
-
-
-class TrainingError(SubspanError):
-    """Training can't go on."""
-
-
-class VerificationError(SubspanError):
-    """Two stages that must agree do not."""
-
-
 def raise_all(errors: Sequence[SubspanError]) -> None:
     """Raise the errors together, one alone as it is; none, nothing."""
     if errors:

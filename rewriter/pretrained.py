@@ -15,9 +15,9 @@ from torch import nn
 from transformers.utils import logging as hf_logging
 
 from .errors import SpecError, SubspanError, UnreachableError, reason
+from .graph.traced import Inputs
 from .resources import is_local, resolve
 from .spec import Model, Spec
-from .trace import Inputs
 
 AUTO = {
     "sequence-classification": transformers.AutoModelForSequenceClassification,
@@ -101,8 +101,8 @@ def _shapes(written: Model, config: transformers.PreTrainedConfig) -> Pretrained
         model = AUTO[written.task].from_config(config, trust_remote_code=written.trust_remote_code)
     model = model.to(getattr(torch, written.dtype)).eval()
     headed = "classification" in written.task or written.task == "regression"
-    prefix = f"{model.base_model_prefix}."
-    new = frozenset(name for name, _ in model.named_parameters() if headed and not name.startswith(prefix))
+    base = f"{model.base_model_prefix}."
+    new = frozenset(name for name, _ in model.named_parameters() if headed and not name.startswith(base))
     return Pretrained(model, new, _labels(written, model))
 
 

@@ -1,11 +1,15 @@
 """Tiny random models of every architecture that the tests cover, with the weights that rules can target in each."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import transformers as hf
 
-from rewriter import Inputs, example_inputs
+from rewriter import Inputs, TracedModel, example_inputs, trace
+from rewriter.passes.base import Context
+from rewriter.passes.manager import run
+from rewriter.passes.pipelines import PASSES
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 BERT = {**SMALL, "max_position_embeddings": 64}
@@ -114,6 +118,30 @@ def build(name: str, dtype: torch.dtype = torch.float64, meta: bool = False) -> 
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.data += 0.2 * noise.to(dtype)
     return model, example_inputs(model, one.task)
+
+
+@cache
+def raw(name: str) -> tuple[hf.PreTrainedModel, Inputs, TracedModel]:
+    """A tiny model, its inputs and its graphs as they were traced, no pass run; one for all tests of a process."""
+    model, inputs = build(name, torch.float32 if name == "mixtral" else torch.float64)  # grouped_mm has no float64.
+    return model, inputs, trace(model, inputs, without=[one.name for one in PASSES if "trace" in one.stages])
+
+
+def cleaned(name: str, without: tuple[str, ...] = ()) -> TracedModel:
+    """`raw`, with the passes that follow a trace, less some."""
+    traced = raw(name)[2].clone()
+    for mode, graph in traced.graphs.items():
+        traced.graphs[mode] = run(graph, "trace", Context(mode), without)
+    return traced
+
+
+@cache
+def traced(name: str) -> tuple[hf.PreTrainedModel, Inputs, TracedModel]:
+    """A tiny model, its inputs, and what `trace` makes of it; one for all tests of a process."""
+    model, inputs, _ = raw(name)
+    graph = cleaned(name)
+    graph.recompile()
+    return model, inputs, graph
 
 
 def inputs_of(name: str, inputs: Inputs, batch: int, length: int, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -11,10 +11,11 @@ import torch
 import yaml
 from torch import nn
 
-from rewriter import METHODS, Spec
+from rewriter import TRANSFORMS, Spec
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+AUTHORS = (ROOT / "docs" / "transforms.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -25,15 +26,16 @@ def test_the_spec_is_the_quickstart():
     Spec.model_validate(shown)
 
 
-def test_the_table_has_every_method():
-    table = README[README.index("## Methods") : README.index("### A new method")]
-    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(METHODS)
+def test_the_tables_have_every_method():
+    table = (ROOT / "docs" / "expressions.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(TRANSFORMS)
+    assert f"{len(TRANSFORMS)} methods" in README
 
 
 def test_a_new_method_is_one_file(tmp_path):
     """In a copy of the package: no other file knows of it."""
     shutil.copytree(ROOT / "rewriter", tmp_path / "rewriter", ignore=shutil.ignore_patterns("__pycache__"))
-    (diff,) = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)
+    (diff,) = re.findall(r"```diff\n(.*?)```", AUTHORS, re.DOTALL)
     assert len(diff.splitlines()) <= 20
     (tmp_path / "new.diff").write_text(diff)
     subprocess.run(["git", "apply", "new.diff"], cwd=tmp_path, check=True)
@@ -84,3 +86,30 @@ def test_the_library(tmp_path, monkeypatch):
     assert not torch.allclose(expected, model(x))
     exec(loop.partition("\n")[2], space)
     torch.testing.assert_close(model(x), expected)
+
+
+def test_the_schedule_that_is_shown(tmp_path):
+    """Of 2 x 4 columns half are left, the same ones that the tuned graph had."""
+    (code,) = re.findall(r"```python\n(.*?)```", AUTHORS, re.DOTALL)
+    (tmp_path / "halved.py").write_text(code)
+    script = f"""
+import torch
+from rewriter import TRANSFORMS, Budget, Inputs, Rule, plan, rewrite, settle, trace, tuned_parameters
+TRANSFORMS.load_file({str(tmp_path / "halved.py")!r})
+model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Tanh(), torch.nn.Linear(6, 6)).double()
+graph = trace(model, Inputs(args=(torch.zeros(3, 6, dtype=torch.float64),), dynamic={{0: {{0: "batch"}}}}))
+tuned = rewrite(graph, plan(graph, [Rule(target="*.weight", apply=[{{"halved_lora": {{"rank": 4}}}}])]))
+budget, optimiser = Budget(tuned), torch.optim.AdamW(tuned_parameters(tuned).values(), lr=0.1)
+x = torch.randn(5, 6, dtype=torch.float64)
+for step in range(1, 7):
+    optimiser.zero_grad()
+    tuned.train()(x).square().sum().backward()
+    budget.before_step()
+    optimiser.step()
+    budget.after_step(step, 6, optimiser)
+settled = settle(tuned, budget)
+assert sum(sizes["rank"] for sizes in settled.plan.given.values()) == 4, settled.plan.given
+torch.testing.assert_close(settled.eval()(x), tuned.eval()(x))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

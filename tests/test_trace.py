@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rewriter import Inputs, Rule, SubspanError, plan, rewrite, trace, tuned_parameters
-from rewriter.trace import assign
+from rewriter.graph.traced import assign
 from tests.architectures import build, inputs_of
 
 

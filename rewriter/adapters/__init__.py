@@ -1,0 +1,1 @@
+"""Adapters: the tuned tensors in files, with a manifest."""

@@ -1,0 +1,215 @@
+"""The adapter: the tuned tensors with a manifest that ties them to the base weights they were tuned for."""
+
+import hashlib
+import json
+import platform
+import warnings
+from collections.abc import Collection
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ..errors import SubspanError
+from ..files import aside, load_into, load_tensors, save_tensors
+from ..graph.traced import TracedModel, assign
+from ..plan import Plan, plan
+from ..rewrite import rewrite
+from ..spec import Rule, Spec
+from ..transforms import TRANSFORMS
+from ..tuned import TunedModel, chosen_tensors, tuned_parameters
+
+FORMAT = 1
+TENSORS, MANIFEST = "adapter.safetensors", "adapter.json"
+BASE = "base."
+
+
+def fingerprint(model: TracedModel, new: tuple[str, ...] = ()) -> str:
+    """SHA-256 over names, types, shapes and bytes of the frozen parameters; newly made ones apart, tied ones once."""
+    digest = hashlib.sha256()
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for name in sorted(set(model.aliases.values()) - set(new)):
+        tensor = named[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _random(plan: Plan) -> list[str]:
+    """Newly made parameters whose start value is still part of the result."""
+    replaced = {site.place for site in plan.sites if site.layout and site.replaces}
+    return [name for name in plan.new if name not in replaced]
+
+
+def _tensors(model: TunedModel) -> dict[str, torch.Tensor]:
+    base = dict(model.named_parameters(remove_duplicate=False))
+    return tuned_parameters(model) | chosen_tensors(model) | {BASE + name: base[name] for name in _random(model.plan)}
+
+
+def save_adapter(
+    model: TunedModel, folder: str | Path, spec: Spec | None = None, metrics: dict[str, Any] | None = None
+) -> None:
+    """Write `adapter.safetensors` and `adapter.json` into `folder`, whole or not at all.
+
+    The tensors are the tuned ones with what was chosen (indices of entries), and the start values of newly made
+    parameters that are still a part of the result.
+
+    Args:
+        model: from `rewrite`.
+        spec: the whole spec, for the manifest; without it the rules alone are written.
+        metrics: written into the manifest.
+
+    Raises:
+        OSError: no space, no permission.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    plan = model.plan
+    tensors = _tensors(model)
+    manifest = {
+        "format": FORMAT,
+        "base": fingerprint(model, plan.new),
+        "new": list(plan.new),
+        "given": plan.given,
+        "transforms": origins(plan),
+        "rules": [rule.model_dump(mode="json", by_alias=True) for rule in plan.rules],
+        "spec": spec.model_dump(mode="json", by_alias=True) if spec else None,
+        "trainable_parameters": plan.trainable_parameters,
+        "head_parameters": plan.head_parameters,
+        "metrics": metrics or {},
+        "versions": _versions(),
+    }
+    with aside(folder) as (place,):
+        place.mkdir()
+        save_tensors(tensors, place / TENSORS)
+        (place / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def origins(plan: Plan) -> dict[str, dict[str, str]]:
+    """Name of a transform -> the package, or file, that it comes from, and its version."""
+    used = {one.name: one.origin for rule in plan.rules for one, _ in rule.chain if one.origin}
+    return {name: {"package": origin.package, "version": origin.version} for name, origin in used.items()}
+
+
+def check_transforms(folder: str | Path) -> None:
+    """Refuse an adapter of transforms that are not here.
+
+    Raises:
+        SubspanError: with the package, or the file, that they came from; or as `read_manifest`.
+    """
+    file = Path(folder) / MANIFEST
+    check_origins(file, _json(file).get("transforms", {}))
+
+
+def check_origins(file: Path, written: Any) -> None:
+    """Refuse what was tuned with transforms that are not here, or are others than here; of another version, warn.
+
+    Args:
+        file: that says so.
+        written: as `origins` gives it.
+
+    Raises:
+        SubspanError: as `check_transforms`.
+    """
+    if not isinstance(written, dict) or not all(isinstance(origin, dict) for origin in written.values()):
+        raise SubspanError(f"{file}: not an adapter's manifest (transforms)")
+    for name, origin in written.items():
+        here = TRANSFORMS[name].origin if name in TRANSFORMS else None
+        if here and here.package != "subspan" and asdict(here) != origin:
+            text = f"{name!r} of {origin.get('package')} {origin.get('version')}"
+            if here.version.startswith("sha256:"):
+                raise SubspanError(f"{file}: tuned with {text}, but here it is {here}: give the file it was tuned with")
+            warnings.warn(f"{file}: tuned with {text}, here it is {here}", stacklevel=3)
+        if name not in TRANSFORMS:
+            package, number = str(origin.get("package")), str(origin.get("version"))
+            way = f"give --transforms {package}" if number.startswith("sha256:") else f"pip install {package}=={number}"
+            broken = TRANSFORMS.broken.get(package)
+            why = f", which can't be loaded: {broken}" if broken else f", which is not here: {way}"
+            raise SubspanError(f"{file}: tuned with {name!r} of {package} {number}{why}")
+
+
+def _versions() -> dict[str, str]:
+    try:
+        own = version("subspan")
+    except PackageNotFoundError:
+        own = "unknown"
+    libraries = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {"subspan": own, "python": platform.python_version(), **libraries}
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """`adapter.json` of an adapter.
+
+    Raises:
+        SubspanError: it is missing, broken, or of another format.
+    """
+    file = Path(folder) / MANIFEST
+    manifest = _json(file)
+    try:
+        if manifest["format"] != FORMAT:
+            raise SubspanError(f"{file}: format {manifest['format']}, this version reads {FORMAT}")
+        check_transforms(folder)
+        manifest["rules"] = [Rule.model_validate(rule) for rule in manifest["rules"]]
+        given = manifest.get("given", {}).items()
+        manifest["given"] = {step: {key: int(value) for key, value in sizes.items()} for step, sizes in given}
+        manifest["base"], manifest["new"] = str(manifest["base"]), [str(name) for name in manifest["new"]]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise SubspanError(f"{file}: not an adapter's manifest ({str(error).splitlines()[0]})") from None
+    return manifest
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SubspanError(f"{file}: no such file; is training finished?") from None
+    except json.JSONDecodeError as error:
+        raise SubspanError(f"{file}:{error.lineno}:{error.colno}: broken JSON: {error.msg}") from None
+    if not isinstance(data, dict):
+        raise SubspanError(f"{file}: not an adapter's manifest")
+    return data
+
+
+def load_adapter(
+    model: TracedModel,
+    folder: str | Path,
+    name: str = "",
+    without: Collection[str] = (),
+    also: Collection[str] = (),
+) -> TunedModel:
+    """Rewrite a traced model by an adapter's rules and load its tensors.
+
+    Args:
+        model: a traced model with the base weights the adapter was tuned for, or a tuned one, which then holds this
+            adapter too and uses it.
+        name: of the adapter in a tuned model.
+        without, also: passes, as of `rewrite`.
+
+    Raises:
+        SubspanError: the adapter is missing or truncated, made for other base weights, or of transforms that are not
+            here; the name is taken.
+    """
+    if isinstance(model, TunedModel):
+        model.hold(name, load_adapter(model.base, folder, without=without, also=also))
+        model.use(name)
+        return model
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    new = tuple(manifest["new"])
+    if fingerprint(model, new) != manifest["base"]:
+        raise SubspanError(f"{folder / MANIFEST}: tuned for other base weights than this model has")
+    found = plan(model, manifest["rules"], new, given=manifest["given"])
+    stored = load_tensors(folder / TENSORS)
+    if random := _random(found):
+        model = model.clone()
+        assign(model, {name: stored[BASE + name] for name in random if BASE + name in stored})
+    # Only so that nothing has to be chosen again; what the file holds is checked and loaded below.
+    chosen = {
+        leaf.name: torch.zeros(leaf.shape) for site in found.sites for leaf in site.leaves if leaf.role == "chosen"
+    }
+    tuned = rewrite(model, found, values=chosen, without=without, also=also)
+    load_into(_tensors(tuned), folder / TENSORS)
+    return tuned

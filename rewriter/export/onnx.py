@@ -1,0 +1,119 @@
+"""ONNX: a plain module becomes one file with named, dynamic inputs and outputs."""
+
+import contextlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import onnx
+import torch
+from torch import nn
+
+from ..errors import SubspanError, reason
+from ..graph.traced import Inputs
+from ..passes.base import Context
+from ..passes.manager import run
+from ..trace import capture
+
+_LIMIT = 2_000_000_000
+
+
+def export_onnx(
+    module: nn.Module,
+    inputs: Inputs,
+    file: str | Path,
+    opset: int = 18,
+    metadata: dict[str, object] | None = None,
+    without: Collection[str] = (),
+) -> None:
+    """Write a module, in eval mode, as ONNX; weights of more than 2 GB lie beside it in `<file>.data`.
+
+    Inputs have the names of the module's parameters and outputs the names of its output's fields (`output_<i>` where it
+    has none); dynamic dimensions have the names given in `inputs.dynamic`.
+
+    Args:
+        module: any module that `torch.export` traces.
+        inputs: examples and dynamic dimensions.
+        file: to write.
+        opset: ONNX operator set, 18 or later.
+        metadata: kept in the model's metadata; what is not text, as JSON.
+        without: names of passes to leave out.
+
+    Raises:
+        SubspanError: the module can't be traced, or uses what ONNX can't express.
+        OSError: no space, no permission.
+    """
+    program = capture(module, inputs)
+    run(program.graph_module.graph, "export", Context("eval"), without)
+    program.graph_module.recompile()
+    with _quiet():
+        try:
+            made = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=opset,
+                input_names=list(program.graph_signature.user_inputs),
+                output_names=_names(program.call_spec.out_spec),
+                optimize=True,
+                verbose=False,
+            )
+        except Exception as error:
+            raise SubspanError(f"can't export to ONNX: {reason(error.__cause__ or error)}") from error
+    found = made.model.opset_imports.get("", 0)
+    if found != opset:
+        raise SubspanError(
+            f"the exporter can't write opset {opset} for this model; it wrote {found}: set export.onnx.opset"
+        )
+    proto = made.model_proto
+    _rename(proto.graph, inputs)
+    for key, value in (metadata or {}).items():
+        proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
+    file = Path(file)
+    large = proto.ByteSize() > _LIMIT
+    onnx.save(proto, file, save_as_external_data=large, location=f"{file.name}.data" if large else None)
+
+
+def _names(spec: torch.utils._pytree.TreeSpec) -> list[str]:
+    """Names of an output's leaves: keys of the outermost mapping, numbered where a key holds several."""
+    keys = spec.context if isinstance(spec.context, list | tuple) and spec.type not in (list, tuple) else None
+    if keys and isinstance(keys[0], list | tuple):
+        keys = keys[0]
+    names = []
+    for i, child in enumerate(spec.children() if not spec.is_leaf() else [spec]):
+        key = str(keys[i]) if keys else f"output_{i}"
+        count = child.num_leaves
+        names += [key] if count == 1 else [f"{key}_{k}" for k in range(count)]
+    return names
+
+
+def _rename(graph: onnx.GraphProto, inputs: Inputs) -> None:
+    """Call the dynamic dimensions by the names given, wherever the exporter's symbols stand."""
+    symbols = {}
+    by_key = dict(enumerate(graph.input)) | {value.name: value for value in graph.input}
+    for key, axes in inputs.dynamic.items():
+        for dim, name in axes.items():
+            if symbol := by_key[key].type.tensor_type.shape.dim[dim].dim_param:
+                symbols[symbol] = name
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in symbols:
+                dim.dim_param = symbols[dim.dim_param]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter reports its steps; what fails comes as an exception."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

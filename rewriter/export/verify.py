@@ -1,0 +1,107 @@
+"""Verify: the same inputs through every stage from the tuned graph to ONNX Runtime, and the largest difference."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from ..graph.traced import Inputs
+
+Stage = Callable[[dict[str, Tensor]], list[np.ndarray]]
+BATCHES, LENGTHS = (1, 2, 5), (3, 16, 33)
+
+
+def batches(inputs: Inputs, vocabulary: int, longest: int | None = None, seed: int = 0) -> Iterator[dict[str, Tensor]]:
+    """Random inputs of several batch sizes and lengths; rows of different lengths are padded on the right.
+
+    Args:
+        inputs: examples; integers become token ids below `vocabulary`, `attention_mask` marks the padding.
+        vocabulary: number of token ids.
+        longest: longest sequence that the model takes.
+        seed: of the generator.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    lengths = sorted({min(n, longest or n) for n in LENGTHS})
+    sequences = any("sequence" in axes.values() for axes in inputs.dynamic.values())
+    for size in BATCHES:
+        for length in lengths if sequences else lengths[:1]:
+            sizes = {"batch": size, "sequence": length, "decoder_sequence": max(2, length // 2 + 1)}
+            real = torch.randint(1, length + 1, (size,), generator=generator)
+            real[0] = length
+            mask = (torch.arange(length)[None, :] < real[:, None]).long()
+            yield {
+                name: _fill(name, example, inputs.dynamic.get(name, {}), sizes, mask, vocabulary, generator)
+                for name, example in inputs.kwargs.items()
+            }
+
+
+def _fill(
+    name: str,
+    example: Tensor,
+    axes: Mapping[int, str],
+    sizes: dict[str, int],
+    mask: Tensor,
+    vocabulary: int,
+    generator: torch.Generator,
+) -> Tensor:
+    shape = [sizes.get(axes.get(dim), size) for dim, size in enumerate(example.shape)]
+    if name == "attention_mask":
+        return mask
+    if name == "token_type_ids":
+        return torch.randint(2, shape, generator=generator)
+    if example.is_floating_point():
+        return torch.randn(shape, generator=generator).to(example.dtype)
+    return torch.randint(vocabulary, shape, generator=generator)
+
+
+def torch_stage(module: nn.Module) -> Stage:
+    """The outputs of a module in eval mode, on the device of its parameters, as float32 arrays."""
+    device = next(module.parameters()).device
+    module = module.eval()
+
+    @torch.no_grad()
+    def run(batch: dict[str, Tensor]) -> list[np.ndarray]:
+        out = module(**{name: value.to(device) for name, value in batch.items()})
+        return [value.float().cpu().numpy() for value in pytree.tree_leaves(out) if isinstance(value, Tensor)]
+
+    return run
+
+
+def onnx_stage(file: str | Path) -> Stage:
+    """The outputs of an ONNX file under ONNX Runtime on the CPU."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    names = {value.name for value in session.get_inputs()}
+
+    def run(batch: dict[str, Tensor]) -> list[np.ndarray]:
+        feed = {name: value.numpy() for name, value in batch.items() if name in names}
+        return [np.asarray(value, dtype=np.float32) for value in session.run(None, feed)]
+
+    return run
+
+
+def differences(
+    reference: Stage, stages: Mapping[str, Stage], batches: Iterable[dict[str, Tensor]]
+) -> dict[str, float]:
+    """Largest absolute difference of any output of each stage to the reference.
+
+    It is infinite where an output is not finite or has another shape.
+    """
+    worst = dict.fromkeys(stages, 0.0)
+    for batch in batches:
+        expected = reference(batch)
+        for name, stage in stages.items():
+            found = stage(batch)
+            if [x.shape for x in found] != [x.shape for x in expected]:
+                largest = np.inf
+            else:
+                # np.max, since max() can lose a NaN.
+                with np.errstate(invalid="ignore"):
+                    largest = np.max([np.abs(a - b).max() for a, b in zip(found, expected, strict=True)])
+            worst[name] = float(max(worst[name], largest if np.isfinite(largest) else np.inf))
+    return worst

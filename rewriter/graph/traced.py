@@ -1,0 +1,181 @@
+"""Traced models: one set of weights under their own names, with graphs over them by name."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx, nn
+from torch.export import Dim
+
+from ..errors import SubspanError
+
+
+@dataclass
+class Inputs:
+    """Example inputs of a module and which of their dimensions vary.
+
+    Attributes:
+        args, kwargs: tensors, as the module's forward takes them.
+        dynamic: for each input (position or keyword), {dimension: name}, e.g. {"input_ids": {0: "batch"}}.
+            Inputs left out have fixed shapes. Sizes of different names must differ in the examples.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    dynamic: Mapping[int | str, Mapping[int, str]] = field(default_factory=dict)
+
+    def shapes(self) -> tuple[Any, ...] | dict[str, Any]:
+        """The `dynamic_shapes` of torch.export."""
+        marks = {key: {dim: Dim.DYNAMIC for dim in dims} for key, dims in self.dynamic.items()}
+        return tuple(marks.get(i) for i in range(len(self.args))), {k: marks.get(k) for k in self.kwargs}
+
+    def to(self, device: torch.device | str) -> "Inputs":
+        """The same examples on another device."""
+        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), (self.args, self.kwargs))
+        return Inputs(args, kwargs, self.dynamic)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How a graph's flat inputs and outputs are nested, as the module takes and returns them."""
+
+    inputs: pytree.TreeSpec
+    outputs: pytree.TreeSpec
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the keyword inputs, in order."""
+        return list(self.inputs.child(1).context)
+
+
+class Lowered(dict):
+    """What was traced for one model, by graph; a copy of the model starts with nothing."""
+
+    def __deepcopy__(self, memo: dict) -> "Lowered":
+        return Lowered()
+
+
+class TracedModel(nn.Module):
+    """A traced module. It holds every parameter and buffer once, under its own name, and graphs that read them.
+
+    Attributes:
+        graphs: name -> graph; `train` and `eval` are what `forward` runs. Call `recompile` after changing one.
+        signatures: name -> nesting of that graph's inputs and outputs.
+        aliases: parameter name -> the first name of the same tensor, for tied weights.
+        tied: first name -> all names, where there is more than one.
+        lowered: graph's name -> what rewrites of this model have traced, for the next one.
+    """
+
+    def __init__(self, graphs: dict[str, fx.Graph], signatures: dict[str, Signature], aliases: dict[str, str]):
+        super().__init__()
+        self.graphs, self.signatures, self.aliases = graphs, signatures, aliases
+        self.lowered = Lowered()
+        self._forwards: dict[str, Any] = {}
+
+    @property
+    def tied(self) -> dict[str, list[str]]:
+        names: dict[str, list[str]] = {}
+        for name, first in self.aliases.items():
+            names.setdefault(first, []).append(name)
+        return {first: all_names for first, all_names in names.items() if len(all_names) > 1}
+
+    @property
+    def input_names(self) -> list[str]:
+        """Names of the keyword inputs, in order."""
+        return next(iter(self.signatures.values())).names
+
+    def add(self, name: str, tensor: torch.Tensor, persistent: bool = True) -> None:
+        """Register a parameter or buffer under a dotted name."""
+        *path, last = name.split(".")
+        module: nn.Module = self
+        for part in path:
+            children = dict(module.named_children())
+            if part not in children:
+                children[part] = nn.Module()
+                module.add_module(part, children[part])
+            module = children[part]
+        if isinstance(tensor, nn.Parameter):
+            module.register_parameter(last, tensor)
+        else:
+            module.register_buffer(last, tensor, persistent=persistent)
+
+    def share(self, other: "TracedModel") -> None:
+        """Register another model's parameters and buffers here too: new parameters over the same memory."""
+        seen: dict[int, nn.Parameter] = {}
+        for name, p in other.named_parameters(remove_duplicate=False):
+            self.add(name, seen.setdefault(id(p), nn.Parameter(p.detach(), requires_grad=p.requires_grad)))
+        persistent = other.state_dict().keys()
+        for name, b in other.named_buffers(remove_duplicate=False):
+            self.add(name, b, persistent=name in persistent)
+
+    def recompile(self) -> None:
+        """Generate the forwards of all graphs anew."""
+        for name, graph in self.graphs.items():
+            graph.lint()
+            self._forwards[name] = type(fx.GraphModule(self, graph)).forward
+            graph.owning_module = None  # It is this module's, whose tensors may change.
+
+    def clone(self, *names: str) -> Self:
+        """Copies of the graphs (or of the named ones) over the same tensors; call `recompile` before use."""
+        other = self._with({name: copy_graph(self.graphs[name]) for name in names or self.graphs})
+        other.share(self)
+        other.train(self.training)
+        return other
+
+    def _with(self, graphs: dict[str, fx.Graph]) -> Self:
+        """A model like this one with other graphs and no tensors yet."""
+        other = TracedModel(graphs, dict(self.signatures), dict(self.aliases))
+        other.lowered = self.lowered
+        return other
+
+    def run(self, name: str, *args, **kwargs) -> Any:
+        """Run a graph by its name, with the inputs it was traced with.
+
+        Raises:
+            TypeError: inputs of other names.
+            SubspanError: there is no such graph.
+        """
+        out = self._flat(name, args, kwargs)
+        return pytree.tree_unflatten(out, self.signatures[name].outputs)
+
+    def _flat(self, name: str, args: tuple, kwargs: dict[str, Any]) -> list[Any]:
+        if name not in self._forwards:
+            raise SubspanError(f"no {name} graph was traced, only {', '.join(self._forwards)}")
+        names = self.signatures[name].names
+        if kwargs and list(kwargs) != names:
+            wrong = sorted(set(kwargs) ^ set(names))
+            if wrong:
+                raise TypeError(f"inputs differ from the traced ones {names}: {wrong}")
+            kwargs = {name: kwargs[name] for name in names}
+        return list(self._forwards[name](self, *pytree.tree_leaves((args, kwargs))))
+
+    def forward(self, *args, **kwargs):
+        """As the traced module's forward, with the inputs it was traced with."""
+        return self.run("train" if self.training else "eval", *args, **kwargs)
+
+
+def assign(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Put new parameters in the place of the named ones and of all tied to them; the old tensors stay as they were.
+
+    Args:
+        values: name -> tensor of the parameter's shape; it is cast to the parameter's type and device.
+    """
+    named = dict(module.named_parameters(remove_duplicate=False))
+    for name, value in values.items():
+        old = named[name]
+        new = nn.Parameter(value.detach().to(old.device, old.dtype).clone(), requires_grad=old.requires_grad)
+        for alias in (alias for alias, parameter in named.items() if parameter is old):
+            path, _, last = alias.rpartition(".")
+            module.get_submodule(path).register_parameter(last, new)
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy that keeps the nodes' meta."""
+    new = fx.Graph()
+    output = new.graph_copy(graph, {}, return_output_node=True)
+    value, old = output
+    new.output(value).meta = copy.copy(old.meta)
+    return new

@@ -1,0 +1,15 @@
+"""DEFT: a subspace of the outputs is taken away and filled anew."""
+
+from rewriter.algebra import Dense, Identity, Operator
+from rewriter.methods.lora import scaled
+from rewriter.transforms import Alpha, Rank, Scope, normal, transform
+
+
+@transform("combination")
+def deft(w: Operator, site: Scope, *, rank: Rank, alpha: Alpha = None) -> Operator:
+    """W (I - relu(P) Pt) + s R Pt, P (m, r) and R (n, r); P = 0.02 normal and s R = W relu(P) at the start.
+    arXiv 2509.22793"""
+    s, p = scaled(site, rank, alpha), site.tuned("p", (site.m, rank), normal(0.02))
+    right, pt = Dense(p.relu()), Dense(p.transpose(-2, -1))
+    r = Dense(site.tuned("r", (site.n, rank), w.dense() @ p.relu() / s))
+    return w @ (Identity() - right @ pt) + s * (r @ pt)

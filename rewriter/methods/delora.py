@@ -1,0 +1,17 @@
+"""DeLoRA: a low-rank term of bounded length."""
+
+import torch
+
+from rewriter.algebra import Dense, Diag, Operator
+from rewriter.transforms import Positive, Rank, Scope, kaiming_uniform, transform
+
+
+@transform("extension")
+def delora(w: Operator, site: Scope, *, rank: Rank, bound: Positive = 1.0) -> Operator:
+    """W + c / r Diag(row_norm(W)) A Diag(1 / (norm(a_i) norm(b_i))) B; A Kaiming-uniform, B = 0, c = `bound`.
+    arXiv 2503.18225"""
+    a = site.tuned("a", (site.n, rank), kaiming_uniform)
+    b = site.tuned("b", (rank, site.m), 0.0)
+    lengths = torch.linalg.vector_norm(a, dim=-2).clamp_min(1e-4) * torch.linalg.vector_norm(b, dim=-1).clamp_min(1e-4)
+    rows = torch.linalg.vector_norm(w.dense(), dim=-1).detach()
+    return w + site.tuned("c", (1, 1), bound) * (Diag(rows) @ Dense(a) @ Diag(1 / (rank * lengths)) @ Dense(b))

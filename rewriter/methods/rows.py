@@ -1,0 +1,72 @@
+"""Rows before the sequence: prefixes on keys and values, prompts before the embeddings. (13)(14)"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rewriter.algebra import Affine, Dense, Operator, Pointwise, Prepend
+from rewriter.methods.bottlenecks import pa
+from rewriter.transforms import (
+    Alpha,
+    HiddenWidth,
+    Length,
+    Pool,
+    Rank,
+    Schedule,
+    Scope,
+    kaiming_uniform,
+    normal,
+    transform,
+)
+
+
+def _made(e: Tensor, a: Tensor, a_bias: Tensor, b: Tensor, b_bias: Tensor) -> Tensor:
+    """tanh(E A + a) B + b."""
+    return (Affine(Dense(a), a_bias) @ Pointwise("tanh") @ Affine(Dense(b), b_bias)).apply(e)
+
+
+@dataclass(frozen=True)
+class Fold(Schedule):
+    """What the MLP makes is all that stays of it."""
+
+    def settle(self, pool: Pool) -> None:
+        for one in pool:
+            one.sizes["folded"] = 1
+            one.values["p"] = _made(*(one[leaf].detach() for leaf in ("e", "a", "a_bias", "b", "b_bias")))
+
+
+@transform("reconstruction", on=("keys", "values"))
+def prefix(w: Operator, site: Scope, *, length: Length, hidden: HiddenWidth = None) -> Operator:
+    """concat(P, xW) on keys and on values, P small and random at the start. (13)(14), ref. 56
+
+    With `hidden`, P = tanh(E A + a) B + b while tuning, an MLP of that width; the adapter keeps P alone.
+    """
+    if hidden is None or site.size("folded", 0):
+        return Prepend(site.tuned("p", (length, site.m), normal(0.02)), w)
+    site.schedule(Fold())
+    a, a_bias = site.tuned("a", (site.m, hidden), kaiming_uniform), site.tuned("a_bias", hidden, 0.0)
+    b, b_bias = site.tuned("b", (hidden, site.m), kaiming_uniform), site.tuned("b_bias", site.m, 0.0)
+    return Prepend(_made(site.tuned("e", (length, site.m), normal(1.0)), a, a_bias, b, b_bias), w)
+
+
+@transform("reconstruction", on=("embeddings",))
+def prompt(w: Operator, site: Scope, *, length: Length) -> Operator:
+    """concat(P, embeddings), P rows of the vocabulary at the start. (13)(14), ref. 27"""
+
+    def rows(shape, generator):
+        base = w
+        while isinstance(base, Prepend):
+            base = base.operand
+        table = base.dense()
+        return table[torch.randint(len(table), shape[:1], generator=generator).to(table.device)]
+
+    return Prepend(site.tuned("p", (length, site.m), rows), w)
+
+
+@transform("combination", on=("keys", "values", "feed_forward"))
+def mam(w: Operator, site: Scope, *, length: Length, rank: Rank, alpha: Alpha = None) -> Operator:
+    """`prefix` on the attention and `pa` beside the feed-forward of a layer. Ref. 18"""
+    if site.kind == "feed_forward":
+        return pa(w, site, rank=rank, alpha=alpha)
+    return prefix(w, site, length=length)

@@ -1,0 +1,28 @@
+"""Super-Tuning: the entries of largest magnitude; with a rank, a low-rank term beside them."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from rewriter.algebra import Dense, Operator
+from rewriter.methods.lora import scaled
+from rewriter.methods.masks import entries, patched
+from rewriter.transforms import Alpha, AtMost, Density, Scope, kaiming_uniform, transform
+
+Beside = Annotated[
+    int | None, Field(ge=1, description="rank of the term beside the entries; none by default"), AtMost(min)
+]
+
+
+@transform("reconstruction")
+def super_tuning(
+    w: Operator, site: Scope, *, density: Density = 0.005, rank: Beside = None, alpha: Alpha = None
+) -> Operator:
+    """W + Sparse(D), the entries of largest magnitude in each weight, + s A B with a `rank`; D = B = 0.
+    arXiv 2607.09287"""
+    k = entries(site, density)
+    tuned = patched(w, site, k, lambda shape, _: w.dense().flatten(-2).abs().topk(k).indices)
+    if rank is None:
+        return tuned
+    a = Dense(site.tuned("a", (site.n, rank), kaiming_uniform))
+    return tuned + scaled(site, rank, alpha) * (a @ Dense(site.tuned("b", (rank, site.m), 0.0)))

@@ -1,0 +1,99 @@
+"""What every pass is: its signature, and what it may know beside the graph."""
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from ..plan import Plan
+
+# Key of an output node's meta: names of the penalties that follow the module's own outputs.
+PENALTIES = "penalties"
+# Key of a node's meta: the label of the site that the node was inserted for.
+SITE = "subspan"
+# Of the names of inserted tensors.
+PREFIX = "subspan."
+
+Stage = Literal["trace", "rewrite", "export"]
+Numerics = Literal["inserting", "preserving", "changing"]
+
+
+@dataclass
+class Context:
+    """What a pass may know beside the graph.
+
+    Attributes:
+        mode: name of the graph, `train` or `eval`.
+        plan: the sites; None before there is a plan.
+        tied: first name -> all names of a tied weight.
+        dtypes: parameter name -> storage type; wider tuned tensors are cast to it.
+        penalties: what inserted expressions add to the loss: (name, scalar node).
+        lowered: expressions that were traced already, and shapes of ops; may be kept from rewrite to rewrite.
+    """
+
+    mode: str
+    plan: Plan | None = None
+    tied: Mapping[str, list[str]] = field(default_factory=dict)
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    penalties: list[tuple[str, fx.Node]] = field(default_factory=list)
+    lowered: dict[Hashable, Any] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Storage type of the model: of its first parameter."""
+        return next(iter(self.dtypes.values()))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass in the list.
+
+    Attributes:
+        function: (graph, context) -> graph; it may change the graph in place.
+        stages: when it runs: after a trace, in a rewrite, before an export.
+        numerics: "inserting" puts in what the plan says and can't be left out; "preserving" leaves outputs and
+            gradients as they are, up to rounding; "changing" does not, and runs only where it is asked for.
+    """
+
+    function: Callable[[fx.Graph, Context], fx.Graph]
+    stages: tuple[Stage, ...]
+    numerics: Numerics = "preserving"
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+    @property
+    def doc(self) -> str:
+        """Its docstring's first line."""
+        return (self.function.__doc__ or "").strip().splitlines()[0].rstrip(".")
+
+
+def inserted(node: fx.Node) -> bool:
+    """Whether a node was inserted for a site."""
+    return SITE in node.meta
+
+
+def described(value: Any) -> Hashable:
+    """Equal for fake tensors of one type and of shapes that are equal as expressions; other values by their text."""
+    return (tuple(map(str, value.shape)), value.dtype) if isinstance(value, torch.Tensor) else str(value)
+
+
+def add_node(graph: fx.Graph, context: Context, like: fx.Node, target: Callable, *args: Any, **kwargs: Any) -> fx.Node:
+    """A call of an op at the insertion point, with its shape, as part of the module and the site of another node."""
+    node = graph.call_function(target, args, kwargs)
+    node.meta = {key: like.meta[key] for key in ("nn_module_stack", SITE) if key in like.meta}
+    node.meta["val"] = value_of(node, context)
+    return node
+
+
+def value_of(node: fx.Node, context: Context) -> Any:
+    """What a call gives on the fake tensors of its inputs; computed once for inputs of equal shapes."""
+    call = node.args, node.kwargs
+    key = (node.target, str(fx.map_arg(call, lambda one: described(one.meta["val"]))))
+    if key not in context.lowered:
+        args, kwargs = fx.map_arg(call, lambda one: one.meta["val"])
+        context.lowered[key] = node.target(*args, **kwargs)
+    return context.lowered[key]

@@ -1,0 +1,1 @@
+"""Passes that fuse: the same numbers from fewer or cheaper ops."""

@@ -1,0 +1,1 @@
+"""Passes that insert: what a plan says, as nodes."""

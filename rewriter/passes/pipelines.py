@@ -1,0 +1,30 @@
+"""All passes, in the order in which they run. A new one is a file and a line here."""
+
+from .base import Pass
+from .clean.copy_contiguous import copy_contiguous
+from .clean.follow_device import follow_device
+from .clean.remove_checks import remove_checks
+from .clean.remove_dead import remove_dead
+from .clean.remove_identities import remove_identities
+from .fuse.accumulate import accumulate
+from .fuse.share_inputs import share_inputs
+from .insert.add_penalties import add_penalties
+from .insert.insert_attention_rows import insert_attention_rows
+from .insert.insert_sublayers import insert_sublayers
+from .insert.insert_token_rows import insert_token_rows
+from .insert.insert_weights import insert_weights
+
+PASSES: tuple[Pass, ...] = (
+    Pass(remove_checks, ("trace",)),
+    Pass(insert_sublayers, ("rewrite",), "inserting"),
+    Pass(insert_attention_rows, ("rewrite",), "inserting"),
+    Pass(insert_token_rows, ("rewrite",), "inserting"),
+    Pass(insert_weights, ("rewrite",), "inserting"),
+    Pass(add_penalties, ("rewrite",), "inserting"),
+    Pass(remove_identities, ("rewrite",)),
+    Pass(share_inputs, ("rewrite",)),
+    Pass(accumulate, ("rewrite",)),
+    Pass(follow_device, ("trace", "rewrite")),
+    Pass(remove_dead, ("trace", "rewrite")),
+    Pass(copy_contiguous, ("export",)),
+)

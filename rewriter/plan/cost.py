@@ -1,0 +1,191 @@
+"""What a plan costs: multiplications and the rank of the change per site, memory and multiplications of a whole step.
+
+Everything is computed on the meta device: the very expressions and graphs run, on shapes.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from functools import lru_cache
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..algebra import Dense, Operator, Patch, Sum
+from ..errors import SpecError
+from ..graph.ops import SDPA
+from ..graph.traced import TracedModel
+from ..spec.models import Limits
+from ..transforms import Leaf, Transform, compose
+from .site import PARAMETERS, Plan, Site
+
+ADAMW = 2  # moments per tuned entry
+
+
+@dataclass(frozen=True)
+class SiteCost:
+    """What one site adds.
+
+    Attributes:
+        rank: bound on the rank of phi(W) - W; None where phi(W) is no matrix.
+        forward, backward: added FLOPs of products over those of the frozen op, as a share: 0.05 is 5 % more. The frozen
+            op's backward is the gradient of its input alone. None where the frozen op is no linear one.
+    """
+
+    rank: int | None
+    forward: float | None
+    backward: float | None
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What one training step needs.
+
+    Attributes:
+        activations: bytes that the forward saves for the backward.
+        optimiser: bytes of the tuned tensors' gradients and of AdamW's moments, at the tuned tensors' width.
+        overhead: FLOPs of the step's products over those of the frozen model's forward and input gradient (twice its
+            forward), less 1.
+    """
+
+    activations: int
+    optimiser: int
+    overhead: float
+
+
+def exceeded(limits: Limits, plan: Plan, step: StepCost | None = None) -> list[SpecError]:
+    """A mistake at each limit that a plan, or its step, exceeds."""
+    measured: list[tuple[str, float, float | None, str]] = [
+        (name, getattr(plan, name), limits.parameters(name, plan.total_parameters), "{:,.0f} parameters")
+        for name in ("trainable_parameters", "head_parameters")
+    ]
+    if step:
+        measured.append(("activation_memory", step.activations, limits.activations, "{:,.0f} bytes"))
+        measured.append(("overhead_flops", step.overhead, limits.overhead, "{:.2%}"))
+    return [
+        SpecError(f"the plan has {shown.format(value)}, more than the limit of {shown.format(limit)}", ("limits", name))
+        for name, value, limit, shown in measured
+        if limit is not None and value > limit
+    ]
+
+
+def site_cost(site: Site, tokens: int) -> SiteCost:
+    """The cost of a site whose op reads `tokens` rows of n entries per step."""
+    return _site_cost(site.kind, site.shape, site.chain, tokens, site.linear)
+
+
+@lru_cache(maxsize=1024)
+def _site_cost(
+    kind: str, shape: tuple[int, ...], chain: tuple[tuple[Transform, BaseModel], ...], tokens: int, linear: bool
+) -> SiteCost:
+    def lookup(leaf: Leaf) -> Tensor:
+        return leaf.empty("meta").requires_grad_(leaf.role == "tuned")
+
+    if kind not in PARAMETERS:
+        return SiteCost(None, None, None)
+    *batch, n, m = shape
+    w = Dense(torch.empty(*batch, m, n, device="meta"), transposed=True)
+    op = compose(chain, w, shape, lookup, "w", kind)
+    try:
+        op.dense()
+        rank = change_bound(op, w)
+    except NotImplementedError:
+        rank = None
+    if not linear:
+        return SiteCost(rank, None, None)
+    x = torch.empty(*batch, tokens, n, device="meta", requires_grad=True)
+    frozen, added = _flops(w, x), _flops(op, x)
+    return SiteCost(rank, *(after / before - 1 for before, after in zip(frozen, added, strict=True)))
+
+
+def _flops(op: Operator, x: Tensor) -> tuple[int, int]:
+    with FlopCounterMode(display=False) as forward:
+        y = op.apply(x)
+    with FlopCounterMode(display=False) as backward:
+        y.sum().backward()
+    return forward.get_total_flops(), backward.get_total_flops()
+
+
+def change_bound(op: Operator, w: Operator) -> int:
+    """A bound on the rank of op - w, for an expression in w; min(n, m) at most.
+
+    Raises:
+        NotImplementedError: op is no matrix.
+    """
+    size = min(op.dense().shape[-2:])
+    if op is w:
+        return 0
+    if isinstance(op, Patch):
+        return min(size, change_bound(op.operand, w) + op.values.shape[-1])
+    if isinstance(op, Sum):
+        own = [one for one in op.operands if _contains(one, w)]
+        rest = sum(one.rank_bound() for one in op.operands if not _contains(one, w))
+        return min(size, change_bound(own[0], w) + rest) if len(own) == 1 else size
+    return size
+
+
+def _contains(op: object, w: Operator) -> bool:
+    if op is w:
+        return True
+    if isinstance(op, tuple):
+        return any(_contains(one, w) for one in op)
+    return is_dataclass(op) and any(_contains(getattr(op, field.name), w) for field in fields(op))
+
+
+def step_cost(
+    frozen: TracedModel,
+    tuned: TracedModel,
+    batch: Mapping[str, Tensor],
+    objective: Callable[[TracedModel, Mapping[str, Tensor]], Tensor],
+) -> StepCost:
+    """The cost of a step of a rewritten model on a batch; all on the meta device, in the model's own storage type.
+
+    Attention counts as the CPU computes it: fused without dropout, as products with it. Fused attention on CUDA saves
+    less with dropout.
+
+    Args:
+        frozen: the traced model.
+        tuned: what `rewrite` makes of it.
+        batch: as the data's, labels too.
+        objective: (model, batch) -> loss.
+    """
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        objective(frozen.train(), batch)
+    known = {_storage(tensor) for tensor in (*tuned.parameters(), *tuned.buffers(), *batch.values())}
+    saved: dict[int, tuple[Tensor, int]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if _storage(tensor) not in known:
+            saved[_storage(tensor)] = tensor, tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        objective(_fused(tuned), batch)
+    with FlopCounterMode(display=False) as step:
+        loss = objective(tuned.train(), batch)
+        (loss + sum(tuned.penalties.values())).backward()
+    width = sum(p.numel() * p.element_size() for p in tuned.parameters() if p.requires_grad)
+    tuned.zero_grad(set_to_none=True)
+    activations = sum(size for _, size in saved.values())
+    return StepCost(activations, (1 + ADAMW) * width, step.get_total_flops() / (2 * forward.get_total_flops()) - 1)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _fused(model: TracedModel) -> TracedModel:
+    """The model with attention as the op that a CPU picks, which the meta device would not."""
+    out = model.clone("train").train()
+    for node in out.graphs["train"].find_nodes(op="call_function", target=SDPA):
+        node.target = _attention
+    out.recompile()
+    return out
+
+
+def _attention(query, key, value, mask=None, dropout=0.0, causal=False, *, scale=None, enable_gqa=False):
+    if dropout or enable_gqa:
+        return SDPA(query, key, value, mask, dropout, causal, scale=scale, enable_gqa=enable_gqa)
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    return fused(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)[0]

@@ -1,0 +1,1 @@
+"""Reports: the plan as a table, pictures of graphs."""

@@ -1,0 +1,86 @@
+"""What a person looks at: the plan as a table, and the end of a run."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..plan import Plan, Site
+from ..plan.cost import StepCost, site_cost
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=[.\[])")
+Alike = tuple[str, str, tuple[int, ...], bool, bool]
+
+
+def layers_together(plan: Plan) -> dict[Alike, list[Site]]:
+    """Equal sites of several layers together: (label with * for the layer, transform, shape, head, merges) -> sites."""
+    groups: dict[Alike, list[Site]] = {}
+    for site in plan.sites:
+        key = _NUMBER.sub("*", site.label, count=1), site.transform, site.shape, site.head, site.merges
+        groups.setdefault(key, []).append(site)
+    return groups
+
+
+def print_plan(plan: Plan, console: Console, tokens: int, step: StepCost | None = None) -> None:
+    """The sites, equal ones of several layers in one row, the totals, notes and warnings.
+
+    Args:
+        tokens: rows that an op reads per step.
+        step: cost of a step, if it is known.
+    """
+    table = Table(title="plan", title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
+    for column, justify in (
+        ("site", "left"),
+        ("transform", "left"),
+        ("n x m", "right"),
+        ("sites", "right"),
+        ("tuned", "right"),
+        ("class", "left"),
+        ("rank of change", "right"),
+        ("forward", "right"),
+        ("backward", "right"),
+    ):
+        table.add_column(column, justify=justify, overflow="fold")
+    for (label, transform, shape, head, merges), sites in layers_together(plan).items():
+        mark = "  (head)" if head else "" if merges else "  (does not merge)"
+        size = " x ".join(map(str, shape))
+        cost = site_cost(sites[0], tokens)
+        tuned = f"{sum(site.parameters for site in sites):,}"
+        row = [escape(label) + mark, escape(transform), size, str(len(sites)), tuned, sites[0].classes]
+        table.add_row(*row, "" if cost.rank is None else f"{cost.rank:,}", _added(cost.forward), _added(cost.backward))
+    console.print(table)
+    rules = plan.by_rule()
+    for rule, sites in rules.items() if len(rules) > 1 else []:
+        tuned = sum(site.parameters for site in sites)
+        console.print(f"rules[{rule}]: {len(sites)} sites, {tuned:,} tuned parameters", highlight=False, markup=False)
+    console.print(
+        f"{plan.trainable_parameters:,} tuned parameters, {plan.share:.3f} thousandths of {plan.total_parameters:,}; "
+        f"{plan.head_parameters:,} in new heads",
+        highlight=False,
+    )
+    if step:
+        console.print(
+            f"a step: {step.activations / 1e6:,.1f} MB of activations, {step.optimiser / 1e6:,.1f} MB of gradients and "
+            f"optimiser state, {_added(step.overhead)} FLOPs over the frozen model's",
+            highlight=False,
+        )
+    for note in plan.notes:
+        console.print(f"note: {escape(note)}", highlight=False, soft_wrap=True)
+    for warning in plan.warnings:
+        console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
+
+
+def _added(share: float | None) -> str:
+    return "" if share is None else f"{share:+.2%}"
+
+
+def print_summary(title: str, facts: Mapping[str, Any], console: Console) -> None:
+    """Facts, a line each."""
+    console.print(f"[bold]{escape(title)}[/]")
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        console.print(f"  {name:<{width}}  {escape(str(value))}", highlight=False, soft_wrap=True)

@@ -1,0 +1,21 @@
+"""Specs: their models, how they are read, and what is said of mistakes in them."""
+
+from .models import METRICS, Data, Limits, Model, Passes, Rule, Spec, Train, link_model
+from .read import dump_spec, is_dump, load_spec, load_specs, warned
+
+__all__ = [
+    "METRICS",
+    "Data",
+    "Limits",
+    "Model",
+    "Passes",
+    "Rule",
+    "Spec",
+    "Train",
+    "dump_spec",
+    "is_dump",
+    "link_model",
+    "load_spec",
+    "load_specs",
+    "warned",
+]

@@ -1,0 +1,381 @@
+"""The models of a spec: what a user may write, with descriptions and defaults."""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    PrivateAttr,
+    SerializeAsAny,
+    create_model,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from ..errors import SpecError, SubspanError
+from ..transforms import TRANSFORMS, Transform
+
+Task = Literal[
+    "sequence-classification",
+    "regression",
+    "causal-lm",
+    "seq2seq-lm",
+    "image-classification",
+    "token-classification",
+]
+Metric = Literal["accuracy", "f1", "matthews_correlation", "mse", "pearson", "perplexity", "loss"]
+METRICS: dict[str, tuple[str, ...]] = {
+    "sequence-classification": ("accuracy", "f1", "matthews_correlation", "loss"),
+    "token-classification": ("accuracy", "f1", "loss"),
+    "image-classification": ("accuracy", "f1", "matthews_correlation", "loss"),
+    "regression": ("mse", "pearson", "loss"),
+    "causal-lm": ("perplexity", "loss", "accuracy"),
+    "seq2seq-lm": ("perplexity", "loss", "accuracy"),
+}
+Dtype = Literal["float32", "bfloat16", "float16"]
+Count = Annotated[int, Field(ge=1, le=2**53)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, populate_by_name=True)
+
+
+class Model(_Model):
+    """The pretrained model to adapt."""
+
+    name: str = Field(min_length=1, description="a hub id, a local folder, or package://<package>/<folder>")
+    task: Task = Field(description="decides the head, the loss and the metric")
+    labels: list[str | int] | None = Field(None, min_length=1, description="class names in order; default: the model's")
+    dtype: Dtype = Field("float32", description="storage type of the frozen weights")
+    revision: str | None = Field(None, description="commit or tag of a hub model")
+    config: dict[str, Any] | None = Field(
+        None, description="the model's config.json, written out: plans need no weights and no network then"
+    )
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+    @field_validator("labels")
+    @classmethod
+    def _unique(cls, labels: list[str | int] | None) -> list[str] | None:
+        if labels is None:
+            return None
+        names = [str(label) for label in labels]
+        if len(set(names)) < len(names):
+            raise ValueError("labels must differ from each other")
+        return names
+
+
+class Split(_Model):
+    """A share of the training data held out."""
+
+    validation: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] = Field(
+        description="rows (an integer) or share (a fraction) to hold out"
+    )
+    seed: Seed = Field(0, description="seed of the shuffle before the split")
+
+
+class Limit(_Model):
+    """At most so many rows."""
+
+    train: Count | None = Field(None, description="rows of training data; default: all")
+    validation: Count | None = Field(None, description="rows of validation data; default: all")
+
+
+Files = str | list[str]
+Scalar = str | int | float | bool | None
+# What `datasets` reads from files, less the formats that run queries or load pickles.
+Format = Literal["csv", "json", "parquet", "arrow", "text", "imagefolder"]
+
+
+class Data(_Model):
+    """The data set, as `datasets.load_dataset` reads it."""
+
+    format: Format | None = Field(None, description="how `files` are read")
+    options: dict[str, Scalar | list[Scalar]] = Field(
+        default_factory=dict, description="of that reader, e.g. {sep: ';', column_names: [id, label, text]} for csv"
+    )
+    files: Files | dict[Literal["train", "validation"], Files] | None = Field(
+        None, description="paths or package:// resources, or {train: ..., validation: ...}"
+    )
+    name: str | None = Field(None, description="hub id of a data set, instead of `format` and `files`")
+    config: str | None = Field(None, description="configuration of the hub data set")
+    where: dict[str, str | int | float | bool | list[str | int]] = Field(
+        default_factory=dict, description="keep rows whose column equals the value, or is in the list"
+    )
+    split: Split | None = Field(None, description="hold out a part of the training data")
+    limit: Limit = Field(Limit(), description="use only so many rows, after filter and split")
+    columns: dict[str, str] = Field(description="role -> column: text, text_pair, label, tokens, image")
+    max_length: Count = Field(128, le=2**20, description="longest sequence, in tokens; longer texts are cut")
+
+    @model_validator(mode="after")
+    def _source(self) -> "Data":
+        if (self.files is None) == (self.name is None):
+            raise ValueError("give either `format` and `files`, or `name` of a hub data set")
+        if self.files is not None and self.format is None:
+            raise ValueError("`files` needs a `format`, e.g. csv")
+        if clash := {"data_files", "data_dir", "name", "path", "split", "trust_remote_code"} & self.options.keys():
+            raise ValueError(f"`options` are of the format's reader; it has no {min(clash)!r}")
+        return self
+
+
+def _range(value: Any) -> Any:
+    if isinstance(value, list) and len(value) == 2 and all(type(v) is int for v in value) and 0 <= value[0] < value[1]:
+        return value
+    raise ValueError("expected [start, stop] with 0 <= start < stop")
+
+
+class Slice(_Model):
+    """A part of a fused weight, in the orientation y = xW: columns (`out`) or rows (`in`), half-open."""
+
+    out: Annotated[list[int], BeforeValidator(_range)] | None = Field(None, description="[start, stop) of the outputs")
+    in_: Annotated[list[int], BeforeValidator(_range)] | None = Field(
+        None, alias="in", description="[start, stop) of the inputs"
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> "Slice":
+        if (self.out is None) == (self.in_ is None):
+            raise ValueError("give either `out` or `in`")
+        return self
+
+    @property
+    def axis(self) -> str:
+        """ "out" or "in"."""
+        return "out" if self.out else "in"
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """start and stop, half-open."""
+        start, stop = self.out or self.in_
+        return start, stop
+
+
+def _link(value: Any) -> Any:
+    """One transform of a chain, from its name, or {name: {option: value}}."""
+    if isinstance(value, BaseModel):
+        return value
+    if isinstance(value, str):
+        value = {value: {}}
+    if not (isinstance(value, dict) and len(value) == 1 and all(isinstance(key, str) for key in value)):
+        raise PydanticCustomError("no_transform", "expected a method: its name, or {name: {option: value}}")
+    ((name, options),) = value.items()
+    if name not in TRANSFORMS:
+        raise PydanticCustomError("unknown_transform", "unknown method {name}", {"name": name})
+    if name in TRANSFORMS.ambiguous:
+        one, other = TRANSFORMS.ambiguous[name]
+        raise ValueError(f"two packages have a transform {name}: {one} and {other}; uninstall one of them")
+    return link_model(TRANSFORMS[name]).model_validate({name: {} if options is None else options})
+
+
+@cache
+def link_model(one: Transform) -> type[BaseModel]:
+    """The model of a transform in a chain: {name: options}."""
+    config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    return create_model(f"{one.name}_transform", __config__=config, **{one.name: (one.options, ...)})
+
+
+# Any registered transform; which there are is known when a spec is read.
+Link = Annotated[SerializeAsAny[BaseModel], PlainValidator(_link, json_schema_input_type=dict[str, Any])]
+
+
+class Rule(_Model):
+    """Which weights get which transforms."""
+
+    target: str | list[str] = Field(description="globs over parameter names: * in a part, ** across parts, {a,b}")
+    apply: list[Link] = Field(min_length=1, description="the chain, applied first to last: f, then g")
+    slice: Slice | None = Field(None, description="only a part of each matched weight")
+
+    @property
+    def targets(self) -> list[str]:
+        """The patterns, as a list."""
+        return [self.target] if isinstance(self.target, str) else self.target
+
+    @property
+    def chain(self) -> list[tuple[Transform, BaseModel]]:
+        """The transforms with their options, first to last."""
+        return [(TRANSFORMS[name], getattr(link, name)) for link in self.apply for name in type(link).model_fields]
+
+
+class Passes(_Model):
+    """Which of the graph's passes run; `subspan passes` lists them."""
+
+    off: list[str] = Field(default_factory=list, description="names of passes to leave out")
+    on: list[str] = Field(default_factory=list, description="names of passes that change numerics, to run all the same")
+
+
+class Train(_Model):
+    """How the new tensors are tuned."""
+
+    epochs: float = Field(1, gt=0, description="passes over the training data")
+    batch_size: Count = Field(32, le=2**16, description="sequences per step and device")
+    gradient_accumulation: Count = Field(1, description="batches per optimiser step")
+    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up")
+    warmup: float = Field(0.0, ge=0, lt=1, description="share of the steps that warm up")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this 2-norm; 0 turns it off")
+    precision: Dtype = Field("float32", description="type of the computation (autocast); half types want CUDA")
+    metric: Metric | None = Field(None, description="validation metric; default: the task's first")
+    seed: Seed = Field(0, description="seed of heads, start values, order and dropout")
+    log_steps: Count = Field(10, description="optimiser steps between log lines")
+    checkpoint_steps: Count = Field(50, description="optimiser steps between checkpoints")
+    checkpoint_keep: Count = Field(2, description="checkpoints kept")
+    passes: Passes = Field(Passes(), description="passes over the rewritten graph")
+
+
+class Onnx(_Model):
+    """ONNX export."""
+
+    opset: Annotated[int, Field(ge=18, le=23)] = Field(18, description="ONNX operator set")
+
+
+class Verify(_Model):
+    """How equal the stages must be."""
+
+    atol: float = Field(1e-4, gt=0, description="largest absolute difference of any output")
+
+
+_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def _amount(value: str, units: Mapping[str, float], expected: str) -> float:
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([A-Za-z%]{1,3})", value)
+    if not found or found[2].lower() not in units:
+        raise ValueError(f"expected {expected}")
+    return float(found[1]) * units[found[2].lower()]
+
+
+def _quantity(units: Mapping[str, float], expected: str) -> Any:
+    """The type of a text that `_amount` reads."""
+
+    def check(value: str) -> str:
+        _amount(value, units, expected)
+        return value
+
+    return Annotated[str, AfterValidator(check)]
+
+
+Parameters = Annotated[int, Field(ge=0)] | _quantity({"%": 1}, "a count, or a share of all parameters such as 0.5%")
+
+
+class Limits(_Model):
+    """What a plan may cost at most; one that exceeds a limit is refused."""
+
+    trainable_parameters: Parameters | None = Field(
+        None, description="tuned parameters, new heads apart: a count, or a share of all parameters such as 0.5%"
+    )
+    head_parameters: Parameters | None = Field(
+        None, description="parameters of new heads: a count, or a share of all parameters"
+    )
+    activation_memory: Annotated[int, Field(ge=0)] | _quantity(_UNITS, "bytes, or a size such as 8 GiB") | None = Field(
+        None, description="bytes that a batch's forward saves for its backward, or a size such as 8 GiB"
+    )
+    overhead_flops: _quantity({"%": 1}, "a share such as 5%") | None = Field(
+        None, description="a step's FLOPs beyond the frozen model's forward and input gradient, such as 5%"
+    )
+
+    def parameters(self, name: str, total: int) -> float | None:
+        """The limit `name` as a count, of a model of `total` parameters."""
+        value = getattr(self, name)
+        return _amount(value, {"%": 0.01 * total}, "") if isinstance(value, str) else value
+
+    @property
+    def activations(self) -> float | None:
+        """`activation_memory` in bytes."""
+        value = self.activation_memory
+        return _amount(value, _UNITS, "") if isinstance(value, str) else value
+
+    @property
+    def overhead(self) -> float | None:
+        """`overhead_flops` as a fraction."""
+        return None if self.overhead_flops is None else _amount(self.overhead_flops, {"%": 0.01}, "")
+
+    @property
+    def of_a_step(self) -> bool:
+        """Whether a limit is of a whole training step, which has to be traced."""
+        return self.activation_memory is not None or self.overhead_flops is not None
+
+
+class Export(_Model):
+    """What is shipped."""
+
+    checkpoint: bool = Field(True, description="write merged/, which from_pretrained loads")
+    onnx: Onnx | None = Field(Onnx(), description="write onnx/; null: don't")
+    verify: Verify = Field(Verify(), description="the comparison of all stages")
+
+
+class Spec(_Model):
+    """A whole run: model, data, rules, training and export."""
+
+    version: Literal[1] = Field(description="version of this format")
+    meta: dict[str, Scalar] = Field(default_factory=dict, description="where the spec comes from; not read")
+    model: Model
+    data: Data | None = Field(None, description="needed for training")
+    rules: list[Rule] = Field(min_length=1, description="which weights get which transforms")
+    train: Train = Field(Train(), description="how the new tensors are tuned")
+    export: Export = Field(Export(), description="what is shipped")
+    limits: Limits = Field(Limits(), description="what the plan may cost at most")
+    strict: bool = Field(False, description="warnings of the plan are errors")
+
+    _locate: Callable[[SpecError], SubspanError] | None = PrivateAttr(None)
+
+    @model_validator(mode="after")
+    def _metric(self) -> "Spec":
+        known = METRICS[self.model.task]
+        if self.train.metric and self.train.metric not in known:
+            raise SpecError(
+                f"metric {self.train.metric!r} does not fit {self.model.task}: use one of {', '.join(known)}",
+                ("train", "metric"),
+            )
+        if self.data:
+            _check_columns(self.model.task, self.data.columns)
+        return self
+
+    @property
+    def metric(self) -> str:
+        """The validation metric: the one given, else the task's first."""
+        return self.train.metric or METRICS[self.model.task][0]
+
+    def locate(self, error: SpecError) -> SubspanError:
+        """`error` as one line with file, line and column, if the spec came from a file."""
+        return self._locate(error) if self._locate else error
+
+
+ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "sequence-classification": (("text", "label"), ("text_pair",)),
+    "regression": (("text", "label"), ("text_pair",)),
+    "causal-lm": (("text",), ()),
+    "seq2seq-lm": (("text", "label"), ()),
+    "image-classification": (("image", "label"), ()),
+    "token-classification": (("tokens", "label"), ()),
+}
+
+
+def _check_columns(task: str, columns: dict[str, str]) -> None:
+    required, optional = ROLES[task]
+    for role in columns:
+        if role not in required + optional:
+            known = required + optional
+            raise SpecError(
+                f"unknown key {role!r}{nearest(role, known)}; {task} reads {', '.join(known)}",
+                ("data", "columns", role),
+                at_key=True,
+            )
+    for role in required:
+        if role not in columns:
+            raise SpecError(f"{role!r} is missing: {task} needs the columns {', '.join(required)}", ("data", "columns"))
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """ "; did you mean ...?" with the nearest of the known words; nothing where none is near."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,1 @@
+"""Training: schedules over the steps, the loop, checkpoints."""

@@ -1,0 +1,62 @@
+"""The commands plan and show on a tiny project."""
+
+import pytest
+
+from pipelines.plan import difference
+from rewriter import load_spec
+from tests import tiny
+from tests.pipelines.test_run import call
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory):
+    return tiny.project(tmp_path_factory.mktemp("project"))
+
+
+def test_what_changes(spec, tmp_path):
+    old, new = load_spec(spec), tmp_path / "new.yaml"
+    new.write_text(
+        spec.read_text()
+        .replace("{lora: {rank: 4, alpha: 8, dropout: 0.1}}", "{pa: {rank: 2}}")
+        .replace("{query,value}", "query")
+        .replace("batch_size: 8", "batch_size: 4")
+    )
+    lines = list(difference(old, load_spec(new)))
+    assert lines[:2] == ["settings", f"  rules[0].target: {old.rules[0].target} -> {load_spec(new).rules[0].target}"]
+    assert "  train.batch_size: 8 -> 4" in lines and "  rules[0].apply[0].lora.rank: 4 -> none" in lines
+    label = "bert.encoder.layer.*.attention.self"
+    assert [line for line in lines if line[0] in "+-"] == [
+        f"- {label}.query.weight  lora(rank=4, alpha=8, dropout=0.1)  2 sites, 256 tuned",
+        f"+ {label}.query.weight  pa(rank=2)  2 sites, 128 tuned, does not merge",
+        f"- {label}.value.weight  lora(rank=4, alpha=8, dropout=0.1)  2 sites, 256 tuned",
+    ]
+    assert "  tuned parameters: 512 -> 128 (-75.0%)" in lines
+    assert "  head parameters: 34, as before" in lines and "  merges: yes -> no" in lines
+    result = call("plan", new, "--against", spec)
+    assert result.exit_code == 0 and result.stdout.splitlines() == lines
+
+
+def test_nothing_changes(spec):
+    lines = list(difference(load_spec(spec), load_spec(spec)))
+    assert lines[:3] == ["settings: the same", "sites: the same", "totals"]
+    assert not [line for line in lines if line[0] in "+-" or "->" in line.removeprefix(lines[-2])]
+
+
+def test_a_plan_says_what_a_step_costs(spec):
+    result = call("plan", spec, "--set", "rules.0.apply.0.lora.rank=2")
+    assert result.exit_code == 0 and "256 tuned parameters" in result.stdout
+    assert "MB of activations" in result.stdout and "extension" in result.stdout
+    wrong = call("plan", spec, "--set", "rules.0.apply.0.lora.rank=99")
+    assert wrong.exit_code == 1 and wrong.stderr.count("error: ") == 1
+
+
+@pytest.mark.parametrize(("form", "start"), [("svg", "<svg"), ("dot", "digraph"), ("mermaid", "flowchart")])
+def test_show_writes_a_picture(spec, tmp_path, form, start):
+    out = tmp_path / f"layer.{form}"
+    result = call("show", spec, "--layer", "1", "--format", form, "--out", out)
+    assert result.exit_code == 0 and result.stdout.strip() == str(out)
+    text = out.read_text()
+    assert text.startswith(start) and "attention.self.query.weight.lora.a" in text
+    missing = call("show", spec, "--layer", "7", "--out", tmp_path / "none.svg")
+    assert missing.exit_code == 1 and "the model has no such layer" in missing.stderr
+    assert not (tmp_path / "none.svg").exists()

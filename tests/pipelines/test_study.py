@@ -1,0 +1,194 @@
+"""A study: killed and shared, it finishes every cell once; the report says what came out, failures too."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import optuna
+import pytest
+from typer.testing import CliRunner
+
+from pipelines import study
+from rewriter import load_spec
+from tests import tiny
+
+RULES = """\
+variants:
+  - values: {row: [lora, ssb, broken], step: [{lora: {rank: 2}}, ssb, {lora: {rank: 99}}]}
+    meta: {row: $row}
+    rules:
+      - {target: "bert.encoder.layer.*.attention.self.{query,value}.weight", apply: [$step]}
+      - {target: "classifier.*", apply: [full]}
+"""
+# Heartbeats a second apart, so that the test need not wait long for a dead process to be noticed.
+COMMAND = "import pipelines.study as s; s.HEARTBEAT, s.GRACE = 1, 4; s.app()"
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory):
+    spec = tiny.project(tmp_path_factory.mktemp("project"))
+    before, _, after = spec.read_text().partition("rules:")
+    settings = after[after.index("train:") :].replace("checkpoint_steps: 4", "checkpoint_steps: 1")
+    file = spec.parent / "tiny.yaml"
+    file.write_text(before + settings + RULES)
+    return file
+
+
+SET = ["--set", "train.learning_rate=0.02"]
+
+
+def start(spec, out, *rows):
+    picked = [*SET, *(part for row in rows for part in ("--row", row))]
+    arguments = ["run", str(spec), "--out", str(out), "--seed", "0", "--seed", "1", *picked]
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def trials(out):
+    return optuna.load_study(study_name="study", storage=f"sqlite:///{out / 'study.db'}").get_trials()
+
+
+def test_killed_and_shared_every_cell_is_done_once(spec, tmp_path):
+    out = tmp_path / "study"
+    first = start(spec, out, "lora", "ssb")
+    deadline = time.monotonic() + 120
+    while (
+        len(list(out.glob("cells/*/*/*/checkpoints/checkpoint-*"))) < 2
+        and first.poll() is None
+        and time.monotonic() < deadline
+    ):
+        time.sleep(0.05)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    finished = {file: file.stat().st_mtime_ns for file in out.glob("cells/*/*/*/metrics.json")}
+    assert len(finished) < 4
+    both = [start(spec, out, "lora", "ssb") for _ in range(2)]
+    printed = [process.communicate(timeout=240)[0].decode() for process in both]
+    assert [process.returncode for process in both] == [0, 0], printed
+    assert all(file.stat().st_mtime_ns == when for file, when in finished.items())
+    done = [trial for trial in trials(out) if trial.state == optuna.trial.TrialState.COMPLETE]
+    assert sorted(trial.user_attrs["cell"] for trial in done) == [
+        f"tiny/{row}/{seed}" for row in ("lora", "ssb") for seed in (0, 1)
+    ]
+    again = CliRunner().invoke(study.app, ["run", str(spec), "--out", str(out), "--row", "lora", "--seed", "0", *SET])
+    assert again.exit_code == 0 and len(trials(out)) == len([t for t in trials(out) if t.state.is_finished()])
+    assert len([t for t in trials(out) if t.state == optuna.trial.TrialState.COMPLETE]) == 4
+
+
+def test_interrupted_it_goes_on(spec, tmp_path):
+    out = tmp_path / "study"
+    first = start(spec, out, "lora")
+    deadline = time.monotonic() + 120
+    while (
+        not list(out.glob("cells/*/*/*/checkpoints/checkpoint-*"))
+        and first.poll() is None
+        and time.monotonic() < deadline
+    ):
+        time.sleep(0.05)
+    first.send_signal(signal.SIGINT)
+    printed = first.communicate(timeout=60)[0].decode()
+    assert first.returncode == 130, printed
+    run = CliRunner().invoke(
+        study.app, ["run", str(spec), "--out", str(out), "--row", "lora", "--seed", "0", "--seed", "1", *SET]
+    )
+    assert all(load_spec(file).train.learning_rate == 0.02 for file in out.glob("cells/*/*/*/spec.yaml"))
+    assert run.exit_code == 0, run.output
+    assert [study.latest(study.open_study(out))[f"tiny/lora/{seed}"].state.name for seed in (0, 1)] == ["COMPLETE"] * 2
+
+
+def test_a_failed_cell_is_marked(spec, tmp_path):
+    out, docs = tmp_path / "study", tmp_path / "docs"
+    run = CliRunner().invoke(study.app, ["run", str(spec), "--out", str(out), "--row", "lora", "--row", "broken"])
+    assert run.exit_code == 1 and "rank 99 is larger" in run.output
+    count = len(trials(out))
+    again = CliRunner().invoke(study.app, ["run", str(spec), "--out", str(out), "--row", "broken"])
+    assert again.exit_code == 1 and len(trials(out)) == count
+    retried = CliRunner().invoke(study.app, ["run", str(spec), "--out", str(out), "--row", "broken", "--retry"])
+    assert retried.exit_code == 1 and len(trials(out)) == count + 1
+    other = CliRunner().invoke(study.app, ["run", str(spec), "--out", str(out), "--set", "train.epochs=9"])
+    assert other.exit_code == 1 and "its run has nothing set; give another --name" in other.output
+    named = ["--row", "broken", "--set", "train.epochs=9", "--name", "long"]
+    other = CliRunner().invoke(study.app, ["run", str(spec), "--out", str(out), *named])
+    assert other.exit_code == 1 and "failed: long/broken/0: " in other.output
+    report = CliRunner().invoke(study.app, ["report", "--out", str(out), "--to", str(docs)])
+    assert report.exit_code == 0, report.output
+    page = (docs / "results.md").read_text()
+    assert "| broken | | | **1 failed** | | 0 | | |" in page and "| lora | 256 | " in page
+    records = json.loads((docs / "results.json").read_text())
+    assert [record["value"] is None for record in records] == [False, True, True] and records[0]["peak_bytes"] > 10**8
+    ET.parse(docs / "tiny.svg")
+    assert (docs / "tiny.png").read_bytes()[:4] == b"\x89PNG"
+    assert not list(docs.glob(".*"))
+    again = CliRunner().invoke(
+        study.app, ["report", "--out", str(docs / "results.json"), "--to", str(tmp_path / "two")]
+    )
+    assert again.exit_code == 0, again.output
+    for file in docs.iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file
+
+
+def test_the_documents_are_made_of_the_records():
+    docs = Path(__file__).parents[2] / "docs"
+    assert study.page(json.loads((docs / "results.json").read_text())) == (docs / "results.md").read_text()
+
+
+def records(**values):
+    common = {
+        "metric": "accuracy",
+        "trainable_parameters": 10,
+        "total_parameters": 1000,
+        "rows": 100,
+        "loss": 0.5,
+        "seconds": 1.0,
+        "peak_bytes": 1,
+    }
+    return [
+        {"study": "s", "row": row, "seed": seed, "value": value, "error": None, **common}
+        for row, many in values.items()
+        for seed, value in enumerate(many)
+    ]
+
+
+def test_folders_of_cells_are_apart_and_inside(tmp_path):
+    cells = ["t/a b/0", "t/a_b/0", "t/../0", "t/../../x/0", "../a b/0", "t/a b/1", "t/a+b/0", "t/a/b/0", "t/a%2Fb/0"]
+    folders = {study.folder_of(tmp_path, cell) for cell in cells}
+    assert len(folders) == len(cells)
+    assert all(folder.resolve().parents[2] == tmp_path / "cells" for folder in folders)
+
+
+def test_numbers_of_a_summary():
+    first, second = study.summaries(records(ssl=[0.5, 0.7], ssb=[0.8, None]))
+    assert (first["row"], first["mean"], first["seeds"], first["failed"], first["deviation"]) == (
+        "ssb",
+        0.8,
+        1,
+        1,
+        None,
+    )
+    assert second["mean"] == pytest.approx(0.6) and second["deviation"] == pytest.approx(0.1 * 2**0.5)
+    assert first["share"] == 10.0
+
+
+def test_claims_are_counted():
+    page = study.page(records(ssb=[0.8], ssl=[0.7], ia3=[0.81], lora=[0.5, 0.7], **{"head alone": [0.75]}))
+    error = (0.8 * 0.2 / 100 + 0.7 * 0.3 / 100) ** 0.5
+    assert f"| ssb > ssl | yes | +0.1000 ± {error:.4f} | no |" in page
+    assert "| ssb > ia3 | no, within the error | -0.0100 ± " in page
+    assert "Below the head alone (0.7500): ssl, lora." in page
+
+
+def test_a_study_without_differences_says_so():
+    page = study.page(records(ssb=[0.8], ssl=[0.8]))
+    assert "Every row ends with the same value" in page and "| ssb > ssl | no, within the error | +0.0000 ± " in page
+
+
+def test_error_over_seeds_and_peft_beside():
+    page = study.page(records(**{"trilora": [0.8, 0.9], "lora": [0.5, 0.7], "lora of PEFT": [0.6, 0.61]}))
+    assert f"| trilora > lora | yes | +0.2500 ± {(0.05**2 + 0.1**2) ** 0.5:.4f} | no |" in page
+    assert "PEFT's lora on the same setting: 0.6050, -0.0050 from ours." in page
