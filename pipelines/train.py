@@ -168,9 +168,15 @@ def run(spec: Spec, out: Path, resume: bool, overwrite: bool) -> None:
     facts = {
         f"validation {spec.metric}": f"{metrics['validation'][spec.metric]:.4f}",
         "adapter": out / "adapter",
-        "export it": f"python pipelines/export.py {out}",
+        "export it": " ".join(["python pipelines/export.py", str(out), *_files(model.plan)]),
     }
     print_summary("tuned", facts, console)
+
+
+def _files(planned: Plan) -> list[str]:
+    """Options that name the files which a plan's transforms come from."""
+    found = {one.origin.package for rule in planned.rules for one, _ in rule.chain if one.origin and one.origin.is_file}
+    return [f"--transforms {name}" for name in sorted(found)]
 
 
 def choose(

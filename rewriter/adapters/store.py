@@ -120,7 +120,7 @@ def check_origins(file: Path, written: Any) -> None:
         here = TRANSFORMS[name].origin if name in TRANSFORMS else None
         if here and here.package != "subspan" and asdict(here) != origin:
             text = f"{name!r} of {origin.get('package')} {origin.get('version')}"
-            if here.version.startswith("sha256:"):
+            if here.is_file:
                 raise SubspanError(f"{file}: tuned with {text}, but here it is {here}: give the file it was tuned with")
             warnings.warn(f"{file}: tuned with {text}, here it is {here}", stacklevel=3)
         if name not in TRANSFORMS:

@@ -38,6 +38,11 @@ class Origin:
     def __str__(self) -> str:
         return f"{self.package} {self.version}"
 
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a file that a command line named."""
+        return self.version.startswith("sha256:")
+
 
 @dataclass(frozen=True)
 class Transform:
