@@ -151,7 +151,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     try:
         if manifest["format"] != FORMAT:
             raise SubspanError(f"{file}: format {manifest['format']}, this version reads {FORMAT}")
-        check_transforms(folder)
+        check_origins(file, manifest.get("transforms", {}))
         manifest["rules"] = [Rule.model_validate(rule) for rule in manifest["rules"]]
         given = manifest.get("given", {}).items()
         manifest["given"] = {step: {key: int(value) for key, value in sizes.items()} for step, sizes in given}

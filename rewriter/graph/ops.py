@@ -26,5 +26,7 @@ BIASES = {
 PRODUCTS = {aten.matmul.default: 0, aten.bmm.default: 0, aten.baddbmm.default: 1}
 # Products with a weight -> position of the input.
 LINEARS = {aten.linear.default: 0, aten.addmm.default: 1, aten.mm.default: 0}
+# Products of two matrices, as transforms insert them.
+MATRIX_PRODUCTS = {aten.matmul.default, aten.mm.default}
 CONVOLUTIONS = {"conv1d", "conv2d", "conv3d", "convolution", "_convolution"}
 PRODUCT_NAMES = {"mm", "bmm", "matmul", "addmm", "baddbmm", "_grouped_mm", "grouped_mm", "grouped_mm_fallback"}

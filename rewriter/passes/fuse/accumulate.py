@@ -2,10 +2,8 @@
 
 from torch import fx
 
-from ...graph.ops import aten
+from ...graph.ops import MATRIX_PRODUCTS, aten
 from ..base import Context, add_node, inserted
-
-PRODUCTS = {aten.matmul.default, aten.mm.default}
 
 
 def accumulate(graph: fx.Graph, context: Context) -> fx.Graph:
@@ -34,7 +32,7 @@ def _scaled(term: fx.Node) -> tuple[fx.Node | None, float]:
     scale = 1.0
     if term.target is aten.mul.Tensor and type(term.args[1]) in (int, float) and _alone(term):
         term, scale = term.args[0], term.args[1]
-    alone = term.target in PRODUCTS and inserted(term) and _alone(term)
+    alone = term.target in MATRIX_PRODUCTS and inserted(term) and _alone(term)
     return (term, scale) if alone and not term.kwargs else (None, 1.0)
 
 

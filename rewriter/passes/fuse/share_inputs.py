@@ -6,10 +6,9 @@ forward and for the factors' gradients, and its own gradient is one product inst
 
 from torch import fx
 
-from ...graph.ops import aten
+from ...graph.ops import MATRIX_PRODUCTS, aten
 from ..base import PREFIX, Context, add_node, inserted
 
-PRODUCTS = {aten.matmul.default, aten.mm.default}
 Key = tuple[str, object]
 
 
@@ -18,7 +17,7 @@ def share_inputs(graph: fx.Graph, context: Context) -> fx.Graph:
     tuned = {PREFIX + name for site in context.plan.sites for name in site.tuned}
     groups: dict[fx.Node, dict[fx.Node, Key]] = {}
     for node in graph.nodes:
-        if node.target in PRODUCTS and inserted(node) and (key := _factor(node.args[1], tuned)):
+        if node.target in MATRIX_PRODUCTS and inserted(node) and (key := _factor(node.args[1], tuned)):
             groups.setdefault(node.args[0], {})[node] = key
     order = {node: i for i, node in enumerate(graph.nodes)}
     for x, products in groups.items():
