@@ -17,20 +17,8 @@ from torch import nn
 
 from pipelines.console import console, failures
 from pipelines.study import Study, latest, open_study
-from pipelines.train import prepare
 from pipelines.validate import Level, check
-from rewriter import (
-    Inputs,
-    Rule,
-    Spec,
-    SubspanError,
-    load_spec,
-    plan,
-    rewrite,
-    trace,
-    tune,
-)
-from rewriter.training.tune import training_arguments
+from rewriter import Inputs, Rule, Session, SubspanError, plan, rewrite, trace
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 LINEARS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
@@ -46,20 +34,17 @@ def accuracy(
         table = Table("seed", "Subspan", "PEFT")
         results = []
         for seed in seeds or [0, 1, 2]:
-            loaded = load_spec(spec, [f"train.seed={seed}"])
-            results.append((ours(loaded), theirs(loaded)[0]))
+            session = Session(spec, f"train.seed={seed}")
+            results.append((ours(session), theirs(session)[0]))
             table.add_row(str(seed), *(f"{value:.4f}" for value in results[-1]))
         table.add_row("mean", *(f"{statistics.mean(column):.4f}" for column in zip(*results, strict=True)))
         console.print(table)
 
 
-def ours(spec: Spec) -> float:
+def ours(session: Session) -> float:
     """Accuracy of Subspan."""
-    job = prepare(spec)
-    traced = trace(job.pretrained.model, job.inputs)
-    model = rewrite(traced, plan(traced, spec.rules, job.pretrained.new), spec.train.seed)
     with TemporaryDirectory() as folder:
-        return tune(model, spec, job.train, job.validation, job.collate, Path(folder))[1]["validation"]["accuracy"]
+        return session.tune(Path(folder) / "run")["validation"]["accuracy"]
 
 
 @app.command()
@@ -72,21 +57,21 @@ def beside(
     with failures(out):
         study = open_study(out)
         for seed in seeds or [0, 1, 2]:
-            loaded = load_spec(spec, [f"train.seed={seed}"])
-            row = f"{loaded.meta['row']} of PEFT"
+            session = Session(spec, f"train.seed={seed}")
+            row = f"{session.spec.meta['row']} of PEFT"
             cell = f"{Path(spec.partition('#')[0]).stem}/{row}/{seed}"
             if cell not in latest(study):
-                value, tuned, total = theirs(loaded)
+                value, tuned, total = theirs(session)
                 known = {"trainable_parameters": tuned, "total_parameters": total, "metric": "accuracy"}
                 known |= {"cell": cell, "row": row, "seed": seed, "settings": []}
                 study.add_trial(optuna.trial.create_trial(value=value, user_attrs=known))
             console.print(f"{cell}: {latest(study)[cell].value:.4f}", highlight=False)
 
 
-def theirs(spec: Spec) -> tuple[float, int, int]:
+def theirs(session: Session) -> tuple[float, int, int]:
     """Accuracy of PEFT's method with the options of the first rule; tuned weights, less the head, and all."""
-    job = prepare(spec)
-    ((method, options),) = spec.rules[0].chain
+    job, settings = session.prepare(), session.spec.train
+    ((method, options),) = session.spec.rules[0].chain
     if method.name == "lora":
         keywords = {"target_modules": LINEARS, "modules_to_save": ["classifier"], "task_type": "SEQ_CLS"}
         config = peft.LoraConfig(r=options.rank, lora_alpha=options.alpha, **keywords)
@@ -100,7 +85,23 @@ def theirs(spec: Spec) -> tuple[float, int, int]:
     with TemporaryDirectory() as folder:
         trainer = transformers.Trainer(
             model=model,
-            args=training_arguments(spec, Path(folder)),
+            args=transformers.TrainingArguments(
+                output_dir=folder,
+                num_train_epochs=settings.epochs,
+                per_device_train_batch_size=settings.batch_size,
+                per_device_eval_batch_size=settings.batch_size,
+                learning_rate=settings.learning_rate,
+                lr_scheduler_type=settings.schedule,
+                warmup_steps=settings.warmup,
+                weight_decay=settings.weight_decay,
+                max_grad_norm=settings.max_grad_norm,
+                use_cpu=not torch.cuda.is_available(),
+                seed=settings.seed,
+                data_seed=settings.seed,
+                label_names=["labels"],
+                remove_unused_columns=False,
+                report_to="none",
+            ),
             train_dataset=job.train,
             eval_dataset=job.validation,
             data_collator=job.collate,
@@ -117,7 +118,7 @@ def validate() -> None:
         table = Table("spec", "level", "seconds", "peak memory, MB")
         for spec, level in (("specs/paper/roberta-large.yaml#10", Level.plan), ("specs/llama-8b.yaml", Level.trace)):
             started = time.perf_counter()
-            check(load_spec(spec), level)
+            check(Session(spec), level)
             seconds = time.perf_counter() - started
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
             table.add_row(spec, str(level), f"{seconds:.1f}", f"{peak:,.0f}")

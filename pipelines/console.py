@@ -12,16 +12,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import typer
 from rich.console import Console
 
-from rewriter import TRANSFORMS, Spec, SpecError, SubspanError
-from rewriter.errors import ManyErrors, raise_all, reason
+from rewriter.errors import SubspanError, reason
 
 console = Console(width=None if sys.stdout.isatty() else 160)
+MAIN = os.environ.get("RANK", "0") == "0"  # Of several processes, the one that speaks.
 
 
 def _loaded(files: list[Path] | None) -> list[Path] | None:
-    with failures():
-        for file in files or []:
-            TRANSFORMS.load_file(file)
+    if files:
+        from rewriter import TRANSFORMS
+
+        with failures():
+            for file in files:
+                TRANSFORMS.load_file(file)
     return files
 
 
@@ -46,17 +49,6 @@ def overrides(settings: list[str] | None, without: list[str] | None = None) -> l
 
 
 @contextlib.contextmanager
-def located(spec: Spec) -> Iterator[None]:
-    """Give mistakes of a spec their file, line and column."""
-    try:
-        yield
-    except SpecError as error:
-        raise spec.locate(error) from None
-    except ManyErrors as several:
-        raise_all([spec.locate(error) for error in several.errors])
-
-
-@contextlib.contextmanager
 def failures(place: Path | None = None) -> Iterator[None]:
     """Turn what can go wrong into one line on stderr and an exit status: 1 for a failure, 130 when interrupted.
 
@@ -70,7 +62,7 @@ def failures(place: Path | None = None) -> Iterator[None]:
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except SubspanError as error:
-        _fail(str(error), getattr(error, "status", 1))
+        _fail(str(error) if MAIN else "", getattr(error, "status", 1))
     except OSError as error:
         where = error.filename or place
         _fail(f"{where}: {error.strerror or error}" if where else str(error), 1)
@@ -78,7 +70,8 @@ def failures(place: Path | None = None) -> Iterator[None]:
         if os.environ.get("SUBSPAN_TRACEBACK"):
             raise
         if "out of memory" in str(error):
-            _fail("out of memory; lower train.batch_size and raise train.gradient_accumulation", 1)
+            more = "raise train.gradient_accumulation, or set train.gradient_checkpointing: true"
+            _fail(f"out of memory; lower train.batch_size and {more}", 1)
         _fail(f"unexpected {type(error).__name__}: {reason(error)} (set SUBSPAN_TRACEBACK=1 to see where)", 1)
 
 

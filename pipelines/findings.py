@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from rewriter import SubspanError
-from rewriter.errors import LocatedError, ManyErrors, UnreachableError
+from rewriter.errors import LocatedError, ManyErrors, SubspanError, UnreachableError
 
 SARIF = "https://json.schemastore.org/sarif-2.1.0.json"
 KINDS = {

@@ -2,15 +2,16 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from pipelines.console import Settings, Transforms, Without, console, failures, located, overrides
-from pipelines.train import plan_of, step_of, tokens_of
-from rewriter import Plan, Spec, load_spec, print_plan
-from rewriter.report.table import Alike, layers_together
+from pipelines.console import Settings, Transforms, Without, console, failures, overrides
+
+if TYPE_CHECKING:
+    from rewriter import Plan, Session
+    from rewriter.report.table import Alike
 
 
 def plan(
@@ -29,28 +30,22 @@ def plan(
     No weight is read. --set is for SPEC alone.
     """
     with failures():
-        new = load_spec(spec, overrides(settings, without))
+        from rewriter import Session, print_plan
+
+        new = Session(spec, *overrides(settings, without))
         if against is None:
-            found, cost = _plan(new)
-            print_plan(found, console, tokens_of(new), cost)
+            print_plan(new.plan(whole=True), console, new.tokens, new.cost())
             return
-        old = load_spec(against)
-        for line in difference(old, new):
+        for line in difference(Session(against), new):
             style = {"-": "red", "+": "green"}.get(line[:1], "")
             console.print(f"[{style}]{escape(line)}[/]" if style else escape(line), highlight=False, soft_wrap=True)
 
 
-def _plan(spec: Spec) -> tuple[Plan, Any]:
-    with located(spec):
-        found = plan_of(spec, whole=True)
-        return found[0], step_of(spec, *found)
-
-
-def difference(old: Spec, new: Spec) -> Iterator[str]:
+def difference(old: "Session", new: "Session") -> Iterator[str]:
     """Lines that say what changes: settings, then sites (- gone, + new), then totals."""
-    before, after = (dict(_flat(one.model_dump(mode="json", by_alias=True))) for one in (old, new))
+    before, after = (dict(_flat(one.spec.model_dump(mode="json", by_alias=True))) for one in (old, new))
     changed = [key for key in dict.fromkeys([*before, *after]) if before.get(key) != after.get(key)]
-    (plan_a, cost_a), (plan_b, cost_b) = _plan(old), _plan(new)
+    (plan_a, cost_a), (plan_b, cost_b) = ((one.plan(whole=True), one.cost()) for one in (old, new))
     yield "settings" if changed else "settings: the same"
     for key in changed:
         yield f"  {key}: {before.get(key, 'none')} -> {after.get(key, 'none')}"
@@ -82,7 +77,7 @@ def difference(old: Spec, new: Spec) -> Iterator[str]:
             yield f"  {name} warned of: {warning}"
 
 
-def _yes(plan: Plan) -> str:
+def _yes(plan: "Plan") -> str:
     return "yes" if plan.merges else "no"
 
 
@@ -97,8 +92,10 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _sites(plan: Plan) -> dict[Alike, tuple[int, int]]:
+def _sites(plan: "Plan") -> "dict[Alike, tuple[int, int]]":
     """Of equal sites of several layers: how many, and their tuned parameters."""
+    from rewriter.report.table import layers_together
+
     groups = layers_together(plan).items()
     return {key: (len(sites), sum(site.parameters for site in sites)) for key, sites in groups}
 

@@ -6,11 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.console import Settings, Transforms, Without, failures, located, overrides
-from pipelines.train import plan_of, rewritten
-from rewriter import load_spec
-from rewriter.files import write_text
-from rewriter.report.picture import layer_of, picture, to_dot, to_mermaid, to_svg
+from pipelines.console import Settings, Transforms, Without, failures, overrides
 
 
 class Form(StrEnum):
@@ -19,9 +15,6 @@ class Form(StrEnum):
     svg = "svg"
     dot = "dot"
     mermaid = "mermaid"
-
-
-WRITERS = {Form.svg: to_svg, Form.dot: to_dot, Form.mermaid: to_mermaid}
 
 
 def show(
@@ -41,15 +34,21 @@ def show(
     """
     file = out or Path(f"{spec.name.partition('#')[0].removesuffix('.yaml')}.layer{layer}.{format}")
     with failures(file):
-        loaded = load_spec(spec, overrides(settings, without))
-        with located(loaded):
-            plan, traced, _ = plan_of(loaded, whole=True)
+        from rewriter import Session, SubspanError
+        from rewriter.files import write_text
+
+        try:
+            from rewriter.report.picture import WRITERS, layer_of, picture
+        except ModuleNotFoundError as error:
+            raise SubspanError(f"pictures need {error.name}: pip install 'subspan[pictures]'") from None
+        session = Session(spec, *overrides(settings, without))
+        plan, (traced, _) = session.plan(whole=True), session.shapes(whole=True)
         module = layer_of(traced.graphs["eval"], plan, layer)
         pictures = [
             picture(traced, plan, module, f"{module}: frozen"),
-            picture(rewritten(loaded, traced, plan), plan, module, f"{module}: rewritten"),
+            picture(session.rewritten(), plan, module, f"{module}: rewritten"),
         ]
-        write_text(file, WRITERS[format](pictures))
+        write_text(file, WRITERS[format.value](pictures))
         print(file)
 
 

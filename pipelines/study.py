@@ -20,12 +20,12 @@ import typer
 from optuna.trial import FrozenTrial, TrialState
 from rich.markup import escape
 
-from pipelines.console import Settings, console, failures, located
-from pipelines.train import run as tune
-from rewriter import SubspanError, load_spec, load_specs
+from pipelines.console import Settings, console, failures
+from rewriter import Session, SubspanError, load_specs
 from rewriter.errors import reason
 from rewriter.files import write_json, write_text
-from rewriter.training.tune import Interrupted, checkpoints
+from rewriter.training.checkpoint import checkpoints
+from rewriter.training.reports import Interrupted
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 HEARTBEAT, GRACE = 10, 40
@@ -124,7 +124,7 @@ def _cell(trial: optuna.Trial, out: Path) -> float:
         raise optuna.TrialPruned("another process took the last cell")
     known = trial.user_attrs
     name, settings = known["cell"], [*known["settings"], f"train.seed={known['seed']}"]
-    spec = load_spec(f"{known['file']}#{known['row']}", settings)
+    session = Session(f"{known['file']}#{known['row']}", *settings)
     folder = folder_of(out, name)
     console.print(f"[bold]{escape(name)}[/]", highlight=False)
     started = time.perf_counter()
@@ -132,8 +132,7 @@ def _cell(trial: optuna.Trial, out: Path) -> float:
         if not (folder / "metrics.json").exists():
             resume = bool(checkpoints(folder / "checkpoints"))
             _forget_peak()
-            with located(spec):
-                tune(spec, folder, resume=resume, overwrite=not resume and folder.exists())
+            session.tune(folder, resume=resume, overwrite=not resume and folder.exists())
             trial.set_user_attr("seconds", round(time.perf_counter() - started, 1))
             trial.set_user_attr("peak_bytes", _peak())
     except (Interrupted, KeyboardInterrupt):
@@ -146,10 +145,10 @@ def _cell(trial: optuna.Trial, out: Path) -> float:
     for key in ("trainable_parameters", "total_parameters"):
         trial.set_user_attr(key, plan[key])
     measured = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["validation"]
-    trial.set_user_attr("metric", spec.metric)
+    trial.set_user_attr("metric", session.spec.metric)
     for key in ("rows", "loss"):
         trial.set_user_attr(key, measured[key])
-    return measured[spec.metric]
+    return measured[session.spec.metric]
 
 
 def folder_of(out: Path, cell: str) -> Path:

@@ -6,21 +6,19 @@ import sys
 from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import datasets
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from pipelines.console import Settings, Transforms, Without, console, located, overrides
+from pipelines.console import Settings, Transforms, Without, console, overrides
 from pipelines.findings import Finding, findings, to_github, to_sarif, to_text
-from pipelines.train import model_key, plan_of, step_of, tokens_of
-from rewriter import Plan, Spec, SubspanError, load_rows, load_specs, print_plan
-from rewriter.errors import UnreachableError, reason
-from rewriter.passes.manager import check_names
-from rewriter.plan.cost import StepCost, site_cost
-from rewriter.spec import warned
+from rewriter.errors import SubspanError, UnreachableError, reason
+
+if TYPE_CHECKING:
+    from rewriter import Plan, Session, Spec
+    from rewriter.plan.cost import StepCost
 
 
 class Level(StrEnum):
@@ -65,7 +63,6 @@ def validate(
     Exit status 0 if all are right; 1 if one is wrong, with a line for each mistake: file, line, column, and what to do;
     2 if one could not be checked, for example because its model can't be reached.
     """
-    datasets.disable_progress_bars()
     results = check_all(specs, overrides(settings, without), level, format)
     found = [finding for result in results for finding in result["findings"]]
     if format is Format.json:
@@ -83,6 +80,10 @@ def check_all(paths: list[Path], settings: list[str], level: Level, format: Form
 
     Specs of one model are checked one after the other, so that it is traced once.
     """
+    from rewriter import Session, load_specs
+    from rewriter.passes.manager import check_names
+    from rewriter.spec import located
+
     results: list[dict[str, Any]] = []
     for file in files(paths):
         try:
@@ -90,22 +91,23 @@ def check_all(paths: list[Path], settings: list[str], level: Level, format: Form
                 raise UnreachableError(f"{file}: no .yaml file in this folder")
             loaded = load_specs(file, settings)
         except Exception as error:
-            results.append({"file": str(file), "spec": None, "plan": None, "findings": _findings(error, file)})
+            results.append({"file": str(file), "session": None, "plan": None, "findings": _findings(error, file)})
             continue
-        results += [{"file": str(file), "spec": spec, "plan": None, "findings": []} for spec in loaded]
-    order = sorted(range(len(results)), key=lambda i: model_key(results[i]["spec"]) if results[i]["spec"] else "")
-    for i in order:
-        if (spec := results[i]["spec"]) is None:
-            continue
+        made = [Session(spec) for spec in loaded]
+        results += [{"file": str(file), "session": session, "plan": None, "findings": []} for session in made]
+    before = None
+    for result in sorted((one for one in results if one["session"]), key=lambda one: one["session"].model_key):
+        spec = result["session"].spec
         try:
             with located(spec):
                 check_names(spec.train.passes.off, spec.train.passes.on)
             if level is Level.schema:
                 continue
-            results[i]["plan"], results[i]["step"] = check(spec, level)
-            results[i]["findings"] = _warnings(spec, results[i]["plan"], results[i]["file"])
+            before = result["session"] = Session(spec, like=before)
+            result["plan"], result["step"] = check(before, level)
+            result["findings"] = _warnings(spec, result["plan"], result["file"])
         except Exception as error:
-            results[i]["findings"] = _findings(error, Path(results[i]["file"]))
+            result["findings"] = _findings(error, Path(result["file"]))
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
     for result in results:
         for finding in result["findings"]:
@@ -128,23 +130,16 @@ def files(paths: list[Path]) -> list[Path]:
     return found
 
 
-_READ: set[str] = set()  # data that was found right
-
-
-def check(spec: Spec, level: Level) -> tuple[Plan, StepCost | None]:
+def check(session: "Session", level: Level) -> "tuple[Plan, StepCost | None]":
     """The plan of a spec, and the cost of a step where the level or a limit asks for it.
 
     Raises:
         SubspanError: with the place of each mistake.
     """
-    with located(spec):
-        whole = level is Level.trace or spec.limits.of_a_step
-        found = plan, _, pretrained = plan_of(spec, whole)
-        data = f"{spec.model.task} {pretrained.labels} {spec.data and spec.data.model_dump_json()}"
-        if spec.data and spec.data.files is not None and data not in _READ:
-            load_rows(spec, pretrained.labels)
-            _READ.add(data)
-        return plan, step_of(spec, *found) if whole else None
+    whole = level is Level.trace or session.spec.limits.of_a_step
+    plan = session.plan(whole)
+    session.check_data()
+    return plan, session.cost() if whole else None
 
 
 def _findings(error: Exception, file: Path) -> list[Finding]:
@@ -159,20 +154,24 @@ def _findings(error: Exception, file: Path) -> list[Finding]:
     return [Finding("unchecked", str(file), 1, 1, 1, " ".join(message.split()), placed=False)]
 
 
-def _warnings(spec: Spec, plan: Plan, file: str) -> list[Finding]:
+def _warnings(spec: "Spec", plan: "Plan", file: str) -> list[Finding]:
+    from rewriter.spec import warned
+
     placed = ((warning, findings(spec.locate(warned(warning)), file)) for warning in plan.warnings)
     return [replace(finding, kind="warning", message=warning) for warning, found in placed for finding in found]
 
 
 def _json(result: dict[str, Any]) -> dict[str, Any]:
-    spec, plan, found = result["spec"], result["plan"], result["findings"]
+    from rewriter.plan.cost import site_cost
+
+    session, plan, found = result["session"], result["plan"], result["findings"]
     out: dict[str, Any] = {"file": result["file"], "valid": all(finding.kind == "warning" for finding in found)}
-    if spec:
-        out |= {"meta": spec.meta, "model": spec.model.name}
+    if session:
+        out |= {"meta": session.spec.meta, "model": session.spec.model.name}
     if plan:
         out |= plan.to_dict()
         for site, described in zip(plan.sites, out["sites"], strict=True):
-            described |= asdict(site_cost(site, tokens_of(spec)))
+            described |= asdict(site_cost(site, session.tokens))
         totals = {rule: sum(site.parameters for site in sites) for rule, sites in plan.by_rule().items()}
         out["rules"] = [{"rule": rule, "parameters": total} for rule, total in totals.items()]
         out["step"] = asdict(result["step"]) if result["step"] else None
@@ -181,11 +180,14 @@ def _json(result: dict[str, Any]) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> None:
     """Print one plan."""
-    meta = "".join(f", {key} {value}" for key, value in result["spec"].meta.items())
+    from rewriter import print_plan
+
+    session = result["session"]
+    meta = "".join(f", {key} {value}" for key, value in session.spec.meta.items())
     label = escape(f"{result['file']}{meta}")
     console.print(f"[bold green]{label}[/] is valid", soft_wrap=True, highlight=False)
     if result["plan"]:
-        print_plan(result["plan"], console, tokens_of(result["spec"]), result["step"])
+        print_plan(result["plan"], console, session.tokens, result["step"])
 
 
 if __name__ == "__main__":

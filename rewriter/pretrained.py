@@ -1,12 +1,11 @@
 """The pretrained model that a spec names, through transformers: on the meta device for plans, with weights for runs."""
 
 import contextlib
-import inspect
 import logging
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import transformers
@@ -18,25 +17,26 @@ from .errors import SpecError, SubspanError, UnreachableError, reason
 from .graph.traced import Inputs
 from .resources import is_local, resolve
 from .spec import Model, Spec
+from .tasks import Task, task_of
 
-AUTO = {
-    "sequence-classification": transformers.AutoModelForSequenceClassification,
-    "regression": transformers.AutoModelForSequenceClassification,
-    "causal-lm": transformers.AutoModelForCausalLM,
-    "seq2seq-lm": transformers.AutoModelForSeq2SeqLM,
-    "image-classification": transformers.AutoModelForImageClassification,
-    "token-classification": transformers.AutoModelForTokenClassification,
-}
 NAME = ("model", "name")
 
 
 @dataclass
 class Pretrained:
-    """A Hugging Face model, the names of its newly made parameters (a head, usually), and its class names in order."""
+    """A Hugging Face model, and what its task makes of it.
+
+    Attributes:
+        model: as transformers loads it.
+        new: names of its newly made parameters (a head, usually).
+        labels: class names in order; empty for tasks without classes.
+        module: what is traced and exported, with the same parameters.
+    """
 
     model: nn.Module
     new: frozenset[str]
-    labels: list[str] = field(default_factory=list)
+    labels: list[str]
+    module: nn.Module
 
 
 def load_model(spec: Spec, meta: bool = False) -> Pretrained:
@@ -61,11 +61,11 @@ def load_model(spec: Spec, meta: bool = False) -> Pretrained:
             config = transformers.AutoConfig.from_pretrained(location, **options)
         else:
             config = transformers.AutoConfig.for_model(**written.config)
-        _configure(config, written)
+        spec.task.configure(config, written.labels)
         transformers.set_seed(spec.train.seed)
         if meta and (written.config is not None or _no_weights(location)):
-            return _shapes(written, config)
-        model, info = AUTO[written.task].from_pretrained(
+            return _shapes(spec, config)
+        model, info = getattr(transformers, spec.task.auto).from_pretrained(
             location,
             config=config,
             output_loading_info=True,
@@ -82,12 +82,13 @@ def load_model(spec: Spec, meta: bool = False) -> Pretrained:
     foreign = [name for name in sorted(mismatched) if name.startswith(f"{model.base_model_prefix}.")]
     if foreign:
         raise SpecError(f"the weights of {written.name} do not fit its config: {foreign[0]} has another shape", NAME)
-    return Pretrained(model, new, _labels(written, model))
+    return _pretrained(spec, model, new)
 
 
-def _labels(written: Model, model: nn.Module) -> list[str]:
-    count = model.config.num_labels if "classification" in written.task else 0
-    return [model.config.id2label[i] for i in range(count)]
+def _pretrained(spec: Spec, model: nn.Module, new: frozenset[str]) -> Pretrained:
+    with quiet():
+        module = spec.task.module(model, spec.model.revision)
+    return Pretrained(model, new, spec.task.labels(model.config), module)
 
 
 def _no_weights(location: str) -> bool:
@@ -95,31 +96,19 @@ def _no_weights(location: str) -> bool:
     return is_local(location) and not any(name.endswith(".safetensors") for name in os.listdir(location))
 
 
-def _shapes(written: Model, config: transformers.PreTrainedConfig) -> Pretrained:
-    """The model of a config on the meta device; of classifiers, what is outside the base model is new."""
+def _shapes(spec: Spec, config: transformers.PreTrainedConfig) -> Pretrained:
+    """The model of a config on the meta device; where the task has a head, what is outside the base model is new."""
     with torch.device("meta"):
-        model = AUTO[written.task].from_config(config, trust_remote_code=written.trust_remote_code)
-    model = model.to(getattr(torch, written.dtype)).eval()
-    headed = "classification" in written.task or written.task == "regression"
+        auto = getattr(transformers, spec.task.auto)
+        model = auto.from_config(config, trust_remote_code=spec.model.trust_remote_code)
+    model = model.to(getattr(torch, spec.model.dtype)).eval()
     base = f"{model.base_model_prefix}."
-    new = frozenset(name for name, _ in model.named_parameters() if headed and not name.startswith(base))
-    return Pretrained(model, new, _labels(written, model))
-
-
-def _configure(config: transformers.PreTrainedConfig, written: Model) -> None:
-    if written.task == "regression":
-        config.num_labels, config.problem_type = 1, "regression"
-    elif "classification" in written.task and written.labels:
-        config.id2label = dict(enumerate(written.labels))
-        config.label2id = {label: i for i, label in enumerate(written.labels)}
-        config.problem_type = "single_label_classification" if written.task == "sequence-classification" else None
-    if written.task == "sequence-classification" and config.pad_token_id is None:
-        eos = config.eos_token_id
-        config.pad_token_id = eos[0] if isinstance(eos, list) else eos
+    names = (name for name, _ in model.named_parameters() if spec.task.headed and not name.startswith(base))
+    return _pretrained(spec, model, frozenset(names))
 
 
 def load_processor(spec: Spec, folder: str | None = None):
-    """The tokenizer of the spec's model, or the image processor for image tasks.
+    """The tokenizer of the spec's model, or what else its task reads inputs by.
 
     Args:
         folder: read it from here instead.
@@ -127,7 +116,7 @@ def load_processor(spec: Spec, folder: str | None = None):
     Raises:
         SpecError: there is none.
     """
-    auto = transformers.AutoImageProcessor if spec.model.task == "image-classification" else transformers.AutoTokenizer
+    auto = getattr(transformers, spec.task.processor)
     options = {"trust_remote_code": spec.model.trust_remote_code, "revision": spec.model.revision or "main"}
     with quiet(), explained(spec.model, "tokenizer or processor"):
         processor = auto.from_pretrained(folder or resolve(spec.model.name, NAME), **options)
@@ -185,31 +174,14 @@ def for_onnx(model: nn.Module) -> nn.Module:
     return model.float()
 
 
-def example_inputs(model: nn.Module, task: str, batch: int = 3, length: int = 11) -> Inputs:
+def example_inputs(model: nn.Module, task: str | Task, batch: int = 3, length: int = 11) -> Inputs:
     """Examples of what a model of a task reads, on the model's device, with dynamic batch and sequence.
 
-    Token ids are (batch, sequence) int64, pixels (batch, channels, height, width) in the model's dtype.
-
     Args:
-        batch, length: sizes of the examples. A decoder's sequence is shorter, so that no two sizes are equal.
+        task: its name, or the task itself.
+        batch, length: sizes of the examples.
     """
-    parameter, config = next(model.parameters()), model.config
-    if task == "image-classification":
-        size = config.image_size
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        pixels = torch.zeros(batch, config.num_channels, height, width, dtype=parameter.dtype, device=parameter.device)
-        return Inputs(kwargs={"pixel_values": pixels}, dynamic={"pixel_values": {0: "batch"}})
-    lengths = {"input_ids": length, "attention_mask": length}
-    if getattr(config, "type_vocab_size", 0) > 1 and "token_type_ids" in inspect.signature(model.forward).parameters:
-        lengths["token_type_ids"] = length
-    if task == "seq2seq-lm":
-        lengths["decoder_input_ids"] = length - 4 if length > 8 else length + 1
-    kwargs = {
-        name: torch.full((batch, n), int(name == "attention_mask"), dtype=torch.long, device=parameter.device)
-        for name, n in lengths.items()
-    }
-    axes = {n: {0: "batch", 1: "decoder_sequence" if n.startswith("decoder") else "sequence"} for n in kwargs}
-    return Inputs(kwargs=kwargs, dynamic=axes)
+    return (task_of(task) if isinstance(task, str) else task).inputs(model, batch, length)
 
 
 def positions(model: nn.Module) -> int | None:
@@ -226,15 +198,3 @@ def positions(model: nn.Module) -> int | None:
         ),
         default=None,
     )
-
-
-def example_batch(model: nn.Module, task: str, batch: int, length: int) -> dict[str, torch.Tensor]:
-    """A batch as a training step reads it: `example_inputs` and labels."""
-    inputs = example_inputs(model, task, batch, length).kwargs
-    if task == "seq2seq-lm":
-        inputs["decoder_input_ids"] = inputs["input_ids"].clone()
-    like = {"token-classification": "input_ids", "causal-lm": "input_ids", "seq2seq-lm": "decoder_input_ids"}
-    device = next(model.parameters()).device
-    size = inputs[like[task]].shape if task in like else (batch,)
-    labels = torch.zeros(size, dtype=torch.float32 if task == "regression" else torch.long, device=device)
-    return {**inputs, "labels": labels}

@@ -4,8 +4,8 @@ import datasets
 import pytest
 import torch
 
-from rewriter import Spec, SpecError, collator, encode, load_rows
-from rewriter.data import IGNORED, label_reader
+from rewriter import Spec, SpecError, encode, load_rows, task_of
+from rewriter.tasks.base import IGNORED, class_reader
 from tests.tiny import make_tokenizer
 
 
@@ -27,6 +27,7 @@ def table(tmp_path_factory):
 
 
 COLUMNS = {"text": "text", "label": "label"}
+NAMES = ["input_ids", "attention_mask"]
 
 
 def test_where_split_limit(table):
@@ -74,7 +75,7 @@ def test_refused(table, data, labels, message, path):
 )  # fmt: skip
 def test_labels(value, labels, index):
     rows = datasets.Dataset.from_dict({"text": ["a"], "label": [value]})
-    read = label_reader(spec_of("x", COLUMNS), rows, labels)
+    read = class_reader(rows.features["label"], labels)
     if index is None:
         with pytest.raises(ValueError):
             read(value)
@@ -85,7 +86,7 @@ def test_labels(value, labels, index):
 def test_class_labels_go_by_name():
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["yes", "no"])})
     rows = datasets.Dataset.from_dict({"text": ["a"], "label": [0]}, features=features)
-    assert label_reader(spec_of("x", COLUMNS), rows, ["no", "yes"])(0) == 1
+    assert class_reader(rows.features["label"], ["no", "yes"])(0) == 1
 
 
 def test_regression_wants_numbers(table):
@@ -103,7 +104,7 @@ def encoded(task, columns, rows):
 def test_batches_are_padded_to_their_longest():
     tokenizer = make_tokenizer()
     rows = encoded("sequence-classification", COLUMNS, {"text": ["good", "the plot was bad", None], "label": [1, 0, 0]})
-    batch = collator(tokenizer, ["input_ids", "attention_mask"], None)([rows[0], rows[1], rows[2]])
+    batch = task_of("sequence-classification").collator(tokenizer, NAMES, None)([rows[0], rows[1], rows[2]])
     assert list(batch) == ["input_ids", "attention_mask", "labels"]
     assert batch["attention_mask"].sum(1).tolist() == [3, 6, 2] and batch["input_ids"].shape == (3, 6)
     assert batch["labels"].tolist() == [1, 0, 0]
@@ -114,7 +115,7 @@ def test_next_token_labels():
     tokenizer = make_tokenizer()
     for side in ("right", "left"):
         tokenizer.padding_side = side
-        batch = collator(tokenizer, ["input_ids", "attention_mask"], None)([rows[0], rows[1]])
+        batch = task_of("causal-lm").collator(tokenizer, NAMES, None)([rows[0], rows[1]])
         for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
             real = ids[mask.bool()]
             assert labels[mask.bool()].tolist() == [*real[1:].tolist(), IGNORED]
@@ -128,8 +129,8 @@ def test_tags_on_the_first_token_of_a_word():
 
 def test_a_decoder_reads_the_shifted_labels():
     rows = encoded("seq2seq-lm", COLUMNS, {"text": ["good", "bad film"], "label": ["bad", "the good film"]})
-    names = ["input_ids", "attention_mask", "decoder_input_ids"]
-    batch = collator(make_tokenizer(), names, start=2)([rows[0], rows[1]])
+    names = [*NAMES, "decoder_input_ids"]
+    batch = task_of("seq2seq-lm").collator(make_tokenizer(), names, 2)([rows[0], rows[1]])
     assert batch["decoder_input_ids"][:, 0].tolist() == [2, 2]
     kept = batch["labels"][:, :-1]
     assert torch.equal(batch["decoder_input_ids"][:, 1:], kept.masked_fill(kept == IGNORED, 0))

@@ -3,6 +3,7 @@
 import ast
 from pathlib import Path
 
+from rewriter.tasks import TASKS
 from rewriter.transforms import TRANSFORMS
 
 ROOT = Path(__file__).parents[1]
@@ -18,8 +19,9 @@ FOREIGN = {
 }
 # Rooms in the order of the flow: each may use those before it.
 ORDER = (
-    "errors", "files", "resources", "algebra", "transforms", "methods", "spec", "graph", "plan", "passes", "trace",
-    "svd", "tuned", "rewrite", "pretrained", "data", "adapters", "training", "export", "report",
+    "errors", "files", "resources", "algebra", "transforms", "methods", "graph", "tasks", "spec", "plan", "passes",
+    "trace", "svd", "tuned", "rewrite", "pretrained", "data", "adapters", "training", "export", "report", "folder",
+    "session",
 )  # fmt: skip
 
 
@@ -56,6 +58,27 @@ OUTSIDE = [file for file in SOURCES if "methods" not in file.parts and file.name
 def test_no_transform_is_known_outside_its_file():
     found = {named(file): list(knowledge(file)) for file in OUTSIDE}
     assert not {file: what for file, what in found.items() if what}
+
+
+def words_of(tree):
+    """Texts, names and modules of imports in a file."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            yield from [node.module or "", *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Name | ast.Attribute | ast.ClassDef):
+            yield getattr(node, "id", getattr(node, "attr", getattr(node, "name", "")))
+    yield from (node.value for node in texts(tree))
+
+
+def test_no_task_is_known_outside_its_file_and_the_table():
+    """By its name, its module, its class: in no text, name or import."""
+    files = {named(file): list(words_of(ast.parse(file.read_text()))) for file in SOURCES}
+    for name, kind in TASKS.items():
+        module = name.replace("-", "_")
+        knowing = {
+            file for file, words in files.items() if any(name in one or module in one or one == kind for one in words)
+        }
+        assert knowing == {f"tasks/{module}.py", "tasks/__init__.py"}, name
 
 
 def test_the_search_finds_what_it_should(tmp_path):

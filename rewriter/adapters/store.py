@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from ..errors import SubspanError
 from ..files import aside, load_into, load_tensors, save_tensors
@@ -136,7 +135,7 @@ def _versions() -> dict[str, str]:
         own = version("subspan")
     except PackageNotFoundError:
         own = "unknown"
-    libraries = {"torch": torch.__version__, "transformers": transformers.__version__}
+    libraries = {"torch": torch.__version__, "transformers": version("transformers")}
     return {"subspan": own, "python": platform.python_version(), **libraries}
 
 

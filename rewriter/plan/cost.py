@@ -3,7 +3,7 @@
 Everything is computed on the meta device: the very expressions and graphs run, on shapes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache
 
@@ -19,8 +19,6 @@ from ..graph.traced import TracedModel
 from ..spec.models import Limits
 from ..transforms import Leaf, Transform, compose
 from .site import PARAMETERS, Plan, Site
-
-ADAMW = 2  # moments per tuned entry
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class StepCost:
 
     Attributes:
         activations: bytes that the forward saves for the backward.
-        optimiser: bytes of the tuned tensors' gradients and of AdamW's moments, at the tuned tensors' width.
+        optimiser: bytes of the tuned tensors' gradients and of the optimiser's state, at the tuned tensors' width.
         overhead: FLOPs of the step's products over those of the frozen model's forward and input gradient (twice its
             forward), less 1.
     """
@@ -138,6 +136,7 @@ def step_cost(
     tuned: TracedModel,
     batch: Mapping[str, Tensor],
     objective: Callable[[TracedModel, Mapping[str, Tensor]], Tensor],
+    entries: Callable[[Sequence[int]], int],
 ) -> StepCost:
     """The cost of a step of a rewritten model on a batch; all on the meta device, in the model's own storage type.
 
@@ -149,6 +148,7 @@ def step_cost(
         tuned: what `rewrite` makes of it.
         batch: as the data's, labels too.
         objective: (model, batch) -> loss.
+        entries: how many entries of state the optimiser has for a tensor of a shape.
     """
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         objective(frozen.train(), batch)
@@ -165,10 +165,10 @@ def step_cost(
     with FlopCounterMode(display=False) as step:
         loss = objective(tuned.train(), batch)
         (loss + sum(tuned.penalties.values())).backward()
-    width = sum(p.numel() * p.element_size() for p in tuned.parameters() if p.requires_grad)
+    width = sum((p.numel() + entries(p.shape)) * p.element_size() for p in tuned.parameters() if p.requires_grad)
     tuned.zero_grad(set_to_none=True)
     activations = sum(size for _, size in saved.values())
-    return StepCost(activations, (1 + ADAMW) * width, step.get_total_flops() / (2 * forward.get_total_flops()) - 1)
+    return StepCost(activations, width, step.get_total_flops() / (2 * forward.get_total_flops()) - 1)
 
 
 def _storage(tensor: Tensor) -> int:

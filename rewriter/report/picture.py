@@ -229,3 +229,6 @@ def _drawn(one: Picture) -> tuple[str, float, float]:
 
 def _label(x: float, y: float, text: str, size: int, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}">{html.escape(text)}</text>'
+
+
+WRITERS = {"svg": to_svg, "dot": to_dot, "mermaid": to_mermaid}

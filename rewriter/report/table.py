@@ -1,7 +1,9 @@
 """What a person looks at: the plan as a table, and the end of a run."""
 
+import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -11,6 +13,7 @@ from rich.table import Table
 
 from ..plan import Plan, Site
 from ..plan.cost import StepCost, site_cost
+from ..spec import Spec
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=[.\[])")
 Alike = tuple[str, str, tuple[int, ...], bool, bool]
@@ -84,3 +87,37 @@ def print_summary(title: str, facts: Mapping[str, Any], console: Console) -> Non
     width = max(map(len, facts))
     for name, value in facts.items():
         console.print(f"  {name:<{width}}  {escape(str(value))}", highlight=False, soft_wrap=True)
+
+
+def kept(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Which state of a run is shipped, where that needs saying: another one than the last, or the last though an
+    earlier one was better."""
+    steps, found = metrics["train"]["steps"], metrics.get("evaluations", {})
+    chosen, best, value = (found.get(name) for name in ("kept", "best", "value"))
+    if best is None or best == chosen == steps:
+        return {}
+    if chosen != steps:
+        return {"kept": f"the state of step {chosen} of {steps}, the best that was evaluated ({value:.4f})"}
+    return {"kept": f"the last state; that of step {best} was better ({value:.4f}): train.keep: best ships it"}
+
+
+def shipped(spec: Spec, run: Path, report: Mapping[str, Any]) -> dict[str, Any]:
+    """What an exported run came to, for `print_summary`.
+
+    Args:
+        run: its folder.
+        report: the content of verify.json.
+    """
+    plan, metrics = (json.loads((run / f"{name}.json").read_text(encoding="utf-8")) for name in ("plan", "metrics"))
+    share = f"{plan['trainable_thousandths']:.3f} thousandths of {plan['total_parameters']:,}"
+    heads = f"{plan['head_parameters']:,} in new heads"
+    facts = {
+        f"validation {spec.metric}": f"{metrics['validation'][spec.metric]:.4f}",
+        **(kept(metrics) if "train" in metrics else {}),
+        "tuned parameters": f"{plan['trainable_parameters']:,} ({share}), and {heads}",
+        "largest difference": f"{report['max_abs_diff']:.2e} (atol {report['atol']:g}): {', '.join(report['stages'])}",
+    }
+    facts |= {name: run / name for name in ("adapter", "merged", "onnx") if (run / name).exists()}
+    if spec.export.checkpoint and not plan["merges"]:
+        facts["merged"] = "not written: what can't merge is in the ONNX graph alone"
+    return facts

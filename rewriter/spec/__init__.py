@@ -1,10 +1,9 @@
 """Specs: their models, how they are read, and what is said of mistakes in them."""
 
-from .models import METRICS, Data, Limits, Model, Passes, Rule, Spec, Train, link_model
-from .read import dump_spec, is_dump, load_spec, load_specs, warned
+from .models import Data, Limits, Model, Passes, Rule, Spec, Train, link_model
+from .read import dump_spec, is_dump, load_spec, load_specs, located, warned
 
 __all__ = [
-    "METRICS",
     "Data",
     "Limits",
     "Model",
@@ -17,5 +16,6 @@ __all__ = [
     "link_model",
     "load_spec",
     "load_specs",
+    "located",
     "warned",
 ]

@@ -15,6 +15,7 @@ from pydantic import (
     PlainValidator,
     PrivateAttr,
     SerializeAsAny,
+    ValidationError,
     create_model,
     field_validator,
     model_validator,
@@ -22,25 +23,15 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from ..errors import SpecError, SubspanError
+from ..tasks import TASKS, Task, task_of
 from ..transforms import TRANSFORMS, Transform
 
-Task = Literal[
-    "sequence-classification",
-    "regression",
-    "causal-lm",
-    "seq2seq-lm",
-    "image-classification",
-    "token-classification",
-]
-Metric = Literal["accuracy", "f1", "matthews_correlation", "mse", "pearson", "perplexity", "loss"]
-METRICS: dict[str, tuple[str, ...]] = {
-    "sequence-classification": ("accuracy", "f1", "matthews_correlation", "loss"),
-    "token-classification": ("accuracy", "f1", "loss"),
-    "image-classification": ("accuracy", "f1", "matthews_correlation", "loss"),
-    "regression": ("mse", "pearson", "loss"),
-    "causal-lm": ("perplexity", "loss", "accuracy"),
-    "seq2seq-lm": ("perplexity", "loss", "accuracy"),
-}
+METRICS = tuple(dict.fromkeys(metric for name in TASKS for metric in task_of(name).metrics))
+SCHEDULES = (
+    "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial", "inverse_sqrt",
+    "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
+)  # fmt: skip
+TRACKERS = ("tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio")
 Dtype = Literal["float32", "bfloat16", "float16"]
 Count = Annotated[int, Field(ge=1, le=2**53)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
@@ -54,7 +45,8 @@ class Model(_Model):
     """The pretrained model to adapt."""
 
     name: str = Field(min_length=1, description="a hub id, a local folder, or package://<package>/<folder>")
-    task: Task = Field(description="decides the head, the loss and the metric")
+    task: Literal[tuple(TASKS)] = Field(description="decides the head, the loss and the metric")
+    task_options: dict[str, Any] = Field(default_factory=dict, description="of the task; docs/tasks.md has them")
     labels: list[str | int] | None = Field(None, min_length=1, description="class names in order; default: the model's")
     dtype: Dtype = Field("float32", description="storage type of the frozen weights")
     revision: str | None = Field(None, description="commit or tag of a hub model")
@@ -72,6 +64,20 @@ class Model(_Model):
         if len(set(names)) < len(names):
             raise ValueError("labels must differ from each other")
         return names
+
+    @model_validator(mode="after")
+    def _options(self) -> "Model":
+        try:
+            task_of(self.task, self.task_options)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            known = task_of(self.task).Options.model_fields
+            place, message = ("model", "task_options", *first["loc"]), first["msg"][0].lower() + first["msg"][1:]
+            if first["type"] == "extra_forbidden":
+                has = f"has {', '.join(known)}" if known else "has none"
+                raise SpecError(f"unknown key {first['loc'][0]!r}; {self.task} {has}", place, at_key=True) from None
+            raise SpecError(f"{message}, not {first['input']!r}", place) from None
+        return self
 
 
 class Split(_Model):
@@ -113,7 +119,7 @@ class Data(_Model):
     )
     split: Split | None = Field(None, description="hold out a part of the training data")
     limit: Limit = Field(Limit(), description="use only so many rows, after filter and split")
-    columns: dict[str, str] = Field(description="role -> column: text, text_pair, label, tokens, image")
+    columns: dict[str, str] = Field(description="role -> column; which roles there are, the task says")
     max_length: Count = Field(128, le=2**20, description="longest sequence, in tokens; longer texts are cut")
 
     @model_validator(mode="after")
@@ -216,16 +222,33 @@ class Train(_Model):
     """How the new tensors are tuned."""
 
     epochs: float = Field(1, gt=0, description="passes over the training data")
-    batch_size: Count = Field(32, le=2**16, description="sequences per step and device")
+    max_steps: Count | None = Field(None, description="optimiser steps, instead of `epochs`")
+    batch_size: Count = Field(32, le=2**16, description="rows per step, over all devices")
     gradient_accumulation: Count = Field(1, description="batches per optimiser step")
-    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
-    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up")
+    optimiser: Literal["adamw", "sgd", "adafactor"] = Field("adamw", description="sgd has a momentum of 0.9")
+    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
+    schedule: Literal[SCHEDULES] = Field("linear", description="of the learning rate, after the warm-up")
+    schedule_options: dict[str, Scalar] = Field(
+        default_factory=dict, description="of that schedule, as transformers.get_scheduler takes them"
+    )
     warmup: float = Field(0.0, ge=0, lt=1, description="share of the steps that warm up")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay; added to the gradient by sgd")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of a label's mass spread over all labels")
+    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = Field(
+        None, description="weight of each label in the training loss; balanced: by how rare it is"
+    )
+    group_by_length: bool = Field(False, description="batches of rows of like lengths")
+    gradient_checkpointing: bool = Field(
+        False, description="keep a layer's inputs alone for the backward and compute the rest again: memory for time"
+    )
     max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this 2-norm; 0 turns it off")
     precision: Dtype = Field("float32", description="type of the computation (autocast); half types want CUDA")
-    metric: Metric | None = Field(None, description="validation metric; default: the task's first")
+    metric: Literal[METRICS] | None = Field(None, description="validation metric; default: the task's first")
     seed: Seed = Field(0, description="seed of heads, start values, order and dropout")
+    evaluate_steps: Count | None = Field(None, description="optimiser steps between evaluations; default: every epoch")
+    keep: Literal["last", "best"] = Field("last", description="which state is shipped: the last, or the best evaluated")
+    patience: Count | None = Field(None, description="stop after so many evaluations without a better one")
+    track: list[Literal[TRACKERS]] = Field(default_factory=list, description="experiment trackers that get the log too")
     log_steps: Count = Field(10, description="optimiser steps between log lines")
     checkpoint_steps: Count = Field(50, description="optimiser steps between checkpoints")
     checkpoint_keep: Count = Field(2, description="checkpoints kept")
@@ -330,49 +353,55 @@ class Spec(_Model):
 
     @model_validator(mode="after")
     def _metric(self) -> "Spec":
-        known = METRICS[self.model.task]
+        columns = self.data.columns if self.data else {}
+        if self.data:
+            _check_columns(self.task, columns)
+        known = self.task.metrics_of(columns)
         if self.train.metric and self.train.metric not in known:
             raise SpecError(
                 f"metric {self.train.metric!r} does not fit {self.model.task}: use one of {', '.join(known)}",
                 ("train", "metric"),
             )
-        if self.data:
-            _check_columns(self.model.task, self.data.columns)
+        for key, there in (
+            ("label_smoothing", self.task.smooths),
+            ("class_weights", self.task.labelled),
+            ("group_by_length", self.task.sequences),
+        ):
+            if getattr(self.train, key) and not there:
+                raise SpecError(f"{self.model.task} has no use for it", ("train", key), at_key=True)
+        if self.train.warmup and self.train.schedule == "reduce_lr_on_plateau":
+            raise SpecError("reduce_lr_on_plateau has no warm-up", ("train", "warmup"))
         return self
+
+    @property
+    def task(self) -> Task:
+        """What the model is for."""
+        return task_of(self.model.task, self.model.task_options)
 
     @property
     def metric(self) -> str:
         """The validation metric: the one given, else the task's first."""
-        return self.train.metric or METRICS[self.model.task][0]
+        return self.train.metric or self.task.metrics_of(self.data.columns if self.data else {})[0]
 
     def locate(self, error: SpecError) -> SubspanError:
         """`error` as one line with file, line and column, if the spec came from a file."""
         return self._locate(error) if self._locate else error
 
 
-ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "sequence-classification": (("text", "label"), ("text_pair",)),
-    "regression": (("text", "label"), ("text_pair",)),
-    "causal-lm": (("text",), ()),
-    "seq2seq-lm": (("text", "label"), ()),
-    "image-classification": (("image", "label"), ()),
-    "token-classification": (("tokens", "label"), ()),
-}
-
-
-def _check_columns(task: str, columns: dict[str, str]) -> None:
-    required, optional = ROLES[task]
+def _check_columns(task: Task, columns: dict[str, str]) -> None:
+    required = [role for role, one in task.roles.items() if one.required]
+    known = [*required, *(role for role in task.roles if role not in required)]
     for role in columns:
-        if role not in required + optional:
-            known = required + optional
+        if role not in known:
             raise SpecError(
-                f"unknown key {role!r}{nearest(role, known)}; {task} reads {', '.join(known)}",
+                f"unknown key {role!r}{nearest(role, known)}; {task.name} reads {', '.join(known)}",
                 ("data", "columns", role),
                 at_key=True,
             )
     for role in required:
         if role not in columns:
-            raise SpecError(f"{role!r} is missing: {task} needs the columns {', '.join(required)}", ("data", "columns"))
+            needs = f"{task.name} needs the columns {', '.join(required)}"
+            raise SpecError(f"{role!r} is missing: {needs}", ("data", "columns"))
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -1,5 +1,6 @@
 """Read: specs from YAML files, their variants and overrides, with the place of every mistake."""
 
+import contextlib
 import copy
 import io
 import re
@@ -10,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from ..errors import LocatedError, SpecError, SubspanError, UnreachableError, raise_all
+from ..errors import LocatedError, ManyErrors, SpecError, SubspanError, UnreachableError, raise_all
 from .explain import dotted, explained
 from .models import Spec
 from .places import YamlError, YamlMap, parse, parse_scalar
@@ -131,6 +132,17 @@ def _validated(data: dict, source: "Source") -> Spec:
         raise source.locate(error) from None
     spec._locate = source.locate
     return spec
+
+
+@contextlib.contextmanager
+def located(spec: Spec) -> Iterator[None]:
+    """Give mistakes of a spec their file, line and column."""
+    try:
+        yield
+    except SpecError as error:
+        raise spec.locate(error) from None
+    except ManyErrors as several:
+        raise_all([spec.locate(error) if isinstance(error, SpecError) else error for error in several.errors])
 
 
 def warned(warning: str) -> SpecError:

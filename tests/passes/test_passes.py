@@ -5,8 +5,7 @@ from functools import cache
 import pytest
 import torch
 
-from pipelines.passes import changes
-from rewriter import Inputs, Rule, SpecError, load_spec, plan, rewrite, trace, tuned_parameters
+from rewriter import Inputs, Rule, Session, SpecError, plan, rewrite, trace, tuned_parameters
 from rewriter.passes import manager
 from rewriter.passes.base import Pass
 from rewriter.passes.pipelines import PASSES
@@ -114,10 +113,10 @@ def test_the_command(tmp_path):
     spec = tiny.project(tmp_path)
     lines = call("passes").stdout
     assert len(PASSES) >= 6 and all(one.name in lines and one.doc[:30] in lines for one in PASSES)
-    counts = changes(load_spec(spec))
+    counts = Session(spec).changes()
     assert counts["insert_weights"] > 0 and counts["accumulate"] > 0 and counts["insert_sublayers"] == 0
     assert set(counts) == {one.name for one in PASSES}
-    assert "accumulate" not in changes(load_spec(spec, ["train.passes.off=[accumulate]"]))
+    assert "accumulate" not in Session(spec, "train.passes.off=[accumulate]").changes()
     shown = call("passes", spec, "--without", "accumulate")
     assert shown.exit_code == 0 and "off" in shown.stdout
     assert "did you mean 'accumulate'" in call("passes", spec, "--without", "acumulate").stderr

@@ -3,7 +3,7 @@
 import pytest
 
 from pipelines.plan import difference
-from rewriter import load_spec
+from rewriter import Session
 from tests import tiny
 from tests.pipelines.test_run import call
 
@@ -14,15 +14,18 @@ def spec(tmp_path_factory):
 
 
 def test_what_changes(spec, tmp_path):
-    old, new = load_spec(spec), tmp_path / "new.yaml"
+    old, new = Session(spec), tmp_path / "new.yaml"
     new.write_text(
         spec.read_text()
         .replace("{lora: {rank: 4, alpha: 8, dropout: 0.1}}", "{pa: {rank: 2}}")
         .replace("{query,value}", "query")
         .replace("batch_size: 8", "batch_size: 4")
     )
-    lines = list(difference(old, load_spec(new)))
-    assert lines[:2] == ["settings", f"  rules[0].target: {old.rules[0].target} -> {load_spec(new).rules[0].target}"]
+    lines = list(difference(old, Session(new)))
+    assert lines[:2] == [
+        "settings",
+        f"  rules[0].target: {old.spec.rules[0].target} -> {Session(new).spec.rules[0].target}",
+    ]
     assert "  train.batch_size: 8 -> 4" in lines and "  rules[0].apply[0].lora.rank: 4 -> none" in lines
     label = "bert.encoder.layer.*.attention.self"
     assert [line for line in lines if line[0] in "+-"] == [
@@ -37,7 +40,7 @@ def test_what_changes(spec, tmp_path):
 
 
 def test_nothing_changes(spec):
-    lines = list(difference(load_spec(spec), load_spec(spec)))
+    lines = list(difference(Session(spec), Session(spec)))
     assert lines[:3] == ["settings: the same", "sites: the same", "totals"]
     assert not [line for line in lines if line[0] in "+-" or "->" in line.removeprefix(lines[-2])]
 

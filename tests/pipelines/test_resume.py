@@ -8,9 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipelines.train import run
-from rewriter import Rule, example_inputs, load_adapter, load_model, load_spec, trace
-from rewriter.training.tune import checkpoints
+from rewriter import Rule, Session, example_inputs, load_adapter, load_model, load_spec, trace
+from rewriter.training.checkpoint import checkpoints
 from tests import tiny
 from tests.pipelines.test_run import succeeds
 
@@ -25,6 +24,10 @@ def old(tmp_path, monkeypatch):
     return tmp_path / "old"
 
 
+def run(spec, out, **options):
+    Session(spec).tune(out, **options)
+
+
 def adapter(folder):
     return load_file(folder / "adapter" / "adapter.safetensors")
 
@@ -37,7 +40,7 @@ def test_every_schedule_in_one_run_resumes_to_the_same_bits(old, tmp_path):
         Rule(target="bert.pooler.dense.weight", apply=[{"dora": {"rank": 2}}]),
     ]
     spec = spec.model_copy(update={"rules": [*spec.rules, *more]})
-    run(spec, out, resume=False, overwrite=False)
+    run(spec, out)
     unbroken, plans = adapter(out), (out / "plan.json").read_text()
     shutil.rmtree(out / "adapter")
     (out / "metrics.json").unlink()
@@ -46,7 +49,7 @@ def test_every_schedule_in_one_run_resumes_to_the_same_bits(old, tmp_path):
     for one in later:
         shutil.rmtree(one)
     assert kept.name == "checkpoint-5"
-    run(spec, out, resume=True, overwrite=False)
+    run(spec, out, resume=True)
     resumed = adapter(out)
     assert resumed.keys() == unbroken.keys()
     assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
@@ -57,7 +60,7 @@ def test_an_earlier_version_s_checkpoint_goes_on(old):
     """To that version's adapter: float32 over seven steps, on whatever machine, within 1e-4."""
     expected = adapter(old / "run")
     shutil.rmtree(old / "run" / "adapter")
-    run(load_spec(old / "run" / "spec.yaml"), old / "run", resume=True, overwrite=False)
+    run(load_spec(old / "run" / "spec.yaml"), old / "run", resume=True)
     found = adapter(old / "run")
     assert {name: value.shape for name, value in found.items()} == {
         name: value.shape for name, value in expected.items()
@@ -85,7 +88,7 @@ def test_lora_plus_gives_b_a_rate_of_its_own(tmp_path):
     spec = load_spec(tiny.project(tmp_path), ["train.max_grad_norm=0", "train.schedule=constant", "train.epochs=0.1"])
     step = {"lora": {"rank": 4, "ratio": 16.0}}
     rules = [Rule(target="bert.encoder.layer.*.attention.self.query.weight", apply=[step])]
-    run(spec.model_copy(update={"rules": rules}), tmp_path / "run", resume=False, overwrite=False)
+    run(spec.model_copy(update={"rules": rules}), tmp_path / "run")
     tensors = load_file(tmp_path / "run" / "adapter" / "adapter.safetensors")
     b = next(value for name, value in tensors.items() if name.endswith("layer.0.attention.self.query.weight.lora.b"))
     assert 0.9 * 16 * 1e-2 < float(b.abs().max()) <= 16 * 1e-2

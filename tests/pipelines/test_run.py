@@ -16,13 +16,13 @@ import typer
 from typer.testing import CliRunner
 
 from pipelines.export import export
-from pipelines.folder import check_folder, clear, is_run
 from pipelines.passes import passes
 from pipelines.plan import plan
 from pipelines.show import show
 from pipelines.train import train
 from pipelines.validate import validate
 from rewriter import load_spec
+from rewriter.folder import check_folder, clear, is_run
 from tests.tiny import project, save_model
 
 ROOT = Path(__file__).parents[2]

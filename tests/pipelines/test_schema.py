@@ -8,9 +8,9 @@ import jsonschema
 import pytest
 from ruamel.yaml import YAML
 
-from pipelines.schema import SCHEMA, pages
 from pipelines.validate import files
 from rewriter import TRANSFORMS, SubspanError, load_specs
+from rewriter.report.schema import SCHEMA, pages
 
 ROOT = Path(__file__).parents[2]
 SPECS = files([ROOT / "specs"])

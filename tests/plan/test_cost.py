@@ -8,8 +8,9 @@ from torch.profiler import ProfilerActivity, profile
 from rewriter import Rule, example_inputs, plan, rewrite, trace, tuned_parameters
 from rewriter.algebra import Dense
 from rewriter.plan.cost import change_bound, site_cost, step_cost
-from rewriter.pretrained import example_batch
-from rewriter.training.tune import objective
+from rewriter.tasks import task_of
+from rewriter.training.loop import objective
+from rewriter.training.optimisers import OPTIMISERS
 from rewriter.transforms import TRANSFORMS, compose
 from tests.architectures import ARCHITECTURES, build
 from tests.methods.test_laws import PLAIN, Tensors, chain_of, matrix
@@ -20,6 +21,7 @@ BERT = {**SMALL, "attention_probs_dropout_prob": 0.0}
 LINEARS, LAYERS = "bert.encoder.layer.*.**.{query,key,value,dense}.weight", "bert.encoder.layer.*"
 DECODER = "model.layers.*.{self_attn,mlp}.*.weight"
 BATCH, LENGTH = 8, 48
+ADAMW = OPTIMISERS["adamw"].entries
 CASES = [
     ("bert", LINEARS, {"lora": {"rank": 4}}),
     ("bert", LINEARS, {"dora": {"rank": 4}}),
@@ -48,7 +50,8 @@ def rewritten(name, device, target, step):
     model, task = made(name, device)
     graph = trace(model, example_inputs(model, task))
     tuned = rewrite(graph, plan(graph, [Rule(target=target, apply=[step])]))
-    return graph, tuned, example_batch(model, task, BATCH, LENGTH), objective(task)
+    task = task_of(task)
+    return graph, tuned, task.example_batch(model, BATCH, LENGTH), objective(task)
 
 
 def label(case):
@@ -59,7 +62,7 @@ def label(case):
 def test_memory_is_what_is_allocated(name, target, step):
     """Activations: what is still allocated after a real forward. 15 % are allowed, 7 % are seen (small temporaries)."""
     graph, tuned, batch, loss = rewritten(name, "meta", target, step)
-    estimate = step_cost(graph, tuned, batch, loss)
+    estimate = step_cost(graph, tuned, batch, loss, ADAMW)
     _, tuned, batch, loss = rewritten(name, "cpu", target, step)
     tuned.train()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
@@ -91,9 +94,9 @@ def test_overhead_by_hand():
 def test_overhead_of_a_step():
     """Frozen: forward and input gradient. Tuning the whole of every linear adds its gradient, half as much again."""
     graph, tuned, batch, loss = rewritten("bert", "meta", LINEARS, "full")
-    assert 0.3 < step_cost(graph, tuned, batch, loss).overhead < 0.5
+    assert 0.3 < step_cost(graph, tuned, batch, loss, ADAMW).overhead < 0.5
     _, tuned, _, _ = rewritten("bert", "meta", LINEARS, {"lora": {"rank": 4}})
-    assert 0.0 < step_cost(graph, tuned, batch, loss).overhead < 0.2
+    assert 0.0 < step_cost(graph, tuned, batch, loss, ADAMW).overhead < 0.2
 
 
 BOUNDS = dict.fromkeys(("lora", "trilora", "adalora", "flora", "lora_fa", "lora_xs", "vera", "delora", "tied_lora"), 2)

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.train import plan_of
-from rewriter import SubspanError, load_spec, load_specs
+from rewriter import Session, SubspanError, load_spec, load_specs
 from rewriter.graph.traced import TracedModel
 
 PAPER = Path(__file__).parents[2] / "specs" / "paper"
@@ -62,12 +61,13 @@ def test_every_row_has_the_count_of_its_rule_and_142_the_print(monkeypatch):
     traces = []
     original = TracedModel.__init__
     monkeypatch.setattr(TracedModel, "__init__", lambda self, *args: (traces.append(1), original(self, *args))[1])
-    near = 0
+    near, before = 0, None
     for name, layers, d, millions, singles, groups in TABLES.values():
         specs = load_specs(PAPER / f"{name}.yaml")
         assert [spec.meta["row"] for spec in sorted(specs, key=lambda s: s.meta["row"])] == list(range(2, 59))
         for spec in specs:
-            found, _, _ = plan_of(spec)
+            before = Session(spec, like=before)
+            found = before.plan()
             row = spec.meta["row"]
             assert found.trainable_parameters == rule(row, layers, d, name.startswith("deberta")), spec.meta
             assert not found.warnings and TABLES[spec.meta["table"]][0] == name

@@ -5,19 +5,19 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from rewriter import Spec, SubspanError, dump_spec, load_spec
-from rewriter.files import remove, write_text
-from rewriter.spec import is_dump
-from rewriter.training.tune import BUDGET, OPTIMISER, STATE, TRAINER_STATE, TUNED, checkpoints
+from .errors import SubspanError
+from .files import remove, write_text
+from .spec import Spec, dump_spec, is_dump, load_spec
+from .training.checkpoint import BUDGET, EARLIER, OPTIMISER, STATE, TUNED, checkpoints
 
 MARKER = ".subspan-run"
-FOLDERS = ("checkpoints", "adapter", "merged", "onnx")
+FOLDERS = ("checkpoints", "adapter", "merged/1_Pooling", "merged/2_Normalize", "merged", "onnx")
 _NOTE = "This folder is a run of subspan. --overwrite removes what a run writes, and nothing else.\n"
 # What training and export write, file by file: nothing else in these folders is touched.
 WRITTEN = (
     "spec.yaml", "plan.json", "log.jsonl", "metrics.json", "verify.json", MARKER,
     "adapter/adapter.json", "adapter/adapter.safetensors",
-    *(f"checkpoints/checkpoint-*/{name}" for name in (TUNED, OPTIMISER, BUDGET, STATE, TRAINER_STATE)),
+    *(f"checkpoints/checkpoint-*/{name}" for name in (TUNED, OPTIMISER, BUDGET, STATE, EARLIER)),
     *(
         f"{folder}/{name}"
         for folder in ("merged", "onnx")
@@ -25,6 +25,7 @@ WRITTEN = (
             "config.json", "*.safetensors", "*.safetensors.index.json", "generation_config.json", "model.onnx*",
             "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
             "preprocessor_config.json", "processor_config.json", "chat_template*",
+            "modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json",
         )
     ),
 )  # fmt: skip
@@ -84,8 +85,14 @@ def clear(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def claimed(out: Path) -> Iterator[None]:
-    """Make the folder and mark it; take the run away again after a failure that leaves no checkpoint to go on from."""
+def claimed(out: Path, main: bool = True) -> Iterator[None]:
+    """Make the folder and mark it; take the run away again after a failure that leaves no checkpoint to go on from.
+
+    Of several processes the main one does.
+    """
+    if not main:
+        yield
+        return
     made = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,390 @@
+"""The main job: a spec in, then its plan, its cost, a tuned run, and what is shipped; each is one call.
+
+Mistakes leave with the spec's file, line and column.
+"""
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from datasets import Dataset
+from torch import Tensor
+
+from .adapters.store import load_adapter, read_manifest, save_adapter
+from .data import check_length, encode, load_rows
+from .errors import SpecError, SubspanError, raise_all
+from .export.merge import merge, rest
+from .export.onnx import export_onnx
+from .export.verify import batches, differences, onnx_stage, torch_stage
+from .files import aside, write_json, write_text
+from .folder import check_folder, claimed, clear
+from .graph.traced import Inputs, TracedModel
+from .passes.base import Context
+from .passes.manager import check_names
+from .passes.manager import run as run_passes
+from .plan import Plan, plan
+from .plan.cost import StepCost, exceeded, step_cost
+from .pretrained import Pretrained, for_onnx, load_model, load_processor, positions, save_model
+from .rewrite import rewrite
+from .spec import Spec, dump_spec, load_spec, located
+from .trace import capture, trace
+from .training.checkpoint import resumed_choices
+from .training.loop import device_of, label_weights, objective, tune
+from .training.optimisers import OPTIMISERS, check_schedule
+from .training.parallel import processes
+from .training.recompute import by_layer
+from .training.reports import check_trackers
+from .training.schedules import allocate
+from .transforms import Schedule
+from .tuned import TunedModel
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+@dataclass
+class Job:
+    """What tuning needs: the model with its weights, encoded rows, how they become batches, and weights of labels."""
+
+    pretrained: Pretrained
+    inputs: Inputs
+    train: Dataset
+    validation: Dataset
+    collate: Callable[[list], dict[str, Tensor]]
+    weights: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """A model traced on the meta device; `whole`: its train graph too, with dynamic shapes."""
+
+    pretrained: Pretrained
+    traced: TracedModel
+    whole: bool
+
+
+def _placed(method: _Method) -> _Method:
+    @functools.wraps(method)
+    def call(self: "Session", *args: Any, **kwargs: Any) -> Any:
+        with located(self.spec):
+            return method(self, *args, **kwargs)
+
+    return call
+
+
+class Session:
+    """A spec, and what is made of it.
+
+    Args:
+        spec: a file (`<file>#<row>` for one of its variants), or a spec.
+        settings: `dotted.key=value` overrides, for a file.
+        like: another session; what it knows of the same model and the same data is not found out again.
+
+    Raises:
+        SubspanError: the spec is wrong; one line with file, line and column for each mistake.
+    """
+
+    def __init__(self, spec: Spec | str | Path, *settings: str, like: Self | None = None):
+        self.spec = spec if isinstance(spec, Spec) else load_spec(spec, list(settings))
+        self.run: Path | None = None
+        same = like is not None and like.model_key == self.model_key
+        self._shapes: _Shapes | None = like._shapes if same else None
+        self._checked: set[str] = like._checked if like is not None else set()
+
+    @property
+    def model_key(self) -> str:
+        """Equal for specs whose models trace alike."""
+        train = self.spec.train
+        return f"{self.spec.model.model_dump_json()} {train.seed} {train.passes.off}"
+
+    @property
+    def tokens(self) -> int:
+        """Rows that a linear op reads per step: tokens of text, or about as many patches of images."""
+        return self.spec.train.batch_size * self._length
+
+    @property
+    def _length(self) -> int:
+        return self.spec.data.max_length if self.spec.data else 128
+
+    @_placed
+    def shapes(self, whole: bool = False) -> tuple[TracedModel, Pretrained]:
+        """The model, traced on the meta device: no weight is read.
+
+        Args:
+            whole: trace the train graph too, and with dynamic shapes, as a run does; a plan alone needs neither.
+        """
+        spec = self.spec
+        check_names(spec.train.passes.off, spec.train.passes.on)
+        if self._shapes is None or (whole and not self._shapes.whole):
+            pretrained = load_model(spec, meta=True)
+            inputs = spec.task.inputs(pretrained.model)
+            if not whole:
+                inputs = Inputs(kwargs=inputs.kwargs)
+            modes = ("train", "eval") if whole else ("eval",)
+            traced = trace(pretrained.module, inputs, modes, spec.train.passes.off)
+            self._shapes = _Shapes(pretrained, traced, whole)
+        return self._shapes.traced, self._shapes.pretrained
+
+    @_placed
+    def plan(self, whole: bool = False) -> Plan:
+        """Every site with its shape and counts; no weight is read.
+
+        Args:
+            whole: as of `shapes`.
+
+        Raises:
+            SubspanError: the spec does not fit the model, or exceeds a limit.
+        """
+        spec = self.spec
+        traced, pretrained = self.shapes(whole)
+        found = plan(traced, spec.rules, pretrained.new, spec.strict)
+        check_length(spec, positions(pretrained.model), found.rows)
+        raise_all(exceeded(spec.limits, found))
+        _check_training(spec, found, pretrained.labels)
+        return found
+
+    @_placed
+    def cost(self) -> StepCost:
+        """What a training step needs, from the train graph on the meta device.
+
+        Raises:
+            SubspanError: as `plan`, or the step exceeds a limit.
+        """
+        spec, found = self.spec, self.plan(whole=True)
+        traced, pretrained = self.shapes(whole=True)
+        batch = spec.task.example_batch(pretrained.model, spec.train.batch_size, self._length)
+        tuned = self._rewritten(traced, found)
+        if spec.train.gradient_checkpointing:
+            by_layer(tuned)
+        entries = OPTIMISERS[spec.train.optimiser].entries
+        cost = step_cost(traced, tuned, batch, objective(spec.task), entries)
+        raise_all(exceeded(spec.limits, found, cost))
+        return cost
+
+    @_placed
+    def rewritten(self) -> TunedModel:
+        """The traced model with the plan's nodes, on the meta device."""
+        return self._rewritten(self.shapes(whole=True)[0], self.plan(whole=True))
+
+    def _rewritten(self, traced: TracedModel, found: Plan, chosen: dict[str, Tensor] | None = None) -> TunedModel:
+        passes = self.spec.train.passes
+        return rewrite(traced, found, self.spec.train.seed, chosen, passes.off, passes.on)
+
+    @_placed
+    def changes(self) -> dict[str, int]:
+        """Pass -> how many nodes it changes in the graphs of the spec: train, eval, and the one that is exported."""
+        spec, chosen, changed = self.spec, self.spec.train.passes, {}
+        check_names(chosen.off, chosen.on)
+        pretrained = load_model(spec, meta=True)
+        inputs = spec.task.inputs(pretrained.model)
+        traced = trace(pretrained.module, inputs, without=chosen.off, changed=changed)
+        planned = plan(traced, spec.rules, pretrained.new, spec.strict)
+        rewrite(traced, planned, without=chosen.off, also=chosen.on, changed=changed)
+        exported = capture(pretrained.module, inputs).graph_module.graph
+        run_passes(exported, "export", Context("eval"), chosen.off, chosen.on, changed)
+        return changed
+
+    @_placed
+    def check_data(self) -> None:
+        """Read and check the data where it is on disk, once.
+
+        Raises:
+            SubspanError: it can't be read, or does not fit the task.
+        """
+        spec = self.spec
+        labels = self.shapes()[1].labels
+        key = f"{spec.model.task} {spec.model.task_options} {labels} {spec.data and spec.data.model_dump_json()}"
+        if spec.data and spec.data.files is not None and key not in self._checked:
+            load_rows(spec, labels)
+            self._checked.add(key)
+
+    @_placed
+    def prepare(self) -> Job:
+        """Load the model and the data."""
+        spec, task = self.spec, self.spec.task
+        processor, pretrained = load_processor(spec), load_model(spec)
+        rows = load_rows(spec, pretrained.labels)
+        train, validation = (encode(spec, part, processor, pretrained.labels) for part in (rows.train, rows.validation))
+        inputs = task.inputs(pretrained.model)
+        start = getattr(pretrained.model.config, "decoder_start_token_id", None)
+        counts = task.label_counts(rows.train, spec.data.columns, pretrained.labels) if spec.train.class_weights else []
+        weights = label_weights(spec, pretrained.labels, counts)
+        collate = task.collator(processor, list(inputs.kwargs), start)
+        return Job(pretrained, inputs, train, validation, collate, weights)
+
+    @_placed
+    def tune(self, out: str | Path, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+        """Tune into the folder `out`: spec.yaml, plan.json, metrics.json, log.jsonl, checkpoints/, adapter/.
+
+        Args:
+            out: made new.
+            resume: continue the run in it from its newest checkpoint.
+            overwrite: first delete the run that is in it.
+
+        Returns:
+            The metrics, as `training.loop.tune` has them.
+
+        Raises:
+            SubspanError: the folder holds something else, the spec does not fit, the loss is not finite.
+            Interrupted: stopped by Ctrl-C or SIGTERM; a checkpoint is written.
+        """
+        spec, out, main = self.spec, Path(out), processes().is_main_process
+        if main:
+            check_folder(spec, out, resume, overwrite)
+        processes().wait_for_everyone()
+        device_of(spec.train)
+        if spec.limits.of_a_step or spec.train.gradient_checkpointing:
+            self.cost()
+        planned, job = self.plan(), self.prepare()
+        traced = trace(job.pretrained.module, job.inputs, without=spec.train.passes.off)
+        planned, chosen = self._choose(job, traced, planned, out if resume else None)
+        model = self._rewritten(traced, planned, chosen)
+        if overwrite and main:
+            clear(out)
+        with claimed(out, main):
+            if main:
+                write_text(out / "spec.yaml", dump_spec(spec))
+                write_json(out / "plan.json", planned.to_dict())
+            processes().wait_for_everyone()
+            model, metrics = tune(model, spec, job.train, job.validation, job.collate, out, resume, job.weights)
+            if main:
+                save_adapter(model, out / "adapter", spec, metrics)
+                write_json(out / "plan.json", model.plan.to_dict())
+                write_json(out / "metrics.json", metrics)
+        processes().wait_for_everyone()
+        self.run = out
+        return metrics
+
+    def _choose(
+        self, job: Job, traced: TracedModel, found: Plan, resumed: Path | None
+    ) -> tuple[Plan, dict[str, Tensor]]:
+        """What schedules choose by the training data, or what the run to resume chose."""
+        if resumed and (choices := resumed_choices(resumed / "checkpoints")) is not None:
+            given, chosen = choices
+            if given is None:
+                # A checkpoint of a version that kept the sizes in plan.json alone.
+                pairs = (pair for site in found.sites for pair in site.schedules)
+                choosing = {name for name, one in pairs if type(one).choose is not Schedule.choose}
+                sites = json.loads((resumed / "plan.json").read_text(encoding="utf-8"))["sites"]
+                given = {step: sizes for site in sites for step, sizes in site["settled"].items() if step in choosing}
+            return plan(traced, self.spec.rules, job.pretrained.new, self.spec.strict, given), chosen
+        return allocate(traced, found, job.train, job.collate, objective(self.spec.task))
+
+    @_placed
+    def export(self, run: str | Path | None = None) -> dict[str, Any]:
+        """Merge a run's adapter, write merged/ and onnx/, and compare every stage's outputs with the tuned model's.
+
+        Args:
+            run: its folder; default: of the run that this session tuned.
+
+        Returns:
+            The content of verify.json.
+
+        Raises:
+            SubspanError: there is no such run, it is of another spec, or a stage differs by more than
+                `export.verify.atol`; nothing is written then.
+        """
+        run = Path(run) if run is not None else self.run
+        if run is None:
+            raise SubspanError("which run? export(folder), or tune first")
+        if dump_spec(load_spec(run / "spec.yaml")) != dump_spec(self.spec):
+            raise SubspanError(f"{run / 'spec.yaml'} is of another run; its settings differ from this spec's")
+        return _ship(self.spec, run)
+
+
+def _check_training(spec: Spec, found: Plan, labels: list[str]) -> None:
+    """What a `train` section says that can be known without weights.
+
+    Raises:
+        SpecError: at its place.
+    """
+    settings = spec.train
+    check_schedule(settings, spec.task.lower(spec.metric))
+    check_trackers(spec)
+    if isinstance(settings.class_weights, dict):
+        label_weights(spec, labels, [])
+    moving = [
+        (site.rule, name)
+        for site in found.sites
+        for name, one in site.schedules
+        if type(one).after_step is not Schedule.after_step
+    ]
+    if settings.keep == "best" and moving:
+        where = f"rules[{moving[0][0]}]"
+        said = f"{where} moves its budget from step to step, and only the last state has what it asks for; keep: last"
+        raise SpecError(said, ("train", "keep"))
+
+
+def _ship(spec: Spec, run: Path) -> dict[str, Any]:
+    """Write merged/, onnx/ and verify.json into the run's folder; returns the content of verify.json."""
+    pretrained, processor, task = load_model(spec), load_processor(spec), spec.task
+    inputs, passes = task.inputs(pretrained.model), spec.train.passes
+    traced = trace(pretrained.module, inputs, ("eval",), passes.off)
+    tuned = load_adapter(traced, run / "adapter", without=passes.off, also=passes.on)
+    whole = tuned.plan.merges
+    stored = merge(tuned, traced, partly=True)
+    merge(tuned, pretrained.model, partly=True)
+    stages = {"merged": torch_stage(traced if whole else rest(tuned, traced))}
+    with aside(run / "merged", run / "onnx", run / "verify.json") as (merged, onnx, verify):
+        if spec.export.checkpoint and whole:
+            save_model(pretrained, str(merged))
+            processor.save_pretrained(merged)
+            task.ship(merged, pretrained.module, spec.data.max_length if spec.data else processor.model_max_length)
+            stages["checkpoint"] = torch_stage(_reload(spec, merged).module)
+        if spec.export.onnx:
+            onnx.mkdir()
+            processor.save_pretrained(onnx)
+            for_onnx(pretrained.model)
+            module = pretrained.module
+            export_onnx(
+                module if whole else rest(tuned, trace(module, inputs, modes=("eval",))),
+                inputs,
+                onnx / "model.onnx",
+                spec.export.onnx.opset,
+                _metadata(spec, pretrained, run),
+                passes.off,
+            )
+            stages["onnx"] = onnx_stage(onnx / "model.onnx")
+        found = differences(torch_stage(tuned), stages, _samples(spec, pretrained, inputs, tuned.plan.rows))
+        report = {
+            "max_abs_diff": max(found.values(), default=0.0),
+            "atol": spec.export.verify.atol,
+            "stages": found,
+            "stored_weights": stored,
+        }
+        if not report["max_abs_diff"] <= report["atol"]:
+            worst = ", ".join(f"{name} {value:.2e}" for name, value in found.items())
+            raise SubspanError(
+                f"outputs differ from the tuned model's by more than export.verify.atol = {report['atol']:g}: {worst}; "
+                "nothing is written"
+            )
+        write_json(verify, report)
+    return report
+
+
+def _reload(spec: Spec, folder: Path) -> Pretrained:
+    """The checkpoint as anyone would load it."""
+    model = spec.model.model_copy(update={"name": str(folder.absolute()), "revision": None})
+    return load_model(spec.model_copy(update={"model": model}))
+
+
+def _samples(spec: Spec, pretrained: Pretrained, inputs: Inputs, rows: int) -> Any:
+    """Random inputs that the model takes beside so many rows of its own."""
+    config = pretrained.model.config
+    most = (getattr(config, "max_position_embeddings", None) or 0) - rows
+    limits = [spec.data.max_length if spec.data else 0, most]
+    return batches(inputs, getattr(config, "vocab_size", 2), min((n for n in limits if n > 0), default=None))
+
+
+def _metadata(spec: Spec, pretrained: Pretrained, run: Path) -> dict[str, object]:
+    """What a server needs to know of an ONNX file."""
+    manifest = read_manifest(run / "adapter")
+    return {
+        "task": spec.model.task,
+        "labels": pretrained.labels,
+        **spec.task.metadata(pretrained.labels),
+        "base": manifest["base"],
+        "versions": manifest["versions"],
+    }

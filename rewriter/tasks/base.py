@@ -1,0 +1,463 @@
+"""What a task is: columns, encoding, collation, loss, metrics, example inputs, what is traced, and what is shipped.
+
+`Task` reads one text a row; a task overrides what differs. Tensors of a batch that the model does not read are its
+targets, by name.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from ..errors import SpecError
+from ..graph.traced import Inputs
+
+IGNORED = -100
+LOWER = ("loss", "mse", "perplexity")
+_SHOWN = 40
+
+Batch = Mapping[str, Tensor]
+Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
+
+
+class Options(BaseModel):
+    """Options of a task, `model.task_options` in a spec; none, unless it has its own."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+@dataclass(frozen=True)
+class Role:
+    """A column that a task reads.
+
+    Attributes:
+        kind: what its cells hold: text, label, labels (a list of them), words, number, image, answers.
+        required: whether a spec has to name it.
+    """
+
+    kind: str
+    required: bool = True
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """How a training loss differs from the plain one that is measured.
+
+    Attributes:
+        smoothing: share of a label's mass that is spread over all labels.
+        weights: (labels,) weight of each label's terms; None: all alike.
+    """
+
+    smoothing: float = 0.0
+    weights: Tensor | None = None
+
+
+PLAIN = Criterion()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How rows are read.
+
+    Attributes:
+        columns: role -> column.
+        features: of `datasets`, by column.
+        processor: the tokenizer, or the image processor.
+        labels: class names in order.
+        length: longest sequence, in tokens.
+    """
+
+    columns: Mapping[str, str]
+    features: Mapping[str, Any]
+    processor: Any
+    labels: Sequence[str]
+    length: int
+
+
+class Task:
+    """One text a row, or two; what a row's loss and output are is a subclass's.
+
+    Attributes:
+        name: as a spec writes it.
+        options: of the class's `Options`.
+        roles: the columns it reads.
+        metrics: what can be measured, the default first.
+        auto: the class of transformers that loads the model.
+        processor: the class of transformers that loads the tokenizer, or the image processor.
+        headed: whether what lies outside the base model is a new head where a checkpoint has none.
+        labelled: whether it has class names.
+        smooths: whether label smoothing has a meaning.
+        sequences: whether rows differ in length.
+    """
+
+    Options: ClassVar[type[Options]] = Options
+    roles: ClassVar[dict[str, Role]] = {"text": Role("text"), "label": Role("label"), "text_pair": Role("text", False)}
+    metrics: ClassVar[tuple[str, ...]] = ("loss",)
+    auto: ClassVar[str]
+    processor: ClassVar[str] = "AutoTokenizer"
+    headed: ClassVar[bool] = True
+    labelled: ClassVar[bool] = False
+    smooths: ClassVar[bool] = False
+    sequences: ClassVar[bool] = True
+
+    def __init__(self, name: str, options: Options):
+        self.name, self.options = name, options
+
+    # What a spec may say.
+
+    def metrics_of(self, columns: Mapping[str, str]) -> tuple[str, ...]:
+        """The metrics that data with these roles -> columns can be measured by, the default first."""
+        return self.metrics
+
+    @staticmethod
+    def lower(metric: str) -> bool:
+        """Whether less of a metric is better."""
+        return metric in LOWER
+
+    # The model.
+
+    def configure(self, config: Any, labels: Sequence[str] | None) -> None:
+        """Set what the task needs in a model's config, before the model is made."""
+
+    def labels(self, config: Any) -> list[str]:
+        """Class names in order; empty for tasks without classes."""
+        return [config.id2label[i] for i in range(config.num_labels)] if self.labelled else []
+
+    def module(self, model: nn.Module, revision: str | None = None) -> nn.Module:
+        """What is traced, tuned and exported; its parameters have the model's own names.
+
+        Raises:
+            SpecError: the model is none that the task can use.
+        """
+        return model
+
+    def inputs(self, model: nn.Module, batch: int = 3, length: int = 11) -> Inputs:
+        """Examples of what the model reads, on its device, with dynamic batch and sequence.
+
+        Token ids are (batch, sequence) int64.
+
+        Args:
+            batch, length: sizes of the examples.
+        """
+        names = ["input_ids", "attention_mask"]
+        segments = getattr(model.config, "type_vocab_size", 0) > 1
+        if segments and "token_type_ids" in inspect.signature(model.forward).parameters:
+            names.append("token_type_ids")
+        return token_inputs(model, dict.fromkeys(names, length), batch)
+
+    def example_batch(self, model: nn.Module, batch: int, length: int) -> dict[str, Tensor]:
+        """A batch of `batch` rows as a training step reads it: inputs and targets."""
+        inputs = self.inputs(model, batch, length).kwargs
+        return {**inputs, "labels": torch.zeros(batch, dtype=torch.long, device=next(model.parameters()).device)}
+
+    # The data.
+
+    def check(self, rows: Any, columns: Mapping[str, str], labels: Sequence[str]) -> None:
+        """Refuse rows (of `datasets`) whose cells are none that the task reads.
+
+        Raises:
+            SpecError: at the role's column, with the first cell that is wrong.
+        """
+
+    def reader(self, feature: Any, labels: Sequence[str]) -> Callable[[Any], Any]:
+        """A function from a label as written to a class index; ValueError for what is none."""
+        return class_reader(feature, labels)
+
+    def label_counts(self, rows: Any, columns: Mapping[str, str], labels: Sequence[str]) -> list[int]:
+        """How often each label stands in the rows."""
+        column = columns["label"]
+        read = self.reader(rows.features[column], labels)
+        counts = [0] * len(labels)
+        for value in rows[column]:
+            for one in value if isinstance(value, list) else [value]:
+                counts[read(one)] += 1
+        return counts
+
+    def encode(self, rows: Any, reading: Reading) -> Any:
+        """Rows of `datasets` as the model reads them: token ids, and targets.
+
+        Raises:
+            SpecError: the tokenizer can't do what the task needs.
+        """
+
+        def tokens(batch: dict[str, list], index: list[int]) -> dict[str, Any]:
+            return self.tokens(batch, index, reading)
+
+        options = {"batched": True, "with_indices": True, "load_from_cache_file": False, "desc": "encode"}
+        return rows.map(tokens, remove_columns=rows.column_names, **options)
+
+    def tokens(self, batch: dict[str, list], index: list[int], reading: Reading) -> dict[str, Any]:
+        """`encode` of some rows, whose numbers are in `index`."""
+        out = tokenised(batch, reading)
+        column = reading.columns["label"]
+        read = self.reader(reading.features[column], reading.labels)
+        out["labels"] = [read(value) for value in batch[column]]
+        return out
+
+    def length(self, row: Mapping[str, Any]) -> int:
+        """Tokens of an encoded row, for batches of rows of like lengths."""
+        return len(row["input_ids"])
+
+    def collator(self, processor: Any, input_names: Sequence[str], start: int | None) -> Collate:
+        """A function from encoded rows to a batch, padded to its longest row: the model's inputs, and targets.
+
+        Args:
+            processor: the tokenizer; it pads on its own side.
+            input_names: what the model reads.
+            start: the id that starts a decoder's input (encoder-decoder models).
+        """
+
+        def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+            batch = padded(processor, rows)
+            batch["labels"] = self.padded_labels([row["labels"] for row in rows], processor)
+            return {name: batch[name] for name in (*input_names, "labels")}
+
+        return collate
+
+    def padded_labels(self, labels: list[Any], processor: Any) -> Tensor:
+        """The rows' labels as one tensor."""
+        return torch.tensor(labels)
+
+    # What is learned and measured.
+
+    def count(self, targets: Batch, criterion: Criterion = PLAIN) -> Tensor:
+        """What the sum of the losses of batches is divided by for their mean: a scalar that adds up over batches."""
+        return counted(targets["labels"], criterion)
+
+    def loss(self, out: Any, targets: Batch, criterion: Criterion = PLAIN) -> Tensor:
+        """The sum of a batch's losses, a scalar, from the model's output: cross entropy of logits (batch, classes) or
+        (batch, sequence, classes) with labels of the shape before the last."""
+        return cross_entropy(out.logits, targets["labels"], criterion)
+
+    def summary(self, out: Any, targets: Batch) -> Tensor:
+        """What metrics need of a batch, small: (n, k), a row for each thing that is measured."""
+        raise NotImplementedError
+
+    def measure(self, metric: str, found: np.ndarray, rows: Any) -> float:
+        """A metric, other than `loss`, from the summaries of all batches, (n, k) float64, in any order.
+
+        Args:
+            rows: the encoded rows.
+        """
+        raise NotImplementedError
+
+    # What is shipped.
+
+    def metadata(self, labels: Sequence[str]) -> dict[str, Any]:
+        """What a server needs to know beside the labels, for the ONNX file."""
+        return {}
+
+    def ship(self, folder: Path, model: nn.Module, max_length: int) -> None:
+        """Write what other libraries read beside a merged checkpoint into its folder."""
+
+
+def name_labels(config: Any, labels: Sequence[str] | None, problem: str | None = None) -> None:
+    """Put class names into a model's config, if there are any."""
+    if labels:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: i for i, label in enumerate(labels)}
+        config.problem_type = problem
+
+
+def name_padding(config: Any) -> None:
+    """A padding token where a config has none: a head that reads the last token looks for the padding after it."""
+    if config.pad_token_id is None:
+        eos = config.eos_token_id
+        config.pad_token_id = eos[0] if isinstance(eos, list) else eos
+
+
+def token_inputs(model: nn.Module, lengths: Mapping[str, int], batch: int) -> Inputs:
+    """Example token ids of these lengths, on the model's device; masks are 1, all else 0."""
+    device = next(model.parameters()).device
+    kwargs = {
+        name: torch.full((batch, n), int(name == "attention_mask"), dtype=torch.long, device=device)
+        for name, n in lengths.items()
+    }
+    axes = {n: {0: "batch", 1: "decoder_sequence" if n.startswith("decoder") else "sequence"} for n in kwargs}
+    return Inputs(kwargs=kwargs, dynamic=axes)
+
+
+def words(values: Sequence[Any]) -> list[str]:
+    """Cells as texts; an empty cell is an empty text."""
+    return ["" if value is None else str(value) for value in values]
+
+
+def tokenised(batch: dict[str, list], reading: Reading) -> Any:
+    """The token ids of a text column, and of its pair if there is one."""
+    columns = reading.columns
+    pair = words(batch[columns["text_pair"]]) if "text_pair" in columns else None
+    return reading.processor(words(batch[columns["text"]]), pair, truncation=True, max_length=reading.length)
+
+
+def padded(processor: Any, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Token ids, mask and segments of encoded rows, padded to the longest."""
+    keys = [key for key in ("input_ids", "attention_mask", "token_type_ids") if key in rows[0]]
+    batch = dict(processor.pad([{key: row[key] for key in keys} for row in rows], return_tensors="pt"))
+    batch.setdefault("token_type_ids", torch.zeros_like(batch["input_ids"]))
+    return batch
+
+
+def padded_lists(lists: list[list[int]], left: bool, value: int = IGNORED) -> Tensor:
+    """Lists of numbers as one tensor, (rows, longest)."""
+    width = max(map(len, lists))
+    pads = [[value] * (width - len(one)) for one in lists]
+    return torch.tensor([pad + one if left else one + pad for pad, one in zip(pads, lists, strict=True)])
+
+
+def class_reader(feature: Any, labels: Sequence[str]) -> Callable[[Any], int]:
+    """A function from a label as written to its class index: a class name, or else an index into the names.
+
+    Args:
+        feature: of `datasets`, of the column; a ClassLabel's own names stand for its numbers.
+    """
+    index = {label: i for i, label in enumerate(labels)}
+    feature = getattr(feature, "feature", feature)
+    own = getattr(feature, "names", None)
+    names = own if own and set(own) <= set(labels) else None
+
+    def read(value: Any) -> int:
+        if names and isinstance(value, int):
+            value = names[value]
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if str(value) in index:
+            return index[str(value)]
+        if isinstance(value, int) and 0 <= value < len(labels):
+            return int(value)
+        raise ValueError(value)
+
+    return read
+
+
+def number(value: Any) -> float:
+    """A finite number; ValueError for anything else."""
+    found = float(value)
+    if found != found or abs(found) == float("inf"):
+        raise ValueError(value)
+    return found
+
+
+def check_cells(rows: Any, columns: Mapping[str, str], role: str, read: Callable[[Any], Any], wanted: str) -> None:
+    """Every cell of a role's column can be read; cells that are lists, entry by entry.
+
+    Raises:
+        SpecError: at the role's column, with the first that can't, and the row's text.
+    """
+    seen: set[Any] = set()
+    for row, value in enumerate(rows[columns[role]]):
+        for one in value if isinstance(value, list) else [value]:
+            if one in seen:
+                continue
+            seen.add(one)
+            try:
+                read(one)
+            except (ValueError, TypeError):
+                text = columns.get("text")
+                example = f"text {str(rows[row][text])[:_SHOWN]!r}" if text else f"row {row}"
+                where = f"column {columns[role]!r} holds {one!r}"
+                path = ("data", "columns", role)
+                raise SpecError(f"{where} ({example}); expected {wanted}", path) from None
+
+
+def check_labels(rows: Any, columns: Mapping[str, str], read: Callable[[Any], Any], labels: Sequence[str]) -> None:
+    """`check_cells` of class labels."""
+    check_cells(rows, columns, "label", read, f"one of the labels {', '.join(labels)}")
+
+
+def fits(kind: str, feature: Any) -> bool:
+    """Whether a column of `datasets` can hold what a role's kind says; what a null column holds is not known."""
+    inner = getattr(feature, "feature", None)
+    listed, mapping = inner is not None or isinstance(feature, list), isinstance(feature, dict)
+    picture = type(feature).__name__ == "Image"
+    return {
+        "labels": listed,
+        "words": listed,
+        "image": picture,
+        "answers": mapping,
+    }.get(kind, not (listed or mapping or picture))
+
+
+KINDS = {
+    "text": "text",
+    "label": "one label a row",
+    "labels": "a list of labels a row",
+    "words": "a list of words a row",
+    "number": "a number a row",
+    "image": "images",
+    "answers": "answers as SQuAD writes them, {text: [...], answer_start: [...]}",
+}
+
+
+def columns_error(task: Task, role: str, column: str, others: Sequence[str]) -> SpecError:
+    """What to say of a column that holds something else than the role; `others` are tasks that read what it holds."""
+    wanted = KINDS[task.roles[role].kind]
+    hint = f"; a task that reads it: {', '.join(others)}" if others else ""
+    return SpecError(f"column {column!r} does not hold {wanted}, as {task.name} reads{hint}", ("data", "columns", role))
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, criterion: Criterion = PLAIN) -> Tensor:
+    """The sum of the cross entropies of labels that are not ignored; logits (..., classes), labels (...)."""
+    weights = None if criterion.weights is None else criterion.weights.to(logits.device, torch.float32)
+    wide = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+    weights = None if weights is None else weights.to(wide.dtype)
+    options = {"ignore_index": IGNORED, "reduction": "sum", "label_smoothing": criterion.smoothing}
+    return F.cross_entropy(wide, labels.flatten(), weight=weights, **options)
+
+
+def counted(labels: Tensor, criterion: Criterion = PLAIN) -> Tensor:
+    """The number of labels that are not ignored, or the sum of their weights."""
+    kept = labels != IGNORED
+    if criterion.weights is None:
+        return kept.sum()
+    return (criterion.weights.to(labels.device)[labels.clamp(min=0)] * kept).sum()
+
+
+def guesses(logits: Tensor, labels: Tensor) -> Tensor:
+    """(n, 3) for `agreement`: guess, truth and number of classes, for each label that is not ignored."""
+    kept = labels != IGNORED
+    guess = logits.argmax(-1)[kept]
+    return torch.stack([guess, labels[kept], torch.full_like(guess, logits.shape[-1])], dim=1)
+
+
+def likelihoods(logits: Tensor, labels: Tensor) -> Tensor:
+    """(batch, 3) for `perplexity`: sum of the negative log-likelihoods, tokens, correct tokens."""
+    kept = labels != IGNORED
+    nll = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+    right = (logits.argmax(-1) == labels) & kept
+    return torch.stack([nll.double().sum(1), kept.sum(1), right.sum(1)], dim=1)
+
+
+def perplexity(metric: str, found: np.ndarray) -> float:
+    """perplexity, of which each token is as much a part, or accuracy."""
+    nll, tokens, right = found.sum(0)
+    return float(math.exp(min(nll / tokens, 700.0)) if metric == "perplexity" else right / tokens)
+
+
+def correlation(one: np.ndarray, other: np.ndarray, ranks: bool = False) -> float:
+    """Pearson's correlation, or Spearman's of the ranks; 0 where one of them is constant."""
+    from scipy import stats
+
+    if len(one) < 2 or np.ptp(one) == 0 or np.ptp(other) == 0:
+        return 0.0
+    return float((stats.spearmanr if ranks else stats.pearsonr)(one, other).statistic)
+
+
+def agreement(metric: str, found: np.ndarray) -> float:
+    """accuracy, f1 (of class 1 where there are two classes, else macro) or matthews_correlation, by scikit-learn."""
+    from sklearn import metrics as sk
+
+    guess, truth, classes = found.astype(int).T
+    average = "binary" if classes[0] <= 2 else "macro"
+    if metric == "accuracy":
+        return float(sk.accuracy_score(truth, guess))
+    if metric == "f1":
+        return float(sk.f1_score(truth, guess, average=average, zero_division=0))
+    return float(sk.matthews_corrcoef(truth, guess))

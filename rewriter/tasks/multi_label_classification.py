@@ -1,0 +1,69 @@
+"""Any number of labels for a text, each by itself."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import PLAIN, Batch, Criterion, Reading, Role, Task, check_labels, name_labels, name_padding, tokenised
+
+THRESHOLD = 0.5
+
+
+class MultiLabelClassification(Task):
+    """A list of labels a row, an empty one too: binary cross entropy; a label holds where its sigmoid is over 0.5."""
+
+    roles = {**Task.roles, "label": Role("labels")}
+    metrics = ("micro_f1", "macro_f1", "loss")
+    auto = "AutoModelForSequenceClassification"
+    labelled = True
+    smooths = True
+
+    def configure(self, config: Any, labels: Sequence[str] | None) -> None:
+        name_labels(config, labels, "multi_label_classification")
+        name_padding(config)
+
+    def check(self, rows: Any, columns: Mapping[str, str], labels: Sequence[str]) -> None:
+        check_labels(rows, columns, self.reader(rows.features[columns["label"]], labels), labels)
+
+    def example_batch(self, model: nn.Module, batch: int, length: int) -> dict[str, Tensor]:
+        example = super().example_batch(model, batch, length)
+        size = (batch, model.config.num_labels)
+        return {**example, "labels": torch.zeros(size, device=example["labels"].device)}
+
+    def tokens(self, batch: dict[str, list], index: list[int], reading: Reading) -> dict[str, Any]:
+        out = tokenised(batch, reading)
+        column = reading.columns["label"]
+        read = self.reader(reading.features[column], reading.labels)
+        chosen = [{read(one) for one in value or ()} for value in batch[column]]
+        out["labels"] = [[float(i in some) for i in range(len(reading.labels))] for some in chosen]
+        return out
+
+    def count(self, targets: Batch, criterion: Criterion = PLAIN) -> Tensor:
+        rows, classes = targets["labels"].shape
+        weights = torch.ones(classes) if criterion.weights is None else criterion.weights
+        return rows * weights.sum().to(targets["labels"].device)
+
+    def loss(self, out: Any, targets: Batch, criterion: Criterion = PLAIN) -> Tensor:
+        """Binary cross entropy with logits (batch, classes), summed; a smoothed target is between 0 and 1."""
+        wide = out.logits.to(torch.promote_types(out.logits.dtype, torch.float32))
+        truth = targets["labels"].to(wide.dtype)
+        truth = truth * (1 - criterion.smoothing) + criterion.smoothing / 2
+        weights = None if criterion.weights is None else criterion.weights.to(wide)
+        return F.binary_cross_entropy_with_logits(wide, truth, weights, reduction="sum")
+
+    def summary(self, out: Any, targets: Batch) -> Tensor:
+        """(batch, 2 classes): guesses, then truths, as 0 and 1."""
+        return torch.cat([(out.logits.sigmoid() > THRESHOLD).float(), targets["labels"].float()], dim=1)
+
+    def measure(self, metric: str, found: np.ndarray, rows: Any) -> float:
+        from sklearn import metrics as sk
+
+        guess, truth = np.split(found.astype(int), 2, axis=1)
+        return float(sk.f1_score(truth, guess, average=metric.removesuffix("_f1"), zero_division=0))
+
+    def metadata(self, labels: Sequence[str]) -> dict[str, Any]:
+        return {"threshold": THRESHOLD}

@@ -1,0 +1,69 @@
+"""A text from a text, by an encoder and a decoder."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..graph.traced import Inputs
+from .base import (
+    IGNORED,
+    Batch,
+    Collate,
+    Reading,
+    Role,
+    Task,
+    likelihoods,
+    padded,
+    padded_lists,
+    perplexity,
+    token_inputs,
+    tokenised,
+    words,
+)
+
+
+class Seq2SeqLM(Task):
+    """Cross entropy of the label's tokens; the decoder reads them one position later."""
+
+    roles = {"text": Role("text"), "label": Role("text")}
+    metrics = ("perplexity", "loss", "accuracy")
+    auto = "AutoModelForSeq2SeqLM"
+    headed = False
+    smooths = True
+
+    def inputs(self, model: nn.Module, batch: int = 3, length: int = 11) -> Inputs:
+        """A decoder's sequence is shorter, so that no two sizes are equal."""
+        decoder = length - 4 if length > 8 else length + 1
+        lengths = {"input_ids": length, "attention_mask": length, "decoder_input_ids": decoder}
+        return token_inputs(model, lengths, batch)
+
+    def example_batch(self, model: nn.Module, batch: int, length: int) -> dict[str, Tensor]:
+        inputs = self.inputs(model, batch, length).kwargs
+        decoder = inputs["input_ids"].clone()
+        return {**inputs, "decoder_input_ids": decoder, "labels": torch.zeros_like(decoder)}
+
+    def tokens(self, batch: dict[str, list], index: list[int], reading: Reading) -> dict[str, Any]:
+        out, label = tokenised(batch, reading), reading.columns["label"]
+        options = {"truncation": True, "max_length": reading.length}
+        out["labels"] = reading.processor(text_target=words(batch[label]), **options)["input_ids"]
+        return out
+
+    def collator(self, processor: Any, input_names: Sequence[str], start: int | None) -> Collate:
+        def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+            batch = padded(processor, rows)
+            batch["labels"] = padded_lists([row["labels"] for row in rows], left=False)
+            shifted = batch["labels"].roll(1, dims=1)
+            shifted[:, 0] = start
+            batch["decoder_input_ids"] = shifted.masked_fill(shifted == IGNORED, processor.pad_token_id)
+            return {name: batch[name] for name in (*input_names, "labels")}
+
+        return collate
+
+    def summary(self, out: Any, targets: Batch) -> Tensor:
+        return likelihoods(out.logits, targets["labels"])
+
+    def measure(self, metric: str, found: np.ndarray, rows: Any) -> float:
+        return perplexity(metric, found)

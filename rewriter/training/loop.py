@@ -1,0 +1,428 @@
+"""The loop: batches, steps, evaluations, checkpoints, from the first step to the measured model.
+
+Every process has the whole model and its share of each batch; gradients are summed, so that the number of processes
+does not change the result.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..errors import SpecError
+from ..spec import Spec, Train
+from ..tasks import Criterion, Task
+from ..tuned import TunedModel, tuned_parameters
+from . import checkpoint
+from .checkpoint import Progress, Tuning
+from .optimisers import PLATEAU, make_optimiser, make_schedule
+from .parallel import processes, share, sum_gradients, together, total
+from .recompute import by_layer
+from .reports import Interrupted, Report, Stop, signals
+from .schedules import Budget, Objective, settle
+
+Rows = Sequence[Any]
+Collate = Callable[[list], dict[str, Tensor]]
+HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Run:
+    """A run in progress.
+
+    Attributes:
+        spec, task: what is tuned for what.
+        train, collate, lengths: the training rows, how they become a batch, and their tokens if batches go by them.
+        tuning: the model with its optimiser, schedules and scaler.
+        criterion: the training loss.
+        device: where the model is.
+        per_epoch, steps, every: optimiser steps of an epoch, of the whole run, and between evaluations.
+        progress: how far it is.
+        sums: of the losses since the last entry of the log, on the device.
+        finite: whether every loss was, on the device.
+        norm: of the last gradient.
+        asked: whether a signal asked any process to stop.
+    """
+
+    spec: Spec
+    train: Rows
+    collate: Collate
+    lengths: list[int] | None
+    tuning: Tuning
+    criterion: Criterion
+    device: torch.device
+    per_epoch: int
+    steps: int
+    every: int
+    progress: Progress
+    sums: dict[str, Tensor]
+    finite: Tensor
+    norm: Tensor | float = 0.0
+    asked: bool = False
+
+    @property
+    def task(self) -> Task:
+        return self.spec.task
+
+    @property
+    def best(self) -> int | None:
+        """The step of the best evaluation so far."""
+        found = self._evaluations()
+        return min(found, key=lambda one: one[1])[0] if found else None
+
+    @property
+    def over(self) -> bool:
+        """Whether all steps are done, or the last `patience` evaluations were no better than one before them."""
+        best, patience = self.best, self.spec.train.patience
+        since = sum(step > best for step, _ in self._evaluations()) if best is not None else 0
+        return self.progress.step >= self.steps or (patience is not None and since >= patience)
+
+    def _evaluations(self) -> list[tuple[int, float]]:
+        """Steps with their metric, turned so that less is better; what is no number is the worst."""
+        name, sign = f"eval_{self.spec.metric}", 1 if self.task.lower(self.spec.metric) else -1
+        found = [(entry["step"], sign * entry[name]) for entry in self.progress.history if name in entry]
+        return [(step, math.inf if math.isnan(value) else value) for step, value in found]
+
+
+def tune(
+    model: TunedModel,
+    spec: Spec,
+    train: Rows,
+    validation: Rows,
+    collate: Collate,
+    folder: Path,
+    resume: bool = False,
+    weights: Tensor | None = None,
+) -> tuple[TunedModel, dict[str, dict[str, Any]]]:
+    """Tune a rewritten model, settle what its budgets left, and measure it.
+
+    `log.jsonl` and `checkpoints/` are written into `folder`. On Ctrl-C or SIGTERM the step in progress ends and a
+    checkpoint is written; a second Ctrl-C stops at once.
+
+    Args:
+        model: from `rewrite`.
+        spec: its `train` section, task and metric are read.
+        train, validation: rows for `collate`.
+        collate: rows -> a batch: inputs of the model by name, and targets.
+        folder: must exist.
+        resume: continue from the newest checkpoint in `folder`, if there is one.
+        weights: (labels,) weight of each label's terms in the training loss, for a spec with `class_weights`.
+
+    Returns:
+        The tuned model (another one where a budget took something away), and
+        {"validation": {metric: value, "loss": value, "rows"}, "train": {"loss", "steps", "epochs", "seconds", "rows"},
+        "evaluations": {"kept": step, "best": step, "value": metric of the best}}.
+
+    Raises:
+        SpecError: the loss is not finite; half precision where the hardware has none; a batch that can't be shared out.
+        Interrupted: stopped by a signal.
+    """
+    places, started = folder / "checkpoints", time.perf_counter()
+    last = checkpoint.checkpoints(places)[-1:] if resume else []
+    run = _begin(model, spec, train, collate, weights, last[0] if last else None)
+    before = run.progress.seconds
+    with signals() as stop, Report(spec, folder, run.steps, run.progress.history) as report:
+        for batches in _batches(run):
+            _step(run, batches, stop)
+            _tell(run, report)
+            _measure(run, report, validation)
+            run.progress.seconds = before + time.perf_counter() - started
+            _keep(run, places)
+    run.progress.seconds = before + time.perf_counter() - started
+    return _end(run, validation, places)
+
+
+def _begin(
+    model: TunedModel, spec: Spec, train: Rows, collate: Collate, weights: Tensor | None, last: Path | None
+) -> Run:
+    settings, task, device = spec.train, spec.task, device_of(spec.train)
+    if settings.class_weights is not None and weights is None:
+        raise SpecError("the weights of the labels are not given: see `label_weights`", ("train", "class_weights"))
+    torch.manual_seed(settings.seed + processes().process_index)
+    if settings.gradient_checkpointing:
+        by_layer(model)
+    model.to(device).train()
+    per_epoch = math.ceil(math.ceil(len(train) / settings.batch_size) / settings.gradient_accumulation)
+    steps = settings.max_steps or math.ceil(settings.epochs * per_epoch)
+    optimiser = make_optimiser(model, settings)
+    schedule = make_schedule(settings, optimiser, steps, task.lower(spec.metric))
+    scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "float16")
+    tuning = Tuning(model, optimiser, schedule, scaler, Budget(model, train, collate, objective(task), settings.seed))
+    progress = checkpoint.load(tuning, last) if last else Progress()
+    return Run(
+        spec,
+        train,
+        collate,
+        [task.length(row) for row in train] if settings.group_by_length else None,
+        tuning,
+        Criterion(settings.label_smoothing, weights),
+        device,
+        per_epoch,
+        steps,
+        settings.evaluate_steps or per_epoch,
+        progress,
+        {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in progress.losses.items()},
+        torch.tensor(True, device=device),
+    )
+
+
+def device_of(settings: Train) -> torch.device:
+    """Where to tune.
+
+    Raises:
+        SpecError: the hardware can't compute in that precision, or the processes can't share a batch.
+    """
+    state = processes()
+    if settings.precision == "float16" and state.device.type != "cuda":
+        raise SpecError("float16 needs CUDA; use bfloat16 or float32", ("train", "precision"))
+    if settings.batch_size % state.num_processes:
+        said = f"{state.num_processes} processes can't share {settings.batch_size} rows equally"
+        raise SpecError(said, ("train", "batch_size"))
+    return state.device
+
+
+def objective(task: Task) -> Objective:
+    """A function from a traced model and a batch to the task's mean loss on it; the batch is moved to the model."""
+
+    def value(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        inputs, targets = split(model, batch, next(model.parameters()).device)
+        return task.loss(model(**inputs), targets) / task.count(targets)
+
+    return value
+
+
+def split(
+    model: nn.Module, batch: Mapping[str, Tensor], device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The model's inputs and the targets of a batch, on a device."""
+    moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    return {name: moved.pop(name) for name in model.input_names}, moved
+
+
+def _batches(run: Run) -> Iterator[list[dict[str, Tensor] | None]]:
+    """The batches of every step that is left: this process's shares, None where it has none."""
+    size, accumulated = run.spec.train.batch_size, run.spec.train.gradient_accumulation
+    while not run.over:
+        epoch, done = divmod(run.progress.step, run.per_epoch)
+        order = _order(run, epoch)
+        shares = [share(order[i : i + size]) for i in range(0, len(order), size)][done * accumulated :]
+        # A loader draws a seed when an epoch begins: a run that goes on within an epoch has drawn it already.
+        if done == 0:
+            _go_on(run)
+        loader = iter(DataLoader(run.train, batch_sampler=[rows for rows in shares if rows], collate_fn=run.collate))
+        _go_on(run)
+        for i in range(0, len(shares), accumulated):
+            yield [next(loader) if rows else None for rows in shares[i : i + accumulated]]
+            if run.over:
+                return
+
+
+def _go_on(run: Run) -> None:
+    """Set the generators as they were when the checkpoint was written, once."""
+    if run.progress.random is not None:
+        checkpoint.set_random(run.progress.random)
+        run.progress.random = None
+
+
+def _order(run: Run, epoch: int) -> list[int]:
+    """The rows of an epoch: the seed and its number decide."""
+    generator = torch.Generator().manual_seed(run.spec.train.seed + epoch)
+    if run.lengths is None:
+        return torch.randperm(len(run.train), generator=generator).tolist()
+    from transformers.trainer_pt_utils import get_length_grouped_indices
+
+    return get_length_grouped_indices(run.lengths, run.spec.train.batch_size, generator=generator)
+
+
+def _step(run: Run, batches: list[dict[str, Tensor] | None], stop: Stop) -> None:
+    """One optimiser step on the mean loss of the batches of all processes."""
+    tuning, settings, task, progress = run.tuning, run.spec.train, run.task, run.progress
+    model, own = tuning.model, [batch for batch in batches if batch is not None]
+    counts = [task.count(split(model, batch, torch.device("cpu"))[1], run.criterion) for batch in own]
+    count, parts, asked = float(sum(counts)), len(own), stop.asked
+    if many := processes().num_processes > 1:
+        count, parts, asked = total(torch.tensor([count, parts, asked], dtype=torch.float64).to(run.device)).tolist()
+    value = torch.zeros((), device=run.device)
+    for batch in own:
+        inputs, targets = split(model, batch, run.device)
+        with autocast(settings, run.device):
+            out = model(**inputs)
+        loss = task.loss(out, targets, run.criterion) / count
+        for name, penalty in model.penalties.items():
+            loss = loss + penalty / parts
+            _add(run, f"penalty_{name}", penalty.detach() / parts)
+        tuning.scaler.scale(loss).backward()
+        value = value + loss.detach()
+    _add(run, "loss", value)
+    run.finite &= torch.isfinite(value)
+    tuned = list(tuned_parameters(model).values())
+    sum_gradients(tuned)
+    tuning.scaler.unscale_(tuning.optimiser)
+    run.norm = nn.utils.clip_grad_norm_(tuned, settings.max_grad_norm or math.inf)
+    tuning.budget.before_step()
+    scale = tuning.scaler.get_scale()
+    tuning.scaler.step(tuning.optimiser)
+    tuning.scaler.update()
+    if tuning.scaler.get_scale() >= scale and settings.schedule != PLATEAU:  # A smaller scale: the step was left out.
+        tuning.schedule.step()
+    tuning.optimiser.zero_grad()
+    progress.step, progress.since = progress.step + 1, progress.since + 1
+    tuning.budget.after_step(progress.step, run.steps, tuning.optimiser)
+    run.asked = bool(asked) if many else stop.asked
+
+
+def _add(run: Run, name: str, value: Tensor) -> None:
+    run.sums[name] = run.sums.get(name, 0) + value.double()
+
+
+def autocast(settings: Train, device: torch.device) -> contextlib.AbstractContextManager:
+    """The type of the computation that a spec asks for."""
+    half = HALVES.get(settings.precision)
+    return torch.autocast(device.type, half) if half else contextlib.nullcontext()
+
+
+def _tell(run: Run, report: Report) -> None:
+    """The step before the user, and every `log_steps` an entry of the log."""
+    progress = run.progress
+    report.step(progress.step)
+    if progress.step % run.spec.train.log_steps == 0:
+        _check_finite(run)
+        entry = {name: float(total(value)) / progress.since for name, value in sorted(run.sums.items())}
+        rate = run.tuning.schedule.get_last_lr()[0]
+        _enter(run, report, {**entry, "grad_norm": float(run.norm), "learning_rate": rate})
+        run.sums, progress.since = {}, 0
+
+
+def _enter(run: Run, report: Report, entry: dict[str, Any]) -> None:
+    step = run.progress.step
+    entry |= {"epoch": step / run.per_epoch, "step": step}
+    run.progress.history.append(entry)
+    report.write(entry)
+
+
+def _check_finite(run: Run) -> None:
+    """Raises SpecError if any loss since the start was infinite or not a number. Waits for the device."""
+    if float(total((~run.finite).double())):
+        said = f"the loss is not finite (noticed at step {run.progress.step}); lower the rate, or warm up"
+        raise SpecError(said, ("train", "learning_rate"))
+
+
+def _measure(run: Run, report: Report, validation: Rows) -> None:
+    """An evaluation, where it is time for one."""
+    if run.progress.step % run.every == 0 or run.progress.step == run.steps:
+        _check_finite(run)
+        found = evaluate(run.tuning.model, run.spec, validation, run.collate)
+        _enter(run, report, {f"eval_{name}": value for name, value in found.items()})
+        if run.spec.train.schedule == PLATEAU:
+            run.tuning.schedule.step(found[run.spec.metric])
+
+
+def evaluate(model: TunedModel, spec: Spec, rows: Rows, collate: Collate) -> dict[str, float]:
+    """The spec's metric, and the plain mean loss, of a model on rows; the model is left in train mode."""
+    task, size, device = spec.task, spec.train.batch_size, processes().device
+    chunks = [range(i, min(i + size, len(rows))) for i in range(0, len(rows), size)]
+    own = share(chunks)
+    sums, parts = torch.zeros(2, dtype=torch.float64, device=device), []
+    # A loader draws a seed; a run that resumes after the evaluation would not have drawn it.
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model.eval()
+        for batch in DataLoader(rows, batch_sampler=[list(some) for some in own or chunks[:1]], collate_fn=collate):
+            inputs, targets = split(model, batch, device)
+            with autocast(spec.train, device):
+                out = model(**inputs)
+            sums += torch.stack([task.loss(out, targets).double(), task.count(targets).double()])
+            if spec.metric != "loss":
+                parts.append(task.summary(out, targets).double())
+        model.train()
+    if not own:  # Of the first batch only the shape of its summary was wanted.
+        sums, parts = torch.zeros_like(sums), [part[:0] for part in parts]
+    loss, count = total(sums).tolist()
+    found = {"loss": loss / count if count else math.nan}
+    if spec.metric == "loss":
+        return found
+    return {spec.metric: task.measure(spec.metric, together(torch.cat(parts)).cpu().numpy(), rows), **found}
+
+
+def _keep(run: Run, places: Path) -> None:
+    """A checkpoint, where it is time for one.
+
+    Raises:
+        Interrupted: a signal asked to stop.
+    """
+    settings, progress = run.spec.train, run.progress
+    best = run.best if settings.keep == "best" else None
+    if progress.step % settings.checkpoint_steps == 0 or run.asked or progress.step in (best, run.steps):
+        _check_finite(run)
+        progress.losses = {name: float(total(value)) for name, value in sorted(run.sums.items())}
+        checkpoint.save(run.tuning, progress, places, settings.checkpoint_keep, best)
+    if run.asked:
+        said = f"stopped at step {progress.step} of {run.steps}"
+        raise Interrupted(f"{said}; a checkpoint is written, resume goes on from it")
+
+
+def _end(run: Run, validation: Rows, places: Path) -> tuple[TunedModel, dict[str, dict[str, Any]]]:
+    """The model that is kept, settled and measured."""
+    _check_finite(run)
+    spec, progress, tuning = run.spec, run.progress, run.tuning
+    best = run.best
+    kept = best if spec.train.keep == "best" and best is not None else progress.step
+    if kept != progress.step:
+        checkpoint.load_weights(tuning, checkpoint.place_of(places, kept))
+    settled = settle(tuning.model, tuning.budget)
+    entries = [entry for entry in progress.history if "eval_loss" in entry and entry["step"] == kept]
+    if settled is tuning.model and entries:
+        found = {name: entries[-1][f"eval_{name}"] for name in dict.fromkeys((spec.metric, "loss"))}
+    else:
+        found = evaluate(settled, spec, validation, run.collate)
+    losses = [entry["loss"] for entry in progress.history if "loss" in entry]
+    rest = float(total(run.sums["loss"])) / progress.since if progress.since else None
+    return settled, {
+        "validation": {**found, "rows": len(validation)},
+        "train": {
+            "loss": losses[-1] if losses else rest,
+            "steps": progress.step,
+            "epochs": progress.step / run.per_epoch,
+            "seconds": round(progress.seconds, 2),
+            "rows": len(run.train),
+        },
+        "evaluations": {"kept": kept, "best": best, "value": _value(run, best)},
+    }
+
+
+def _value(run: Run, step: int | None) -> float | None:
+    """The metric as it was evaluated at a step."""
+    name = f"eval_{run.spec.metric}"
+    return next((entry[name] for entry in run.progress.history if name in entry and entry["step"] == step), None)
+
+
+def label_weights(spec: Spec, labels: Sequence[str], counts: Sequence[int]) -> Tensor | None:
+    """The weights of `train.class_weights`, (labels,) float64; None where a spec has none.
+
+    `balanced` is n / (k c) for a label that stands in c of n places, of k labels.
+
+    Args:
+        counts: how often each label stands in the training rows.
+
+    Raises:
+        SpecError: a weight for no label, a label without a weight, or a label that no row has.
+    """
+    given = spec.train.class_weights
+    path = ("train", "class_weights")
+    if given is None:
+        return None
+    if given == "balanced":
+        if not all(counts):
+            raise SpecError(f"no training row has the label {labels[list(counts).index(0)]}", path)
+        return torch.tensor([sum(counts) / (len(counts) * count) for count in counts], dtype=torch.float64)
+    if odd := sorted(given.keys() - set(labels)):
+        raise SpecError(f"{odd[0]!r} is none of the labels {', '.join(labels)}", (*path, odd[0]), at_key=True)
+    if left := [label for label in labels if label not in given]:
+        raise SpecError(f"the label {left[0]} has no weight", path)
+    return torch.tensor([given[label] for label in labels], dtype=torch.float64)

@@ -1,0 +1,108 @@
+"""Recompute: a layer keeps its inputs alone for the backward, which computes the rest again."""
+
+import re
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import SpecError
+from ..tuned import TunedModel
+
+PATH = ("train", "gradient_checkpointing")
+
+
+def by_layer(model: TunedModel) -> None:
+    """Let the train graph of a model recompute each of its layers in the backward. In place.
+
+    Raises:
+        SpecError: the graph has no layers, or they are not one after the other.
+    """
+    model.graphs["train"] = recomputed(model.graphs["train"])
+    model.recompile()
+
+
+def recomputed(graph: fx.Graph) -> fx.Graph:
+    """A graph with a call of `torch.utils.checkpoint` in the place of the nodes of each layer.
+
+    A layer is what lies from the first to the last node of a module whose path ends with the first number in it, e.g.
+    `encoder.layer.3`.
+
+    Raises:
+        SpecError: there is none, or they are not one after the other.
+    """
+    nodes = list(graph.nodes)
+    spans: dict[str, list[int]] = {}
+    for i, node in enumerate(nodes):
+        if node.op == "call_function" and (layer := _layer(node)):
+            spans.setdefault(layer, [i, i])[1] = i
+    if not spans:
+        raise SpecError("the model has no layers to compute again", PATH)
+    ordered = sorted(spans.items(), key=lambda item: item[1])
+    for (one, (_, end)), (other, (start, _)) in pairwise(ordered):
+        if start < end:
+            raise SpecError(f"{one} and {other} are not one after the other in the graph", PATH)
+    inside = {nodes[i]: layer for layer, (first, last) in ordered for i in range(first, last + 1)}
+    out, made = fx.Graph(), {}
+    for node in (
+        *(n for n in nodes if n.op in ("placeholder", "get_attr")),
+        *(n for n in nodes if n.op == "call_function"),
+    ):
+        if node in made:
+            continue
+        layer = inside.get(node) if node.op == "call_function" else None
+        if layer is None:
+            made[node] = out.node_copy(node, made.__getitem__)
+        else:
+            first, last = spans[layer]
+            _call(out, made, [n for n in nodes[first : last + 1] if n.op == "call_function"])
+    output = graph.output_node()
+    out.output(fx.map_arg(output.args[0], made.__getitem__)).meta = dict(output.meta)
+    return out
+
+
+def _layer(node: fx.Node) -> str | None:
+    """The layer that a node is of, by the paths of the modules it was traced in, the outermost first."""
+    for path, _ in (node.meta.get("nn_module_stack") or {}).values():
+        if found := re.match(r".*?(?:^|\.)\d+(?=\.|$)", path):
+            return found[0]
+    return None
+
+
+def _call(out: fx.Graph, made: dict[fx.Node, fx.Node], nodes: list[fx.Node]) -> None:
+    """Put a call of the nodes' function into a graph, and what others read of it."""
+    own = set(nodes)
+    read = dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in own)
+    left = [node for node in nodes if any(user not in own for user in node.users)]
+    part, copies = fx.Graph(), {}
+    for source in read:
+        copies[source] = part.placeholder(source.name)
+    for node in nodes:
+        copies[node] = part.node_copy(node, copies.__getitem__)
+    part.output(tuple(copies[node] for node in left))
+    part.lint()
+    forward = type(fx.GraphModule(torch.nn.Module(), part)).forward
+    call = out.call_function(_recomputing(forward), tuple(made[source] for source in read))
+    for i, node in enumerate(left):
+        made[node] = out.call_function(_item, (call, i))
+        made[node].meta = dict(node.meta)
+    for node in nodes:
+        made.setdefault(node, call)  # Nobody else reads it.
+
+
+def _recomputing(forward: Callable[..., tuple]) -> Callable[..., Any]:
+    """The function of a part, to be called under `torch.utils.checkpoint`; `plainly` calls it as it is."""
+    nothing = torch.nn.Module()
+
+    def recomputed_layer(*args: Any) -> tuple:
+        return checkpoint(forward, nothing, *args, use_reentrant=False)
+
+    recomputed_layer.plainly = lambda *args: forward(nothing, *args)
+    return recomputed_layer
+
+
+def _item(values: tuple, index: int) -> Any:
+    return values[index]
