@@ -4,6 +4,8 @@ A name is imported when it is first used.
 """
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -81,17 +83,26 @@ _PLACES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_PLACES[name], __name__), name)
-    globals()[name] = value
-    return value
+class _Lazy(types.ModuleType):
+    """Names are imported when they are first used; a function stands before the module of its name (`plan`, `trace`,
+    `rewrite`), which the import system would put in its place."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _PLACES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(_PLACES[name], __name__), name)
+        setattr(self, name, value)
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _PLACES and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *_PLACES})
 
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_PLACES})
-
+sys.modules[__name__].__class__ = _Lazy
 
 __all__ = [
     "TASKS",

@@ -1,6 +1,7 @@
 """The data of a spec: read by `datasets`, checked against columns and labels, and encoded."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +64,7 @@ def load_rows(spec: Spec, labels: list[str]) -> Rows:
 
 
 def _read(data: Data) -> dict[str, datasets.Dataset]:
-    with _explained(data):
+    with _explained(data), _bars():
         if data.files is None:
             found = datasets.load_dataset(data.name, data.config)
             return {name: part for name, part in found.items() if name in ("train", "validation")} or dict(found)
@@ -78,6 +79,19 @@ def _read(data: Data) -> dict[str, datasets.Dataset]:
                 for name, folders in files.items()
             }
         return dict(datasets.load_dataset(data.format, data_files=files, **data.options))
+
+
+@contextlib.contextmanager
+def _bars() -> Iterator[None]:
+    """Progress bars on a terminal alone."""
+    if sys.stderr.isatty() or datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
 
 
 @contextlib.contextmanager
@@ -154,4 +168,7 @@ def encode(spec: Spec, rows: datasets.Dataset, processor: Any, labels: list[str]
         SpecError: `max_length` is more than the tokenizer's model takes, or the tokenizer can't do what the task needs.
     """
     check_length(spec, getattr(processor, "model_max_length", None))
-    return spec.task.encode(rows, Reading(spec.data.columns, rows.features, processor, labels, spec.data.max_length))
+    with _bars():
+        return spec.task.encode(
+            rows, Reading(spec.data.columns, rows.features, processor, labels, spec.data.max_length)
+        )

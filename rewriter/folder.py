@@ -16,7 +16,7 @@ _NOTE = "This folder is a run of subspan. --overwrite removes what a run writes,
 # What training and export write, file by file: nothing else in these folders is touched.
 WRITTEN = (
     "spec.yaml", "plan.json", "log.jsonl", "metrics.json", "verify.json", MARKER,
-    "adapter/adapter.json", "adapter/adapter.safetensors",
+    "adapter/adapter.json", "adapter/adapter.safetensors", "trackers/**/events.out.tfevents.*", "trackers/**/hparams.yml",
     *(f"checkpoints/checkpoint-*/{name}" for name in (TUNED, OPTIMISER, BUDGET, STATE, EARLIER)),
     *(
         f"{folder}/{name}"
@@ -79,7 +79,8 @@ def clear(out: Path) -> None:
     for pattern in WRITTEN:
         for file in out.glob(pattern):
             remove(file)
-    for folder in (*out.glob("checkpoints/checkpoint-*"), *(out / name for name in FOLDERS), out):
+    tracked = sorted(out.glob("trackers/**/"), reverse=True)
+    for folder in (*out.glob("checkpoints/checkpoint-*"), *tracked, *(out / name for name in FOLDERS), out):
         with contextlib.suppress(OSError):
             folder.rmdir()
 

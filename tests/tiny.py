@@ -1,6 +1,7 @@
 """A tiny local model with a tokenizer, tiny data and a spec over both, for tests that run whole commands."""
 
 import csv
+import json
 from pathlib import Path
 
 import tokenizers
@@ -74,6 +75,14 @@ def save_csv(file: Path, rows: int = 64) -> Path:
             tail = " ".join(WORDS[6 + pick(6)] for _ in range(1 + pick(6)))
             writer.writerow([f"{WORDS[3 * (1 - i % 2) + pick(3)]} {tail}", i % 2])
     return file
+
+
+def without_dropout(model: Path) -> Path:
+    """The model's folder, its config changed: what is drawn for a batch would depend on how it is cut."""
+    file = model / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {name: 0.0 for name in config if name.endswith("dropout_prob")}))
+    return model
 
 
 def project(folder: Path) -> Path:

@@ -94,13 +94,12 @@ def _call(out: fx.Graph, made: dict[fx.Node, fx.Node], nodes: list[fx.Node]) -> 
 
 
 def _recomputing(forward: Callable[..., tuple]) -> Callable[..., Any]:
-    """The function of a part, to be called under `torch.utils.checkpoint`; `plainly` calls it as it is."""
+    """The function of a part, called under `torch.utils.checkpoint`."""
     nothing = torch.nn.Module()
 
     def recomputed_layer(*args: Any) -> tuple:
         return checkpoint(forward, nothing, *args, use_reentrant=False)
 
-    recomputed_layer.plainly = lambda *args: forward(nothing, *args)
     return recomputed_layer
 
 

