@@ -16,7 +16,8 @@ _NOTE = "This folder is a run of subspan. --overwrite removes what a run writes,
 # What training and export write, file by file: nothing else in these folders is touched.
 WRITTEN = (
     "spec.yaml", "plan.json", "log.jsonl", "metrics.json", "verify.json", MARKER,
-    "adapter/adapter.json", "adapter/adapter.safetensors", "trackers/**/events.out.tfevents.*", "trackers/**/hparams.yml",
+    "adapter/adapter.json", "adapter/adapter.safetensors",
+    "trackers/**/events.out.tfevents.*", "trackers/**/hparams.yml",
     *(f"checkpoints/checkpoint-*/{name}" for name in (TUNED, OPTIMISER, BUDGET, STATE, EARLIER)),
     *(
         f"{folder}/{name}"

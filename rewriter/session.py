@@ -13,13 +13,10 @@ from typing import Any, Self, TypeVar
 from datasets import Dataset
 from torch import Tensor
 
-from .adapters.store import load_adapter, read_manifest, save_adapter
+from .adapters.store import save_adapter
 from .data import check_length, encode, load_rows
 from .errors import SpecError, SubspanError, raise_all
-from .export.merge import merge, rest
-from .export.onnx import export_onnx
-from .export.verify import batches, differences, onnx_stage, torch_stage
-from .files import aside, write_json, write_text
+from .files import write_json, write_text
 from .folder import check_folder, claimed, clear
 from .graph.traced import Inputs, TracedModel
 from .passes.base import Context
@@ -27,7 +24,7 @@ from .passes.manager import check_names
 from .passes.manager import run as run_passes
 from .plan import Plan, plan
 from .plan.cost import StepCost, exceeded, step_cost
-from .pretrained import Pretrained, for_onnx, load_model, load_processor, positions, save_model
+from .pretrained import Pretrained, load_model, load_processor, positions
 from .rewrite import rewrite
 from .spec import Spec, dump_spec, load_spec, located
 from .trace import capture, trace
@@ -291,7 +288,9 @@ class Session:
             raise SubspanError("which run? export(folder), or tune first")
         if dump_spec(load_spec(run / "spec.yaml")) != dump_spec(self.spec):
             raise SubspanError(f"{run / 'spec.yaml'} is of another run; its settings differ from this spec's")
-        return _ship(self.spec, run)
+        from .export.ship import ship  # onnx and ONNX Runtime are imported when something is shipped.
+
+        return ship(self.spec, run)
 
 
 def _check_training(spec: Spec, found: Plan, labels: list[str]) -> None:
@@ -315,76 +314,3 @@ def _check_training(spec: Spec, found: Plan, labels: list[str]) -> None:
         where = f"rules[{moving[0][0]}]"
         said = f"{where} moves its budget from step to step, and only the last state has what it asks for; keep: last"
         raise SpecError(said, ("train", "keep"))
-
-
-def _ship(spec: Spec, run: Path) -> dict[str, Any]:
-    """Write merged/, onnx/ and verify.json into the run's folder; returns the content of verify.json."""
-    pretrained, processor, task = load_model(spec), load_processor(spec), spec.task
-    inputs, passes = task.inputs(pretrained.model), spec.train.passes
-    traced = trace(pretrained.module, inputs, ("eval",), passes.off)
-    tuned = load_adapter(traced, run / "adapter", without=passes.off, also=passes.on)
-    whole = tuned.plan.merges
-    stored = merge(tuned, traced, partly=True)
-    merge(tuned, pretrained.model, partly=True)
-    stages = {"merged": torch_stage(traced if whole else rest(tuned, traced))}
-    with aside(run / "merged", run / "onnx", run / "verify.json") as (merged, onnx, verify):
-        if spec.export.checkpoint and whole:
-            save_model(pretrained, str(merged))
-            processor.save_pretrained(merged)
-            task.ship(merged, pretrained.module, spec.data.max_length if spec.data else processor.model_max_length)
-            stages["checkpoint"] = torch_stage(_reload(spec, merged).module)
-        if spec.export.onnx:
-            onnx.mkdir()
-            processor.save_pretrained(onnx)
-            for_onnx(pretrained.model)
-            module = pretrained.module
-            export_onnx(
-                module if whole else rest(tuned, trace(module, inputs, modes=("eval",))),
-                inputs,
-                onnx / "model.onnx",
-                spec.export.onnx.opset,
-                _metadata(spec, pretrained, run),
-                passes.off,
-            )
-            stages["onnx"] = onnx_stage(onnx / "model.onnx")
-        found = differences(torch_stage(tuned), stages, _samples(spec, pretrained, inputs, tuned.plan.rows))
-        report = {
-            "max_abs_diff": max(found.values(), default=0.0),
-            "atol": spec.export.verify.atol,
-            "stages": found,
-            "stored_weights": stored,
-        }
-        if not report["max_abs_diff"] <= report["atol"]:
-            worst = ", ".join(f"{name} {value:.2e}" for name, value in found.items())
-            raise SubspanError(
-                f"outputs differ from the tuned model's by more than export.verify.atol = {report['atol']:g}: {worst}; "
-                "nothing is written"
-            )
-        write_json(verify, report)
-    return report
-
-
-def _reload(spec: Spec, folder: Path) -> Pretrained:
-    """The checkpoint as anyone would load it."""
-    model = spec.model.model_copy(update={"name": str(folder.absolute()), "revision": None})
-    return load_model(spec.model_copy(update={"model": model}))
-
-
-def _samples(spec: Spec, pretrained: Pretrained, inputs: Inputs, rows: int) -> Any:
-    """Random inputs that the model takes beside so many rows of its own."""
-    config = pretrained.model.config
-    most = (getattr(config, "max_position_embeddings", None) or 0) - rows
-    limits = [spec.data.max_length if spec.data else 0, most]
-    return batches(inputs, getattr(config, "vocab_size", 2), min((n for n in limits if n > 0), default=None))
-
-
-def _metadata(spec: Spec, pretrained: Pretrained, run: Path) -> dict[str, object]:
-    """What a server needs to know of an ONNX file."""
-    manifest = read_manifest(run / "adapter")
-    return {
-        "task": spec.model.task,
-        "labels": pretrained.labels,
-        **spec.task.metadata(pretrained.labels),
-        "base": manifest["base"],
-        "versions": manifest["versions"],
-    }

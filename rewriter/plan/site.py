@@ -150,6 +150,10 @@ class Plan:
     rules: tuple[Rule, ...] = field(default=(), repr=False)
     new: tuple[str, ...] = field(default=(), repr=False)
 
+    def __repr__(self) -> str:
+        tuned = f"{self.trainable_parameters:,} tuned parameters of {self.total_parameters:,}"
+        return f"<Plan: {len(self.sites)} sites, {tuned}, {self.head_parameters:,} in new heads>"
+
     @property
     def given(self) -> dict[str, dict[str, int]]:
         """Sizes that tuning has settled, of all sites."""

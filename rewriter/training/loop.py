@@ -216,7 +216,9 @@ def _batches(run: Run) -> Iterator[list[dict[str, Tensor] | None]]:
         # A loader draws a seed when an epoch begins: a run that goes on within an epoch has drawn it already.
         if done == 0:
             _go_on(run)
-        loader = iter(DataLoader(run.train, batch_sampler=[rows for rows in shares if rows], collate_fn=run.collate))
+        own = [rows for rows in shares if rows]
+        pin = run.device.type == "cuda"
+        loader = iter(DataLoader(run.train, batch_sampler=own, collate_fn=run.collate, pin_memory=pin))
         _go_on(run)
         for i in range(0, len(shares), accumulated):
             yield [next(loader) if rows else None for rows in shares[i : i + accumulated]]

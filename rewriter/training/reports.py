@@ -137,11 +137,6 @@ class Report:
         for tracker in self.trackers:
             tracker.log({k: v for k, v in entry.items() if k != "step"}, step=entry["step"])
 
-    def note(self, text: str) -> None:
-        """Say something beside the log."""
-        if self.main:
-            self.console.print(text)
-
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Settings as trackers take them: one level, numbers and texts."""
