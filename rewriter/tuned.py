@@ -63,6 +63,11 @@ class TunedModel(TracedModel):
         """Of the names of the active adapter's tensors."""
         return self.adapters[self.active].root
 
+    @property
+    def penalty_names(self) -> list[str]:
+        """Of what a forward in training mode adds to the loss."""
+        return self._penalties["train"]
+
     def _with(self, graphs: dict[str, fx.Graph]) -> Self:
         other = TunedModel(self.base, self.plan, graphs, dict(self.signatures), dict(self.aliases))
         other.adapters = self.adapters | {self.active: Adapter(self.plan, graphs, self.root)}

@@ -132,10 +132,9 @@ def load(tuning: Tuning, place: Path) -> Progress:
     known = number < len(others)
     if not known:
         torch.manual_seed(state["step"] * 1_000_003 + number)
-    return Progress(
-        *(state[name] for name in ("step", "history", "losses", "since", "seconds")),
-        random=_unhex(others[number]) if known else None,
-    )
+    losses = {name: value if number == 0 else 0.0 for name, value in state["losses"].items()}  # They are of all.
+    step, history, since, seconds = (state[name] for name in ("step", "history", "since", "seconds"))
+    return Progress(step, history, losses, since, seconds, _unhex(others[number]) if known else None)
 
 
 def load_weights(tuning: Tuning, place: Path) -> None:

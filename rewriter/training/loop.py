@@ -45,6 +45,7 @@ class Run:
         device: where the model is.
         per_epoch, steps, every: optimiser steps of an epoch, of the whole run, and between evaluations.
         progress: how far it is.
+        evaluations: steps with their metric, turned so that less is better; what is no number is the worst.
         sums: of the losses since the last entry of the log, on the device.
         finite: whether every loss was, on the device.
         norm: of the last gradient.
@@ -62,6 +63,7 @@ class Run:
     steps: int
     every: int
     progress: Progress
+    evaluations: list[tuple[int, float]]
     sums: dict[str, Tensor]
     finite: Tensor
     norm: Tensor | float = 0.0
@@ -74,21 +76,18 @@ class Run:
     @property
     def best(self) -> int | None:
         """The step of the best evaluation so far."""
-        found = self._evaluations()
-        return min(found, key=lambda one: one[1])[0] if found else None
+        return min(self.evaluations, key=lambda one: one[1])[0] if self.evaluations else None
 
     @property
     def over(self) -> bool:
         """Whether all steps are done, or the last `patience` evaluations were no better than one before them."""
-        best, patience = self.best, self.spec.train.patience
-        since = sum(step > best for step, _ in self._evaluations()) if best is not None else 0
-        return self.progress.step >= self.steps or (patience is not None and since >= patience)
+        patience, best = self.spec.train.patience, self.best
+        worse = sum(step > best for step, _ in self.evaluations)
+        return self.progress.step >= self.steps or (patience is not None and worse >= patience)
 
-    def _evaluations(self) -> list[tuple[int, float]]:
-        """Steps with their metric, turned so that less is better; what is no number is the worst."""
-        name, sign = f"eval_{self.spec.metric}", 1 if self.task.lower(self.spec.metric) else -1
-        found = [(entry["step"], sign * entry[name]) for entry in self.progress.history if name in entry]
-        return [(step, math.inf if math.isnan(value) else value) for step, value in found]
+
+def _turned(spec: Spec, value: float) -> float:
+    return math.inf if math.isnan(value) else value if spec.task.lower(spec.metric) else -value
 
 
 def tune(
@@ -155,7 +154,7 @@ def _begin(
     schedule = make_schedule(settings, optimiser, steps, task.lower(spec.metric))
     scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "float16")
     tuning = Tuning(model, optimiser, schedule, scaler, Budget(model, train, collate, objective(task), settings.seed))
-    progress = checkpoint.load(tuning, last) if last else Progress()
+    progress, name = checkpoint.load(tuning, last) if last else Progress(), f"eval_{spec.metric}"
     return Run(
         spec,
         train,
@@ -168,7 +167,8 @@ def _begin(
         steps,
         settings.evaluate_steps or per_epoch,
         progress,
-        {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in progress.losses.items()},
+        [(one["step"], _turned(spec, one[name])) for one in progress.history if name in one],
+        {key: torch.tensor(value, dtype=torch.float64, device=device) for key, value in progress.losses.items()},
         torch.tensor(True, device=device),
     )
 
@@ -252,6 +252,8 @@ def _step(run: Run, batches: list[dict[str, Tensor] | None], stop: Stop) -> None
     if many := processes().num_processes > 1:
         count, parts, asked = total(torch.tensor([count, parts, asked], dtype=torch.float64).to(run.device)).tolist()
     value = torch.zeros((), device=run.device)
+    for name in model.penalty_names:
+        _add(run, f"penalty_{name}", value)
     for batch in own:
         inputs, targets = split(model, batch, run.device)
         with autocast(settings, run.device):
@@ -321,6 +323,7 @@ def _measure(run: Run, report: Report, validation: Rows) -> None:
     if run.progress.step % run.every == 0 or run.progress.step == run.steps:
         _check_finite(run)
         found = evaluate(run.tuning.model, run.spec, validation, run.collate)
+        run.evaluations.append((run.progress.step, _turned(run.spec, found[run.spec.metric])))
         _enter(run, report, {f"eval_{name}": value for name, value in found.items()})
         if run.spec.train.schedule == PLATEAU:
             run.tuning.schedule.step(found[run.spec.metric])

@@ -31,7 +31,7 @@ typer.run(train)
 """
 SETTINGS = ["train.label_smoothing=0.1", "train.evaluate_steps=4", "rules.0.apply=[{lora: {rank: 4}}]"]
 # 48 rows in batches of 10, two to a step: the last batch of an epoch has 8, the last step one batch.
-SETTINGS += ["train.batch_size=10", "train.gradient_accumulation=2", "train.group_by_length=true"]
+SETTINGS += ["train.log_steps=3", "train.batch_size=10", "train.gradient_accumulation=2", "train.group_by_length=true"]
 
 
 def torchrun(spec, out, *more, late=0.0):
@@ -64,6 +64,7 @@ def test_two_processes_give_the_result_of_one(tmp_path):
     assert two["validation"]["accuracy"] == one["validation"]["accuracy"]
     assert abs(two["validation"]["loss"] - one["validation"]["loss"]) < 1e-5
     assert abs(two["train"]["loss"] - one["train"]["loss"]) < 1e-5
+    log = (tmp_path / "two" / "log.jsonl").read_text()
     # And goes on, to the same bits, from what two processes wrote.
     for name in ("adapter/adapter.safetensors", "metrics.json", "adapter/adapter.json"):
         (tmp_path / "two" / name).rename(tmp_path / name.replace("/", "-"))
@@ -75,6 +76,7 @@ def test_two_processes_give_the_result_of_one(tmp_path):
     before = load_file(tmp_path / "adapter-adapter.safetensors")
     after = load_file(tmp_path / "two" / "adapter" / "adapter.safetensors")
     assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert (tmp_path / "two" / "log.jsonl").read_text() == log
 
 
 def test_a_batch_that_can_t_be_shared_is_refused(tmp_path):
