@@ -1,5 +1,7 @@
 """Rows: filters, splits, limits, labels, and what a batch looks like."""
 
+import json
+
 import datasets
 import pytest
 import torch
@@ -94,6 +96,37 @@ def test_regression_wants_numbers(table):
     assert len(rows.train) == 56
     with pytest.raises(SpecError, match="expected a finite number"):
         load_rows(spec_of(table, {"text": "text", "label": "source"}, "regression", split={"validation": 5}), [])
+
+
+@pytest.mark.parametrize(
+    ("task", "columns", "said", "role"),
+    [
+        ("sequence-classification", {"text": "t", "label": "some"}, "does not hold one label a row, as sequence-classification reads; a task that reads it: multi-label-classification, token-classification", "label"),
+        ("multi-label-classification", {"text": "t", "label": "y"}, "does not hold a list of labels a row.*: sequence-classification", "label"),
+        ("sequence-classification", {"text": "some", "label": "y"}, "does not hold text, as sequence-classification reads$", "text"),
+        ("causal-lm", {"text": "turns"}, "does not hold text", "text"),
+        ("token-classification", {"tokens": "t", "label": "some"}, "does not hold a list of words", "tokens"),
+        ("image-classification", {"image": "t", "label": "y"}, "does not hold images", "image"),
+        ("question-answering", {"question": "t", "context": "t", "answers": "some"}, "as SQuAD writes them", "answers"),
+        ("question-answering", {"question": "t", "context": "t", "answers": "half"}, "has no answer_start", "answers"),
+        ("regression", {"text": "t", "label": "t"}, "expected a finite number", "label"),
+        ("token-classification", {"tokens": "some", "label": "two"}, "row 0 has 1 words and 2 labels", "label"),
+    ],
+)  # fmt: skip
+def test_columns_of_another_kind_are_refused(tmp_path, task, columns, said, role):
+    file = tmp_path / "rows.jsonl"
+    row = {
+        "t": "good",
+        "y": "no",
+        "some": ["no"],
+        "two": ["no", "no"],
+        "turns": [{"role": "a"}],
+        "half": {"text": ["x"]},
+    }
+    file.write_text("".join(json.dumps(row) + "\n" for _ in range(4)))
+    with pytest.raises(SpecError, match=said) as caught:
+        load_rows(spec_of(file, columns, task, format="json", split={"validation": 1}), ["no", "yes"])
+    assert caught.value.path == ("data", "columns", role)
 
 
 def encoded(task, columns, rows):

@@ -373,16 +373,19 @@ def check_labels(rows: Any, columns: Mapping[str, str], read: Callable[[Any], An
 
 
 def fits(kind: str, feature: Any) -> bool:
-    """Whether a column of `datasets` can hold what a role's kind says; what a null column holds is not known."""
-    inner = getattr(feature, "feature", None)
-    listed, mapping = inner is not None or isinstance(feature, list), isinstance(feature, dict)
-    picture = type(feature).__name__ == "Image"
-    return {
-        "labels": listed,
-        "words": listed,
-        "image": picture,
-        "answers": mapping,
-    }.get(kind, not (listed or mapping or picture))
+    """Whether a column of `datasets` can hold what a role's kind says; what a column without a value holds is not
+    known."""
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    if kind in ("labels", "words"):
+        return inner is not None and _plain(inner)
+    if kind == "answers":
+        return isinstance(feature, dict)
+    return type(feature).__name__ == "Image" if kind == "image" else _plain(feature)
+
+
+def _plain(feature: Any) -> bool:
+    """A text, a number or a label."""
+    return type(feature).__name__ in ("Value", "ClassLabel") and "binary" not in feature.dtype
 
 
 KINDS = {
