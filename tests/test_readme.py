@@ -1,22 +1,25 @@
-"""What README shows, run."""
+"""What README shows, run; and that every page of the documentation can be reached from it."""
 
-import os
+import ast
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-import torch
+import pytest
 import yaml
-from torch import nn
 
-from rewriter import TRANSFORMS, Spec
+from rewriter import TRANSFORMS, Spec, SubspanError
+from tests import tiny
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-AUTHORS = (ROOT / "docs" / "transforms.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+(QUICKSTART,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAGES = {file: file.read_text() for file in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def test_it_is_read_in_five_minutes():
+    assert len(README.splitlines()) <= 150
+    assert f"{len(TRANSFORMS)} methods" in README
 
 
 def test_the_spec_is_the_quickstart():
@@ -26,90 +29,63 @@ def test_the_spec_is_the_quickstart():
     Spec.model_validate(shown)
 
 
-def test_the_tables_have_every_method():
-    table = (ROOT / "docs" / "expressions.md").read_text()
-    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(TRANSFORMS)
-    assert f"{len(TRANSFORMS)} methods" in README
+def quickstart(spec, run):
+    """README's statements, on another spec and folder."""
+    assert QUICKSTART.count('"specs/quickstart.yaml"') == QUICKSTART.count('"runs/notebook"') == 1
+    return QUICKSTART.replace("specs/quickstart.yaml", str(spec)).replace("runs/notebook", str(run))
 
 
-def test_a_new_method_is_one_file(tmp_path):
-    """In a copy of the package: no other file knows of it."""
-    shutil.copytree(ROOT / "rewriter", tmp_path / "rewriter", ignore=shutil.ignore_patterns("__pycache__"))
-    (diff,) = re.findall(r"```diff\n(.*?)```", AUTHORS, re.DOTALL)
-    assert len(diff.splitlines()) <= 20
-    (tmp_path / "new.diff").write_text(diff)
-    subprocess.run(["git", "apply", "new.diff"], cwd=tmp_path, check=True)
-    script = """
-import torch
-from torch import nn
-from rewriter import Inputs, Rule, merge, plan, rewrite, trace, tuned_parameters
-model = nn.Sequential(nn.Linear(6, 5)).double()
-graph = trace(model, Inputs(args=(torch.zeros(3, 6, dtype=torch.float64),)))
-found = plan(graph, [Rule(target="0.weight", apply=[{"diagonal_lora": {"rank": 4}}])])
-assert found.trainable_parameters == 4 * (6 + 5) + 6, found
-tuned = rewrite(graph, found)
-l, a, b = (tuned_parameters(tuned)["0.weight.diagonal_lora." + name] for name in "lab")
-torch.nn.init.normal_(b)
-torch.nn.init.normal_(l)
-x = torch.randn(3, 6, dtype=torch.float64)
-expected = model(l * x) + (l * x) @ a @ b
-torch.testing.assert_close(tuned(x), expected)
-merge(tuned, model)
-torch.testing.assert_close(model(x), expected)
-"""
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_the_library_s_quickstart_is_five_statements(tmp_path):
+    assert len(ast.parse(QUICKSTART).body) == 5
+    run, space = tmp_path / "run", {}
+    exec(quickstart(tiny.project(tmp_path), run), space)
+    written = {"spec.yaml", "plan.json", "log.jsonl", "metrics.json", "verify.json", "checkpoints", ".subspan-run"}
+    assert {file.name for file in run.iterdir()} == written | {"adapter", "merged", "onnx"}
+    assert space["session"].run == run
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16)])
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = torch.tanh(layer(x))
-        return x
-
-
-def test_the_library(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (snippet,) = [block for block in BLOCKS if "load_adapter" in block]
-    model, x = Net(), torch.randn(5, 16)
-    space = {"model": model}
-    before, loop = snippet.split("...", 1)
-    exec(before, space)
-    space["tuned"](x).square().sum().backward()
-    space["optimiser"].step()
-    expected = space["tuned"](x).detach()
-    assert not torch.allclose(expected, model(x))
-    exec(loop.partition("\n")[2], space)
-    torch.testing.assert_close(model(x), expected)
+@pytest.mark.parametrize(
+    ("right", "wrong", "place", "message"),
+    [
+        ("rank: 4", "rank: 400", "14:27", "rank 400 is larger than bert.encoder.layer.0.attention.self.query.weight"),
+        ("rank: 4", "rnak: 4", "14:21", "unknown key 'rnak'; did you mean 'rank'?"),
+        ("label: label", "label: lable", "10:32", "no column 'lable'"),
+    ],
+)
+def test_its_mistakes_have_their_place(tmp_path, right, wrong, place, message):
+    spec = tiny.project(tmp_path)
+    spec.write_text(spec.read_text().replace(right, wrong))
+    with pytest.raises(SubspanError) as caught:
+        exec(quickstart(spec, tmp_path / "run"), {})
+    assert str(caught.value).startswith(f"{spec}:{place}: ") and message in str(caught.value)
+    assert not (tmp_path / "run").exists()
 
 
-def test_the_schedule_that_is_shown(tmp_path):
-    """Of 2 x 4 columns half are left, the same ones that the tuned graph had."""
-    (code,) = re.findall(r"```python\n(.*?)```", AUTHORS, re.DOTALL)
-    (tmp_path / "halved.py").write_text(code)
-    script = f"""
-import torch
-from rewriter import TRANSFORMS, Budget, Inputs, Rule, plan, rewrite, settle, trace, tuned_parameters
-TRANSFORMS.load_file({str(tmp_path / "halved.py")!r})
-model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Tanh(), torch.nn.Linear(6, 6)).double()
-graph = trace(model, Inputs(args=(torch.zeros(3, 6, dtype=torch.float64),), dynamic={{0: {{0: "batch"}}}}))
-tuned = rewrite(graph, plan(graph, [Rule(target="*.weight", apply=[{{"halved_lora": {{"rank": 4}}}}])]))
-budget, optimiser = Budget(tuned), torch.optim.AdamW(tuned_parameters(tuned).values(), lr=0.1)
-x = torch.randn(5, 6, dtype=torch.float64)
-for step in range(1, 7):
-    optimiser.zero_grad()
-    tuned.train()(x).square().sum().backward()
-    budget.before_step()
-    optimiser.step()
-    budget.after_step(step, 6, optimiser)
-settled = settle(tuned, budget)
-assert sum(sizes["rank"] for sizes in settled.plan.given.values()) == 4, settled.plan.given
-torch.testing.assert_close(settled.eval()(x), tuned.eval()(x))
-"""
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def links(page):
+    """The pages' and files' own links: (file, anchor)."""
+    for target in LINK.findall(PAGES[page]):
+        if not target.startswith(("http://", "https://")):
+            file, _, anchor = target.partition("#")
+            yield (page.parent / file).resolve() if file else page, anchor
+
+
+def anchors(text):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for file, anchor in links(page):
+        assert file.exists(), file
+        assert not anchor or anchor in anchors(PAGES[file]), f"{file}#{anchor}"
+
+
+def test_every_page_is_found_from_here():
+    found, left = set(), [ROOT / "README.md"]
+    while left:
+        page = left.pop()
+        found.add(page)
+        left += [file for file, _ in links(page) if file in PAGES and file not in found]
+    assert found == set(PAGES)
