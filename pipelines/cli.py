@@ -24,3 +24,7 @@ def main() -> None:
     for command in (validate, plan, passes, show, train, export, schema):
         app.command()(command)
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,7 @@ from rewriter.transforms import TRANSFORMS
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*(ROOT / "rewriter").rglob("*.py"), *(ROOT / "pipelines").glob("*.py")])
-BENCHES = ("bench.py", "study.py")
+BENCHES = ("bench.py", "beside.py", "results.py")
 # Words of other libraries that options are called by too.
 FOREIGN = {
     ("graph/sublayers.py", "alpha"),  # of aten.baddbmm

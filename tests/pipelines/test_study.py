@@ -13,7 +13,7 @@ import optuna
 import pytest
 from typer.testing import CliRunner
 
-from pipelines import study
+from pipelines import cells, results, study
 from rewriter import load_spec
 from tests import tiny
 
@@ -26,7 +26,7 @@ variants:
       - {target: "classifier.*", apply: [full]}
 """
 # Heartbeats a second apart, so that the test need not wait long for a dead process to be noticed.
-COMMAND = "import pipelines.study as s; s.HEARTBEAT, s.GRACE = 1, 4; s.app()"
+COMMAND = "import pipelines.cells as c, pipelines.study as s; c.HEARTBEAT, c.GRACE = 1, 4; s.app()"
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_interrupted_it_goes_on(spec, tmp_path):
     )
     assert all(load_spec(file).train.learning_rate == 0.02 for file in out.glob("cells/*/*/*/spec.yaml"))
     assert run.exit_code == 0, run.output
-    assert [study.latest(study.open_study(out))[f"tiny/lora/{seed}"].state.name for seed in (0, 1)] == ["COMPLETE"] * 2
+    assert [cells.latest(cells.open_study(out))[f"tiny/lora/{seed}"].state.name for seed in (0, 1)] == ["COMPLETE"] * 2
 
 
 def test_a_failed_cell_is_marked(spec, tmp_path):
@@ -135,7 +135,7 @@ def test_a_failed_cell_is_marked(spec, tmp_path):
 
 def test_the_documents_are_made_of_the_records():
     docs = Path(__file__).parents[2] / "docs"
-    assert study.page(json.loads((docs / "results.json").read_text())) == (docs / "results.md").read_text()
+    assert results.page(json.loads((docs / "results.json").read_text())) == (docs / "results.md").read_text()
 
 
 def records(**values):
@@ -156,14 +156,14 @@ def records(**values):
 
 
 def test_folders_of_cells_are_apart_and_inside(tmp_path):
-    cells = ["t/a b/0", "t/a_b/0", "t/../0", "t/../../x/0", "../a b/0", "t/a b/1", "t/a+b/0", "t/a/b/0", "t/a%2Fb/0"]
-    folders = {study.folder_of(tmp_path, cell) for cell in cells}
-    assert len(folders) == len(cells)
+    names = ["t/a b/0", "t/a_b/0", "t/../0", "t/../../x/0", "../a b/0", "t/a b/1", "t/a+b/0", "t/a/b/0", "t/a%2Fb/0"]
+    folders = {cells.folder_of(tmp_path, cell) for cell in names}
+    assert len(folders) == len(names)
     assert all(folder.resolve().parents[2] == tmp_path / "cells" for folder in folders)
 
 
 def test_numbers_of_a_summary():
-    first, second = study.summaries(records(ssl=[0.5, 0.7], ssb=[0.8, None]))
+    first, second = results.summaries(records(ssl=[0.5, 0.7], ssb=[0.8, None]))
     assert (first["row"], first["mean"], first["seeds"], first["failed"], first["deviation"]) == (
         "ssb",
         0.8,
@@ -176,7 +176,7 @@ def test_numbers_of_a_summary():
 
 
 def test_claims_are_counted():
-    page = study.page(records(ssb=[0.8], ssl=[0.7], ia3=[0.81], lora=[0.5, 0.7], **{"head alone": [0.75]}))
+    page = results.page(records(ssb=[0.8], ssl=[0.7], ia3=[0.81], lora=[0.5, 0.7], **{"head alone": [0.75]}))
     error = (0.8 * 0.2 / 100 + 0.7 * 0.3 / 100) ** 0.5
     assert f"| ssb > ssl | yes | +0.1000 ± {error:.4f} | no |" in page
     assert "| ssb > ia3 | no, within the error | -0.0100 ± " in page
@@ -184,11 +184,11 @@ def test_claims_are_counted():
 
 
 def test_a_study_without_differences_says_so():
-    page = study.page(records(ssb=[0.8], ssl=[0.8]))
+    page = results.page(records(ssb=[0.8], ssl=[0.8]))
     assert "Every row ends with the same value" in page and "| ssb > ssl | no, within the error | +0.0000 ± " in page
 
 
 def test_error_over_seeds_and_peft_beside():
-    page = study.page(records(**{"trilora": [0.8, 0.9], "lora": [0.5, 0.7], "lora of PEFT": [0.6, 0.61]}))
+    page = results.page(records(**{"trilora": [0.8, 0.9], "lora": [0.5, 0.7], "lora of PEFT": [0.6, 0.61]}))
     assert f"| trilora > lora | yes | +0.2500 ± {(0.05**2 + 0.1**2) ** 0.5:.4f} | no |" in page
     assert "PEFT's lora on the same setting: 0.6050, -0.0050 from ours." in page
