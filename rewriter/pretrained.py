@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import transformers
+from accelerate.utils import set_seed
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 from transformers.utils import logging as hf_logging
@@ -62,7 +63,7 @@ def load_model(spec: Spec, meta: bool = False) -> Pretrained:
         else:
             config = transformers.AutoConfig.for_model(**written.config)
         spec.task.configure(config, written.labels)
-        transformers.set_seed(spec.train.seed)
+        set_seed(spec.train.seed)
         if meta and (written.config is not None or _no_weights(location)):
             return _shapes(spec, config)
         model, info = getattr(transformers, spec.task.auto).from_pretrained(

@@ -80,10 +80,15 @@ class Session:
         like: another session; what it knows of the same model and the same data is not found out again.
 
     Raises:
-        SubspanError: the spec is wrong; one line with file, line and column for each mistake.
+        SubspanError: the spec is wrong, one line with file, line and column for each mistake; or settings are given
+            for a spec that is no file.
     """
 
     def __init__(self, spec: Spec | str | Path, *settings: str, like: Self | None = None):
+        if isinstance(spec, Spec) and settings:
+            raise SubspanError(
+                f"{settings[0]!r} overrides what a file says; this spec is an object: set its own fields"
+            )
         self.spec = spec if isinstance(spec, Spec) else load_spec(spec, list(settings))
         self.run: Path | None = None
         same = like is not None and like.model_key == self.model_key

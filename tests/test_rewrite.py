@@ -125,10 +125,14 @@ def test_rewrite_tune_merge(name, where, chain):
 
 
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "bert"])
-def test_every_chain_on_an_architecture(name):
-    """All chains on linears, as many at once as there are; then those on a weight of another op, and biases."""
+def test_chains_on_an_architecture(name):
+    """Every third chain on linears, as many at once as there are; then those on a weight of another op.
+
+    Ten architectures: a chain is on three of them at least.
+    """
     _, _, graph = traced(name)
-    one, chains, done = ARCHITECTURES[name], list(MATRIX), 0
+    chains, done = MATRIX[list(ARCHITECTURES).index(name) % 3 :: 3], 0
+    one, count = ARCHITECTURES[name], len(chains)
     weights = find([one.linear], list(graph.aliases), ())
     while chains:
         some, chains = chains[: len(weights)], chains[len(weights) :]
@@ -136,7 +140,7 @@ def test_every_chain_on_an_architecture(name):
         found = adapt(name, rules)
         assert len(found.sites) == len(some) and all(site.merges for site in found.sites)
         done += len(some)
-    assert done == len(MATRIX)
+    assert done == count
     for chain in OTHER:
         assert adapt(name, [Rule(target=one.other, apply=chain)]).merges
 

@@ -61,6 +61,8 @@ def test_a_spec_of_one_s_own_has_no_file(file, tmp_path):
     plain = Spec.model_validate({**spec.model_dump(by_alias=True), "rules": [rule.model_dump() for rule in rules]})
     with pytest.raises(SubspanError, match="rank 99 is larger than"):
         Session(plain).plan()
+    with pytest.raises(SubspanError, match=r"'train\.seed=1' overrides what a file says"):
+        Session(plain, "train.seed=1")
 
 
 def test_nothing_is_kept_between_sessions_but_what_one_passes_on(file, traces):

@@ -1,7 +1,6 @@
 """AdaMSS: clusters of outputs, each with a low-rank term of its own in the principal subspace."""
 
 import torch
-from sklearn.cluster import KMeans
 from torch import Tensor
 
 from rewriter.algebra import Dense, Operator
@@ -9,6 +8,8 @@ from rewriter.transforms import Count, Rank, Scope, transform
 
 
 def _labels(rows: Tensor, k: int) -> Tensor:
+    from sklearn.cluster import KMeans  # Only a spec with this method waits for it.
+
     return torch.from_numpy(KMeans(k, n_init=4, random_state=0).fit_predict(rows.cpu().numpy())).long()
 
 

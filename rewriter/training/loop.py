@@ -41,6 +41,7 @@ class Run:
         spec, task: what is tuned for what.
         train, collate, lengths: the training rows, how they become a batch, and their tokens if batches go by them.
         tuning: the model with its optimiser, schedules and scaler.
+        tuned: the parameters that are tuned.
         criterion: the training loss.
         device: where the model is.
         per_epoch, steps, every: optimiser steps of an epoch, of the whole run, and between evaluations.
@@ -57,6 +58,7 @@ class Run:
     collate: Collate
     lengths: list[int] | None
     tuning: Tuning
+    tuned: list[nn.Parameter]
     criterion: Criterion
     device: torch.device
     per_epoch: int
@@ -161,6 +163,7 @@ def _begin(
         collate,
         [task.length(row) for row in train] if settings.group_by_length else None,
         tuning,
+        list(tuned_parameters(model).values()),
         Criterion(settings.label_smoothing, weights),
         device,
         per_epoch,
@@ -193,7 +196,7 @@ def objective(task: Task) -> Objective:
 
     def value(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         inputs, targets = split(model, batch, next(model.parameters()).device)
-        return task.loss(model(**inputs), targets) / task.count(targets)
+        return task.loss(model(**inputs), targets) / task.count(targets).clamp(min=1)
 
     return value
 
@@ -251,7 +254,7 @@ def _step(run: Run, batches: list[dict[str, Tensor] | None], stop: Stop) -> None
     count, parts, asked = float(sum(counts)), len(own), stop.asked
     if many := processes().num_processes > 1:
         count, parts, asked = total(torch.tensor([count, parts, asked], dtype=torch.float64).to(run.device)).tolist()
-    value = torch.zeros((), device=run.device)
+    value, count = torch.zeros((), device=run.device), count or 1.0  # Rows without a label have nothing to learn from.
     for name in model.penalty_names:
         _add(run, f"penalty_{name}", value)
     for batch in own:
@@ -266,10 +269,9 @@ def _step(run: Run, batches: list[dict[str, Tensor] | None], stop: Stop) -> None
         value = value + loss.detach()
     _add(run, "loss", value)
     run.finite &= torch.isfinite(value)
-    tuned = list(tuned_parameters(model).values())
-    sum_gradients(tuned)
+    sum_gradients(run.tuned)
     tuning.scaler.unscale_(tuning.optimiser)
-    run.norm = nn.utils.clip_grad_norm_(tuned, settings.max_grad_norm or math.inf)
+    run.norm = nn.utils.clip_grad_norm_(run.tuned, settings.max_grad_norm or math.inf)
     tuning.budget.before_step()
     scale = tuning.scaler.get_scale()
     tuning.scaler.step(tuning.optimiser)

@@ -15,7 +15,9 @@ from tests.passes.harness import check_graphs, check_numbers, every_place, light
 from tests.pipelines.test_run import call
 
 SWITCHABLE = [one for one in PASSES if one.numerics == "preserving"]
-CASES = [(name, one) for name in ARCHITECTURES for one in SWITCHABLE]
+# RoBERTa and DistilBERT have BERT's ops, Qwen3 has Llama's.
+UNLIKE = [name for name in ARCHITECTURES if name not in ("roberta", "distilbert", "qwen3")]
+CASES = [(name, one) for name in UNLIKE for one in SWITCHABLE]
 
 
 @pytest.mark.parametrize(("name", "one"), CASES, ids=[f"{name}-{one.name}" for name, one in CASES])

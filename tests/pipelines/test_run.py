@@ -281,7 +281,7 @@ def command_line(spec, out, *more):
     return [sys.executable, ROOT / "pipelines" / "train.py", spec, "--out", out, *more]
 
 
-LONG = ["--set", "train.epochs=150", "--set", "train.weight_decay=0.01", "--set", "train.warmup=0.1"]
+LONG = ["--set", "train.epochs=80", "--set", "train.weight_decay=0.01", "--set", "train.warmup=0.1"]
 
 
 @pytest.fixture(scope="module")

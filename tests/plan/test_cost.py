@@ -1,5 +1,7 @@
 """Costs computed on shapes, against what really is allocated and multiplied."""
 
+from functools import cache
+
 import pytest
 import torch
 import transformers as hf
@@ -46,12 +48,15 @@ def made(name, device):
         return hf.BertForSequenceClassification._from_config(config), "sequence-classification"
 
 
-def rewritten(name, device, target, step):
+@cache
+def traced(name, device):
     model, task = made(name, device)
-    graph = trace(model, example_inputs(model, task))
-    tuned = rewrite(graph, plan(graph, [Rule(target=target, apply=[step])]))
-    task = task_of(task)
-    return graph, tuned, task.example_batch(model, BATCH, LENGTH), objective(task)
+    return trace(model, example_inputs(model, task)), task_of(task).example_batch(model, BATCH, LENGTH), task_of(task)
+
+
+def rewritten(name, device, target, step):
+    graph, batch, task = traced(name, device)
+    return graph, rewrite(graph, plan(graph, [Rule(target=target, apply=[step])])), batch, objective(task)
 
 
 def label(case):

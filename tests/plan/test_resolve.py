@@ -1,5 +1,7 @@
 """Plans: counts, slices, ties, warnings, and that the meta device gives the plan of the weights."""
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -10,9 +12,14 @@ from rewriter.transforms import TRANSFORMS, transform
 from tests.architectures import ARCHITECTURES, build, inputs_of, traced
 
 
-def planned(name, rules, meta=True, **more):
-    model, inputs = build(name, meta=meta)
-    return plan(trace(model, inputs, modes=("eval",)), [Rule(**rule) for rule in rules], **more)
+@cache
+def shapes(name):
+    model, inputs = build(name, meta=True)
+    return trace(model, inputs, modes=("eval",))
+
+
+def planned(name, rules, **more):
+    return plan(shapes(name), [Rule(**rule) for rule in rules], **more)
 
 
 C_ATTN = "transformer.h.*.attn.c_attn.weight"
@@ -134,8 +141,7 @@ def test_what_cannot_merge_is_told(monkeypatch):
 @pytest.mark.parametrize("chain", [["prefix", "prefix"], ["prompt", "prompt"]])
 def test_rows_of_a_chain_stand_one_after_another(chain):
     """concat(P2, P1, xW): as one method with the rows of both."""
-    model, inputs = build("bert")
-    graph = trace(model, inputs, modes=("eval",))
+    _, inputs, graph = traced("bert")
     target = "bert.encoder.layer.*" if chain[0] == "prefix" else "bert.embeddings"
     lengths = (3, 2)
     apply = [{name: {"length": length}} for name, length in zip(chain, lengths, strict=True)]

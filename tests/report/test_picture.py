@@ -4,9 +4,9 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from rewriter import Rule, SubspanError, plan, rewrite, trace
+from rewriter import Rule, SubspanError, plan, rewrite
 from rewriter.report.picture import COLOURS, layer_of, picture, to_dot, to_mermaid, to_svg
-from tests.architectures import ARCHITECTURES, build
+from tests.architectures import ARCHITECTURES, traced
 
 CASES = [
     ("bert", "{query,value}", [{"lora": {"rank": 2}}], "extension", 2 * 2),
@@ -19,8 +19,7 @@ LAYERS = {"bert": "bert.encoder.layer", "llama": "model.layers", "t5": "encoder.
 
 
 def drawn(name, part, chain):
-    model, inputs = build(name, meta=True)
-    graph = trace(model, inputs)
+    _, _, graph = traced(name)
     target = f"{LAYERS[name]}.*" + (f".attention.self.{part}.weight" if part else "")
     found = plan(graph, [Rule(target=target, apply=chain)])
     module = layer_of(graph.graphs["eval"], found, 1)
@@ -64,8 +63,7 @@ def test_names_of_weights_and_leaves_are_in_the_ops():
 
 
 def test_no_such_layer():
-    model, inputs = build("bert", meta=True)
-    graph = trace(model, inputs, modes=("eval",))
+    _, _, graph = traced("bert")
     found = plan(graph, [Rule(target=ARCHITECTURES["bert"].linear, apply=["ssb"])])
     with pytest.raises(SubspanError, match="--layer 2: the model has no such layer"):
         layer_of(graph.graphs["eval"], found, 2)
