@@ -96,7 +96,7 @@ ARCHITECTURES = {
     "t5": Architecture(
         hf.T5Config,
         {
-            "vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2,
+            "vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_decoder_layers": 1, "num_heads": 2,
             "decoder_start_token_id": 0, "pad_token_id": 0,
         },
         hf.T5ForConditionalGeneration, "seq2seq-lm",
@@ -104,6 +104,8 @@ ARCHITECTURES = {
         "", "shared.weight",
     ),
 }  # fmt: skip
+# RoBERTa and DistilBERT have BERT's ops and places, Qwen3 has Llama's.
+UNLIKE = [name for name in ARCHITECTURES if name not in ("roberta", "distilbert", "qwen3")]
 
 
 def build(name: str, dtype: torch.dtype = torch.float64, meta: bool = False) -> tuple[hf.PreTrainedModel, Inputs]:

@@ -7,7 +7,7 @@ import torch
 
 from rewriter import Rule, merge, plan, rewrite, tuned_parameters
 from rewriter.graph.globs import find
-from tests.architectures import ARCHITECTURES, inputs_of, traced
+from tests.architectures import ARCHITECTURES, UNLIKE, inputs_of, traced
 
 MATRIX = [
     ["full"],
@@ -124,14 +124,15 @@ def test_rewrite_tune_merge(name, where, chain):
     assert found.sites and all(site.merges for site in found.sites)
 
 
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "bert"])
+@pytest.mark.parametrize("name", [name for name in UNLIKE if name != "bert"])
 def test_chains_on_an_architecture(name):
-    """Every third chain on linears, as many at once as there are; then those on a weight of another op.
+    """Every third chain on linears, as many at once as there are; then every third on a weight of another op.
 
-    Ten architectures: a chain is on three of them at least.
+    Seven architectures: a chain is on two of them at least.
     """
     _, _, graph = traced(name)
-    chains, done = MATRIX[list(ARCHITECTURES).index(name) % 3 :: 3], 0
+    third = slice(UNLIKE.index(name) % 3, None, 3)
+    chains, done = MATRIX[third], 0
     one, count = ARCHITECTURES[name], len(chains)
     weights = find([one.linear], list(graph.aliases), ())
     while chains:
@@ -141,7 +142,7 @@ def test_chains_on_an_architecture(name):
         assert len(found.sites) == len(some) and all(site.merges for site in found.sites)
         done += len(some)
     assert done == count
-    for chain in OTHER:
+    for chain in OTHER[third]:
         assert adapt(name, [Rule(target=one.other, apply=chain)]).merges
 
 

@@ -10,13 +10,11 @@ from rewriter.passes import manager
 from rewriter.passes.base import Pass
 from rewriter.passes.pipelines import PASSES
 from tests import tiny
-from tests.architectures import ARCHITECTURES, build, inputs_of
+from tests.architectures import ARCHITECTURES, UNLIKE, build, cleaned, inputs_of, raw
 from tests.passes.harness import check_graphs, check_numbers, every_place, light, reference, rewritten
 from tests.pipelines.test_run import call
 
 SWITCHABLE = [one for one in PASSES if one.numerics == "preserving"]
-# RoBERTa and DistilBERT have BERT's ops, Qwen3 has Llama's.
-UNLIKE = [name for name in ARCHITECTURES if name not in ("roberta", "distilbert", "qwen3")]
 CASES = [(name, one) for name in UNLIKE for one in SWITCHABLE]
 
 
@@ -25,7 +23,7 @@ def test_the_numbers_are_the_same_without_it(name, one):
     check_numbers(one, name)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", UNLIKE)
 def test_graphs_are_true(name):
     check_graphs(reference(name)[0], name)
 
@@ -37,13 +35,12 @@ def test_graphs_are_true_at_every_place(name):
 
 @cache
 def twenty_losses(without):
-    """Losses of 20 steps of AdamW in float32, with dropout, a penalty and a chain."""
-    model, inputs = build("bert", torch.float32)
+    """Losses of 20 steps of AdamW, with dropout, a penalty and a chain."""
+    inputs, graph = raw("bert")[1], cleaned("bert", without)
     rules = [
         Rule(target=ARCHITECTURES["bert"].linear, apply=["ssb", {"lora": {"rank": 4, "dropout": 0.1, "mpc": "o"}}]),
         Rule(target="bert.pooler.dense.weight", apply=[{"dora": {"rank": 2}}]),
     ]
-    graph = trace(model, inputs, ("train", "eval"), without)
     tuned = rewrite(graph, plan(graph, rules), without=without).train()
     optimiser = torch.optim.AdamW(tuned_parameters(tuned).values(), lr=1e-3)
     torch.manual_seed(0)
@@ -60,8 +57,8 @@ def twenty_losses(without):
 
 @pytest.mark.parametrize("one", SWITCHABLE, ids=lambda one: one.name)
 def test_twenty_steps_without_it(one):
-    """float32: 1e-6 relative."""
-    assert twenty_losses((one.name,)) == pytest.approx(twenty_losses(()), rel=1e-6)
+    """float64: what rounding makes of 20 steps is seen to be 1e-12 relative at most."""
+    assert twenty_losses((one.name,)) == pytest.approx(twenty_losses(()), rel=1e-10)
 
 
 def test_shared_inputs_are_one_product():
@@ -118,7 +115,6 @@ def test_the_command(tmp_path):
     counts = Session(spec).changes()
     assert counts["insert_weights"] > 0 and counts["accumulate"] > 0 and counts["insert_sublayers"] == 0
     assert set(counts) == {one.name for one in PASSES}
-    assert "accumulate" not in Session(spec, "train.passes.off=[accumulate]").changes()
     shown = call("passes", spec, "--without", "accumulate")
     assert shown.exit_code == 0 and "off" in shown.stdout
     assert "did you mean 'accumulate'" in call("passes", spec, "--without", "acumulate").stderr

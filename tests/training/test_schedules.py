@@ -26,7 +26,7 @@ from rewriter.graph.globs import find
 from rewriter.methods.adalora import Prune
 from rewriter.training.schedules import NOW
 from rewriter.tuned import adapter_tensors
-from tests.architectures import ARCHITECTURES, inputs_of, traced
+from tests.architectures import ARCHITECTURES, UNLIKE, inputs_of, traced
 
 LAYERS = {
     "bert": "bert.encoder.layer.*",
@@ -161,12 +161,9 @@ def test_tune_settle_save_load_merge(where, method, tmp_path):
     assert settled.plan.merges != stays(where, method)
 
 
-@pytest.mark.parametrize("name", ["deberta-v2", "modernbert", "gpt2", "llama", "mixtral", "vit", "t5"])
+@pytest.mark.parametrize("name", [name for name in UNLIKE if name != "bert"])
 def test_every_method_on_an_architecture(name, tmp_path):
-    """Each on a place of its own: what merges; what stays, in two layers; and rows before the tokens.
-
-    RoBERTa and DistilBERT have BERT's places, Qwen3 has Llama's.
-    """
+    """Each on a place of its own: what merges; what stays, in two layers; and rows before the tokens."""
     one, graph = ARCHITECTURES[name], traced(name)[2]
     weights = [w for w in find([one.linear], list(graph.aliases), ()) if "EncDecAttention" not in w]
     on = lambda methods: [Rule(target=w, apply=[{m: LINEAR[m]}]) for w, m in zip(weights, methods, strict=False)]  # noqa: E731
