@@ -18,7 +18,6 @@ demo: install
 
 test: install
 	$(BIN)/python -m ruff check .
-	$(BIN)/subspan validate specs --format github
 	$(BIN)/python -m pytest
 
 lint: install

@@ -12,6 +12,13 @@ import pytest
 import torch
 
 
+def pytest_collection_modifyitems(items):
+    """The tests of a file stay in one process, and so do files that share traced models."""
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

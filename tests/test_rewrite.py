@@ -9,6 +9,8 @@ from rewriter import Rule, merge, plan, rewrite, tuned_parameters
 from rewriter.graph.globs import find
 from tests.architectures import ARCHITECTURES, UNLIKE, inputs_of, traced
 
+pytestmark = pytest.mark.xdist_group("architectures")
+
 MATRIX = [
     ["full"],
     ["sam_parser"],

@@ -9,7 +9,9 @@ from torch import nn
 
 from rewriter import Rule, example_inputs, plan, rewrite, trace, tuned_parameters
 from rewriter.graph.sublayers import attentions
-from tests.architectures import ARCHITECTURES, BERT, LLAMA, Architecture, build, inputs_of
+from tests.architectures import ARCHITECTURES, BERT, LLAMA, Architecture, build, inputs_of, traced
+
+pytestmark = pytest.mark.xdist_group("architectures")
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}
 CAUSAL = {"vocab_size": 64, "hidden_size": 16, "bos_token_id": 1, "eos_token_id": 1}
@@ -52,6 +54,13 @@ def made(name):
     return model, example_inputs(model, kind)
 
 
+def graphed(name):
+    if name in ARCHITECTURES:
+        return traced(name)
+    model, inputs = made(name)
+    return model, inputs, trace(model, inputs, modes=("eval",))
+
+
 def tuned(graph, target, step, scale=0.3):
     """The rewritten graph with every tuned tensor moved, and the tensors."""
     ours = rewrite(graph, plan(graph, [Rule(target=target, apply=[step])])).eval()
@@ -68,8 +77,7 @@ def logits(model, x):
 
 @pytest.mark.parametrize("name", PARTS)
 def test_adapters_stand_where_hooks_would(name):
-    model, inputs = made(name)
-    graph = trace(model, inputs, modes=("eval",))
+    model, inputs, graph = graphed(name)
     layers, attention, first, last = PARTS[name]
     x = inputs_of(name, inputs, 3, 9)
     for method, step in {
@@ -123,9 +131,9 @@ def test_a_prefix_is_the_same_in_both_forms_of_attention(name):
 @pytest.mark.parametrize("name", ["deberta-v2", "bloom", "gemma2"])
 def test_a_prefix_of_zeros_beside_positions(name, monkeypatch):
     """Keys and values of zero: l columns of score 0 in the softmax, whatever positions add to the others."""
-    model, inputs = made(name)
+    model, inputs, graph = graphed(name)
     layers = {**PARTS, "gemma2": ("model.layers.*",)}[name][0]
-    ours, leaves = tuned(trace(model, inputs, modes=("eval",)), layers, {"prefix": {"length": 5}})
+    ours, leaves = tuned(graph, layers, {"prefix": {"length": 5}})
     for value in leaves.values():
         value.data.zero_()
     x = inputs_of(name, inputs, 3, 9)

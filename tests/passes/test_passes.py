@@ -14,6 +14,8 @@ from tests.architectures import ARCHITECTURES, UNLIKE, build, cleaned, inputs_of
 from tests.passes.harness import check_graphs, check_numbers, every_place, light, reference, rewritten
 from tests.pipelines.test_run import call
 
+pytestmark = pytest.mark.xdist_group("architectures")
+
 SWITCHABLE = [one for one in PASSES if one.numerics == "preserving"]
 CASES = [(name, one) for name in UNLIKE for one in SWITCHABLE]
 

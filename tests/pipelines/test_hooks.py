@@ -56,7 +56,3 @@ def test_the_hook_takes_the_files_of_a_commit(repository):
     command = shlex.join([*shlex.split(hook["entry"]), *hook["args"], "specs/right.yaml"])
     right = shell(command, repository)
     assert right.returncode == 0 and "is valid" in right.stdout, right.stderr
-
-
-def test_this_project_s_own_run_checks_its_specs():
-    assert "subspan validate specs" in (ROOT / "Makefile").read_text().partition("\ntest:")[2].partition("\n\n")[0]

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from rewriter import Session, SubspanError, load_spec, load_specs
-from rewriter.graph.traced import TracedModel
+from pipelines.validate import Format, Level, check_all
+from rewriter import SubspanError, load_spec, load_specs
 
 PAPER = Path(__file__).parents[2] / "specs" / "paper"
 RANKS = (2, 4, 8, 16)
@@ -57,24 +57,24 @@ def printed(row, singles, groups):
     return groups[group][i if i < 2 else {11: 3, 12: 4}.get(i, 2)]
 
 
-def test_every_row_has_the_count_of_its_rule_and_142_the_print(monkeypatch):
-    traces = []
-    original = TracedModel.__init__
-    monkeypatch.setattr(TracedModel, "__init__", lambda self, *args: (traces.append(1), original(self, *args))[1])
-    near, before = 0, None
+def test_every_spec_is_valid_and_every_row_has_the_count_of_its_rule_and_142_the_print():
+    """What `subspan validate specs` checks."""
+    results = check_all([PAPER.parent], [], Level.plan, Format.json)
+    assert not [finding for result in results for finding in result["findings"]]
+    near = 0
     for name, layers, d, millions, singles, groups in TABLES.values():
-        specs = load_specs(PAPER / f"{name}.yaml")
-        assert [spec.meta["row"] for spec in sorted(specs, key=lambda s: s.meta["row"])] == list(range(2, 59))
-        for spec in specs:
-            before = Session(spec, like=before)
-            found = before.plan()
-            row = spec.meta["row"]
-            assert found.trainable_parameters == rule(row, layers, d, name.startswith("deberta")), spec.meta
-            assert not found.warnings and TABLES[spec.meta["table"]][0] == name
+        plans = {
+            result["session"].spec.meta["row"]: (result["session"].spec.meta, result["plan"])
+            for result in results
+            if result["file"] == str(PAPER / f"{name}.yaml")
+        }
+        assert sorted(plans) == list(range(2, 59))
+        for row, (meta, found) in plans.items():
+            assert found.trainable_parameters == rule(row, layers, d, name.startswith("deberta")), meta
+            assert TABLES[meta["table"]][0] == name
             share = 1000 * found.trainable_parameters / (millions * 1e6)
             near += abs(share - printed(row, singles, groups)) <= 0.01
     assert near == 142
-    assert len(traces) == 3
 
 
 def test_one_row_by_its_number():

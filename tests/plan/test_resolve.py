@@ -11,6 +11,8 @@ from rewriter.spec import Rule
 from rewriter.transforms import TRANSFORMS, transform
 from tests.architectures import ARCHITECTURES, build, inputs_of, traced
 
+pytestmark = pytest.mark.xdist_group("architectures")
+
 
 @cache
 def shapes(name):

@@ -8,6 +8,8 @@ from rewriter import Rule, SubspanError, plan, rewrite
 from rewriter.report.picture import COLOURS, layer_of, picture, to_dot, to_mermaid, to_svg
 from tests.architectures import ARCHITECTURES, traced
 
+pytestmark = pytest.mark.xdist_group("architectures")
+
 CASES = [
     ("bert", "{query,value}", [{"lora": {"rank": 2}}], "extension", 2 * 2),
     ("bert", "{query,value}", ["ssb"], "reconstruction", 2 * 2),

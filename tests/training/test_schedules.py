@@ -28,6 +28,8 @@ from rewriter.training.schedules import NOW
 from rewriter.tuned import adapter_tensors
 from tests.architectures import ARCHITECTURES, UNLIKE, inputs_of, traced
 
+pytestmark = pytest.mark.xdist_group("architectures")
+
 LAYERS = {
     "bert": "bert.encoder.layer.*",
     "roberta": "roberta.encoder.layer.*",
