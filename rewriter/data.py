@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import datasets
 from .errors import SpecError, SubspanError, reason
 from .resources import existing
 from .spec import Data, Spec
-from .tasks import TASKS, Reading, columns_error, fits, task_of
+from .tasks import TASKS, Reading, Role, columns_error, fits, task_of
 
 _DATA = ("data",)
 _SHOWN = 5
@@ -145,9 +145,15 @@ def _check_rows(spec: Spec, rows: datasets.Dataset, labels: list[str]) -> None:
     for role, column in columns.items():
         feature = rows.features[column]
         if not fits(task.roles[role].kind, feature):
-            others = [name for name in TASKS if (other := task_of(name).roles.get(role)) and fits(other.kind, feature)]
+            others = [name for name in TASKS if _reads(task_of(name).roles, columns, role, feature)]
             raise columns_error(task, role, column, others)
     task.check(rows, columns, labels)
+
+
+def _reads(roles: Mapping[str, Role], columns: Mapping[str, str], role: str, feature: Any) -> bool:
+    """Whether a task with these roles reads the columns, and from one of them what it holds."""
+    needed = {name for name, one in roles.items() if one.required}
+    return role in roles and needed <= columns.keys() and fits(roles[role].kind, feature)
 
 
 def check_length(spec: Spec, most: int | None, rows: int = 0) -> None:

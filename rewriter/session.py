@@ -236,7 +236,7 @@ class Session:
         if main:
             check_folder(spec, out, resume, overwrite)
         processes().wait_for_everyone()
-        device_of(spec.train)
+        device_of(spec)
         if spec.limits.of_a_step or spec.train.gradient_checkpointing:
             self.cost()
         planned, job = self.plan(), self.prepare()

@@ -101,7 +101,7 @@ def test_regression_wants_numbers(table):
 @pytest.mark.parametrize(
     ("task", "columns", "said", "role"),
     [
-        ("sequence-classification", {"text": "t", "label": "some"}, "does not hold one label a row, as sequence-classification reads; a task that reads it: multi-label-classification, token-classification", "label"),
+        ("sequence-classification", {"text": "t", "label": "some"}, "does not hold one label a row, as sequence-classification reads; a task that reads it: multi-label-classification$", "label"),
         ("multi-label-classification", {"text": "t", "label": "y"}, "does not hold a list of labels a row.*: sequence-classification", "label"),
         ("sequence-classification", {"text": "some", "label": "y"}, "does not hold text, as sequence-classification reads$", "text"),
         ("causal-lm", {"text": "turns"}, "does not hold text", "text"),

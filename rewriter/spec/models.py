@@ -369,6 +369,10 @@ class Spec(_Model):
         ):
             if getattr(self.train, key) and not there:
                 raise SpecError(f"{self.model.task} has no use for it", ("train", key), at_key=True)
+        if self.model.labels and not self.task.labelled:
+            raise SpecError(f"{self.model.task} has no labels", ("model", "labels"), at_key=True)
+        if self.data and self.train.batch_size < (least := self.task.least(columns)):
+            raise SpecError(f"{self.model.task} needs {least} rows to learn from, at least", ("train", "batch_size"))
         if self.train.warmup and self.train.schedule == "reduce_lr_on_plateau":
             raise SpecError("reduce_lr_on_plateau has no warm-up", ("train", "warmup"))
         return self

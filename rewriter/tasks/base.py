@@ -117,6 +117,10 @@ class Task:
         """The metrics that data with these roles -> columns can be measured by, the default first."""
         return self.metrics
 
+    def least(self, columns: Mapping[str, str]) -> int:
+        """The fewest rows of a batch that have something to learn from."""
+        return 1
+
     @staticmethod
     def lower(metric: str) -> bool:
         """Whether less of a metric is better."""

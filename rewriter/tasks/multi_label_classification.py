@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import SpecError
 from .base import PLAIN, Batch, Criterion, Reading, Role, Task, check_labels, name_labels, name_padding, tokenised
 
 THRESHOLD = 0.5
@@ -28,6 +29,10 @@ class MultiLabelClassification(Task):
 
     def check(self, rows: Any, columns: Mapping[str, str], labels: Sequence[str]) -> None:
         check_labels(rows, columns, self.reader(rows.features[columns["label"]], labels), labels)
+        for row, value in enumerate(rows[columns["label"]]):
+            if len(set(value or ())) != len(value or ()) and not isinstance(value[0], str):
+                said = f"row {row} holds {value}; not zeros and ones, but the labels that hold are read, each once"
+                raise SpecError(said, ("data", "columns", "label"))
 
     def example_batch(self, model: nn.Module, batch: int, length: int) -> dict[str, Tensor]:
         example = super().example_batch(model, batch, length)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, FiniteFloat, field_validator
 from torch import Tensor, nn
 
 from ..errors import SpecError
@@ -46,12 +46,19 @@ class EmbeddingOptions(Options):
     pooling: Literal["mean", "cls"] | None = Field(
         None, description="mean of the tokens, or the first one; default: what the model's 1_Pooling says, else mean"
     )
-    scores: list[float] | None = Field(
+    scores: list[FiniteFloat] | None = Field(
         None,
         min_length=2,
         max_length=2,
         description="scores of no and of complete likeness, e.g. [0.0, 5.0], read as 0 to 1",
     )
+
+    @field_validator("scores")
+    @classmethod
+    def _apart(cls, scores: list[float] | None) -> list[float] | None:
+        if scores and scores[0] == scores[1]:
+            raise ValueError("the scores of no and of complete likeness must differ")
+        return scores
 
 
 class SentenceEmbedding(Task):
@@ -67,6 +74,9 @@ class SentenceEmbedding(Task):
 
     def metrics_of(self, columns: Mapping[str, str]) -> tuple[str, ...]:
         return ("spearman", "loss") if "score" in columns else (*self.ranks, "loss")
+
+    def least(self, columns: Mapping[str, str]) -> int:
+        return 1 if "score" in columns else 2
 
     def module(self, model: nn.Module, revision: str | None = None) -> nn.Module:
         return Embedder(model, self.options.pooling or _written_pooling(model.config.name_or_path, revision))

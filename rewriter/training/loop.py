@@ -143,7 +143,7 @@ def tune(
 def _begin(
     model: TunedModel, spec: Spec, train: Rows, collate: Collate, weights: Tensor | None, last: Path | None
 ) -> Run:
-    settings, task, device = spec.train, spec.task, device_of(spec.train)
+    settings, task, device = spec.train, spec.task, device_of(spec)
     if settings.class_weights is not None and weights is None:
         raise SpecError("the weights of the labels are not given: see `label_weights`", ("train", "class_weights"))
     torch.manual_seed(settings.seed + processes().process_index)
@@ -176,17 +176,21 @@ def _begin(
     )
 
 
-def device_of(settings: Train) -> torch.device:
+def device_of(spec: Spec) -> torch.device:
     """Where to tune.
 
     Raises:
         SpecError: the hardware can't compute in that precision, or the processes can't share a batch.
     """
-    state = processes()
+    state, settings = processes(), spec.train
+    least = spec.task.least(spec.data.columns if spec.data else {}) * state.num_processes
     if settings.precision == "float16" and state.device.type != "cuda":
         raise SpecError("float16 needs CUDA; use bfloat16 or float32", ("train", "precision"))
     if settings.batch_size % state.num_processes:
         said = f"{state.num_processes} processes can't share {settings.batch_size} rows equally"
+        raise SpecError(said, ("train", "batch_size"))
+    if settings.batch_size < least:
+        said = f"{state.num_processes} processes need {least} rows to learn from, at least"
         raise SpecError(said, ("train", "batch_size"))
     return state.device
 

@@ -33,6 +33,7 @@ GOLDEN = [
     ('name: MODEL', 'nmae: x', '3:3+4', "model.nmae: unknown key 'nmae'; did you mean 'name'? (known: name, task, task_options, labels, dtype, revision, config, trust_remote_code)"),
     ('task: sequence-classification', 'task: sequence-clasification', '4:9+22', "model.task: should be 'sequence-classification', 'multi-label-classification', 'regression', 'token-classification', 'image-classification', 'sentence-embedding', 'question-answering', 'causal-lm' or 'seq2seq-lm', not 'sequence-clasification'"),
     ('labels: [negative, positive]', 'labels: [positive, positive]', '5:11+20', 'model.labels: labels must differ from each other'),
+    ('task: sequence-classification', 'task: regression', '5:3+6', 'model.labels: regression has no labels'),
     ('labels: [negative, positive]', 'labels: []', '5:11+2', 'model.labels: list should have at least 1 item, not 0'),
     ('labels: [negative, positive]', 'labels: [negative]', '10:32+5', "data.columns.label: column 'label' holds 1 (text 'great plot was a film plot the'); expected one of the labels negative"),
     ('labels: [negative, positive]', 'dtype: int8', '5:10+4', "model.dtype: should be 'float32', 'bfloat16' or 'float16', not 'int8'"),

@@ -21,7 +21,7 @@ def rows_of(tags):
 
 
 def test_lists_of_names_or_numbers_become_zeros_and_ones():
-    for tags in ([["c", "a"], [], ["b", "b"]], [[2, 0], [], [1, 1]]):
+    for tags in ([["c", "a"], [], ["b", "b"]], [[2, 0], [], [1]]):
         rows = rows_of(tags)
         TASK.check(rows, COLUMNS, LABELS)
         found = TASK.encode(rows, Reading(COLUMNS, rows.features, make_tokenizer(), LABELS, 8))
@@ -32,6 +32,11 @@ def test_lists_of_names_or_numbers_become_zeros_and_ones():
 def test_a_label_that_is_none_is_refused():
     with pytest.raises(SpecError, match=r"column 'tags' holds 'd' \(text 'good'\); expected one of the labels a, b, c"):
         TASK.check(rows_of([["a"], ["d"]]), COLUMNS, LABELS)
+
+
+def test_zeros_and_ones_are_not_taken_for_numbers_of_labels():
+    with pytest.raises(SpecError, match=r"row 1 holds \[1, 0, 1\]; not zeros and ones, but the labels"):
+        TASK.check(rows_of([[0, 1], [1, 0, 1]]), COLUMNS, LABELS)
 
 
 def test_the_loss_is_torch_s():

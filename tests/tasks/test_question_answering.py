@@ -118,5 +118,12 @@ def test_answers_that_do_not_fit_are_refused():
     rows = datasets.Dataset.from_dict({"q": ["x"], "c": [CONTEXT], "a": [{"text": ["film"], "answer_start": [3]}]})
     with pytest.raises(SpecError, match="row 0: the context has ' fil' at 3, not the answer 'film'"):
         TASK.check(rows, COLUMNS, [])
+    rows = datasets.Dataset.from_dict(
+        {"q": ["x"] * 2, "c": [CONTEXT] * 2, "a": [rows[0]["a"] | {"answer_start": [4]}, None]}
+    )
+    with pytest.raises(
+        SpecError, match=r"row 1 holds None; a question without an answer has \{text: \[\], answer_start"
+    ):
+        TASK.check(rows, COLUMNS, [])
     with pytest.raises(SpecError, match="leaves no room for a context"):
         encoded(rows_of("great"), 7)

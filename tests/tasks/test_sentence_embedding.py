@@ -9,8 +9,9 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from pydantic import ValidationError
 
-from rewriter import SpecError, task_of
+from rewriter import Spec, SpecError, task_of
 from rewriter.tasks import Reading
 from tests.tiny import make_tokenizer, save_model
 
@@ -71,6 +72,23 @@ def test_scores_are_cosines_or_said_to_be_others():
     assert (
         TASK.metrics_of(SCORED)[0] == "spearman" and TASK.metrics_of({"text": "a", "text_pair": "b"})[0] == "recall@1"
     )
+
+
+@pytest.mark.parametrize("scores", [[1.0, 1.0], [0.0, float("nan")], [5.0]])
+def test_scores_that_say_nothing_are_refused(scores):
+    with pytest.raises(ValidationError):
+        task_of(NAME, {"scores": scores})
+
+
+def test_pairs_alone_need_others():
+    """A pair alone in its batch has a loss of 0."""
+    rules, name = [{"target": "x", "apply": ["full"]}], {"name": "x", "task": NAME}
+    made = {"version": 1, "model": name, "rules": rules, "train": {"batch_size": 1}}
+    data = {"format": "csv", "files": "x.csv", "split": {"validation": 1}}
+    Spec.model_validate({**made, "data": {**data, "columns": SCORED}})
+    with pytest.raises(SpecError, match="sentence-embedding needs 2 rows to learn from") as caught:
+        Spec.model_validate({**made, "data": {**data, "columns": {"text": "a", "text_pair": "b"}}})
+    assert caught.value.path == ("train", "batch_size")
 
 
 @pytest.fixture(scope="module")
