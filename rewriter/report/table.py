@@ -94,7 +94,7 @@ def kept(metrics: Mapping[str, Any]) -> dict[str, str]:
     earlier one was better."""
     steps, found = metrics["train"]["steps"], metrics.get("evaluations", {})
     chosen, best, value = (found.get(name) for name in ("kept", "best", "value"))
-    if best is None or best == chosen == steps:
+    if best is None or best == chosen == steps or (chosen == steps and value in metrics["validation"].values()):
         return {}
     if chosen != steps:
         return {"kept": f"the state of step {chosen} of {steps}, the best that was evaluated ({value:.4f})"}
