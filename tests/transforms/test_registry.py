@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,9 @@ def project(tmp_path_factory):
     """A spec with the package's two transforms, and the package installed into a folder of its own."""
     folder = tmp_path_factory.mktemp("growing")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "--target", str(folder / "site"), str(PACKAGE)], check=True, cwd=folder)
+    # A copy, since a build writes beside its source, and what an earlier one left there can fail the next.
+    source = shutil.copytree(PACKAGE, folder / "package", ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    subprocess.run([*command, "--target", str(folder / "site"), str(source)], check=True, cwd=folder)
     spec = tiny.project(folder)
     text = spec.read_text().replace("self.{query,value}.weight", "self.query.weight")
     text = text.replace("[{lora: {rank: 4, alpha: 8, dropout: 0.1}}]", "[{growing_lora: {rank: 4}}]")
