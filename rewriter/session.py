@@ -291,6 +291,8 @@ class Session:
         run = Path(run) if run is not None else self.run
         if run is None:
             raise SubspanError("which run? export(folder), or tune first")
+        if not (run / "spec.yaml").is_file():
+            raise SubspanError(f"{run}: no run is there")
         if dump_spec(load_spec(run / "spec.yaml")) != dump_spec(self.spec):
             raise SubspanError(f"{run / 'spec.yaml'} is of another run; its settings differ from this spec's")
         from .export.ship import ship  # onnx and ONNX Runtime are imported when something is shipped.

@@ -82,6 +82,8 @@ def test_a_run_of_another_spec_is_not_exported(file, tmp_path):
     Session(file, "train.max_steps=1").tune(tmp_path / "run")
     with pytest.raises(SubspanError, match="is of another run"):
         Session(file).export(tmp_path / "run")
+    with pytest.raises(SubspanError, match=f"^{tmp_path}: no run is there"):
+        Session(file).export(tmp_path)
     with pytest.raises(SubspanError, match="which run"):
         Session(file).export()
     with pytest.raises(SubspanError, match="there is something in it"):
