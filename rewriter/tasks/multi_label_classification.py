@@ -29,8 +29,11 @@ class MultiLabelClassification(Task):
 
     def check(self, rows: Any, columns: Mapping[str, str], labels: Sequence[str]) -> None:
         check_labels(rows, columns, self.reader(rows.features[columns["label"]], labels), labels)
-        for row, value in enumerate(rows[columns["label"]]):
-            if len(set(value or ())) != len(value or ()) and not isinstance(value[0], str):
+        lists = rows[columns["label"]]
+        # Of two labels a row of zeros and ones repeats no number where one holds: then every row names both.
+        every = len(labels) > 1 and all(value and len(value) == len(labels) for value in lists)
+        for row, value in enumerate(lists):
+            if value and not isinstance(value[0], str) and (every or len(set(value)) != len(value)):
                 said = f"row {row} holds {value}; not zeros and ones, but the labels that hold are read, each once"
                 raise SpecError(said, ("data", "columns", "label"))
 

@@ -37,6 +37,11 @@ def test_a_label_that_is_none_is_refused():
 def test_zeros_and_ones_are_not_taken_for_numbers_of_labels():
     with pytest.raises(SpecError, match=r"row 1 holds \[1, 0, 1\]; not zeros and ones, but the labels"):
         TASK.check(rows_of([[0, 1], [1, 0, 1]]), COLUMNS, LABELS)
+    for value in (1, 1.0):
+        with pytest.raises(SpecError, match="not zeros and ones"):
+            TASK.check(rows_of([[0, value], [value, 0]]), COLUMNS, ["a", "b"])
+    TASK.check(rows_of([[0, 1], [1]]), COLUMNS, ["a", "b"])
+    TASK.check(rows_of([["a", "b"], ["b", "a"]]), COLUMNS, ["a", "b"])
 
 
 def test_the_loss_is_torch_s():
