@@ -20,11 +20,12 @@ def export(
     with failures(run):
         from rewriter import Session, print_summary
         from rewriter.adapters.store import check_transforms
+        from rewriter.folder import spec_of
         from rewriter.report.table import shipped
 
         if (run / "adapter").is_dir():
             check_transforms(run / "adapter")
-        session = Session(run / "spec.yaml")
+        session = Session(spec_of(run))
         report = session.export(run)
         print_summary(f"exported {run}", shipped(session.spec, run, report), console)
 

@@ -43,7 +43,7 @@ def train(
         if not MAIN:
             return
         name = session.spec.metric
-        facts = {f"validation {name}": f"{metrics['validation'][name]:.4f}", **kept(metrics)}
+        facts = {f"validation {name}": f"{metrics['validation'][name]:.4f}", **kept(metrics, name)}
         command = " ".join(["python pipelines/export.py", str(out), *_files(session.plan())])
         print_summary("tuned", {**facts, "adapter": out / "adapter", "export it": command}, console)
 

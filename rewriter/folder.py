@@ -58,6 +58,17 @@ def check_folder(spec: Spec, out: Path, resume: bool, overwrite: bool) -> None:
         raise SubspanError(f"--resume: {out} is finished; python pipelines/export.py {out}")
 
 
+def spec_of(run: Path) -> Spec:
+    """The spec of a run.
+
+    Raises:
+        SubspanError: the folder has none.
+    """
+    if not (run / "spec.yaml").is_file():
+        raise SubspanError(f"{run}: no run is there: it has no spec.yaml")
+    return load_spec(run / "spec.yaml")
+
+
 def is_run(out: Path) -> bool:
     """Whether a folder holds a run: it has the marker, or was made before there was one.
 

@@ -17,7 +17,7 @@ from .adapters.store import save_adapter
 from .data import check_length, encode, load_rows
 from .errors import SpecError, SubspanError, raise_all
 from .files import write_json, write_text
-from .folder import check_folder, claimed, clear
+from .folder import check_folder, claimed, clear, spec_of
 from .graph.traced import Inputs, TracedModel
 from .passes.base import Context
 from .passes.manager import check_names
@@ -291,9 +291,7 @@ class Session:
         run = Path(run) if run is not None else self.run
         if run is None:
             raise SubspanError("which run? export(folder), or tune first")
-        if not (run / "spec.yaml").is_file():
-            raise SubspanError(f"{run}: no run is there")
-        if dump_spec(load_spec(run / "spec.yaml")) != dump_spec(self.spec):
+        if dump_spec(spec_of(run)) != dump_spec(self.spec):
             raise SubspanError(f"{run / 'spec.yaml'} is of another run; its settings differ from this spec's")
         from .export.ship import ship  # onnx and ONNX Runtime are imported when something is shipped.
 

@@ -89,12 +89,12 @@ def print_summary(title: str, facts: Mapping[str, Any], console: Console) -> Non
         console.print(f"  {name:<{width}}  {escape(str(value))}", highlight=False, soft_wrap=True)
 
 
-def kept(metrics: Mapping[str, Any]) -> dict[str, str]:
+def kept(metrics: Mapping[str, Any], metric: str) -> dict[str, str]:
     """Which state of a run is shipped, where that needs saying: another one than the last, or the last though an
     earlier one was better."""
     steps, found = metrics["train"]["steps"], metrics.get("evaluations", {})
     chosen, best, value = (found.get(name) for name in ("kept", "best", "value"))
-    if best is None or best == chosen == steps or (chosen == steps and value in metrics["validation"].values()):
+    if best is None or best == chosen == steps or (chosen == steps and value == metrics["validation"][metric]):
         return {}
     if chosen != steps:
         return {"kept": f"the state of step {chosen} of {steps}, the best that was evaluated ({value:.4f})"}
@@ -113,7 +113,7 @@ def shipped(spec: Spec, run: Path, report: Mapping[str, Any]) -> dict[str, Any]:
     heads = f"{plan['head_parameters']:,} in new heads"
     facts = {
         f"validation {spec.metric}": f"{metrics['validation'][spec.metric]:.4f}",
-        **(kept(metrics) if "train" in metrics else {}),
+        **(kept(metrics, spec.metric) if "train" in metrics else {}),
         "tuned parameters": f"{plan['trainable_parameters']:,} ({share}), and {heads}",
         "largest difference": f"{report['max_abs_diff']:.2e} (atol {report['atol']:g}): {', '.join(report['stages'])}",
     }

@@ -353,10 +353,9 @@ class Spec(_Model):
 
     @model_validator(mode="after")
     def _metric(self) -> "Spec":
-        columns = self.data.columns if self.data else {}
         if self.data:
-            _check_columns(self.task, columns)
-        known = self.task.metrics_of(columns)
+            _check_columns(self.task, self.columns)
+        known = self.task.metrics_of(self.columns)
         if self.train.metric and self.train.metric not in known:
             raise SpecError(
                 f"metric {self.train.metric!r} does not fit {self.model.task}: use one of {', '.join(known)}",
@@ -371,7 +370,7 @@ class Spec(_Model):
                 raise SpecError(f"{self.model.task} has no use for it", ("train", key), at_key=True)
         if self.model.labels and not self.task.labelled:
             raise SpecError(f"{self.model.task} has no labels", ("model", "labels"), at_key=True)
-        if self.data and self.train.batch_size < (least := self.task.least(columns)):
+        if self.data and self.train.batch_size < (least := self.task.least(self.columns)):
             raise SpecError(f"{self.model.task} needs {least} rows to learn from, at least", ("train", "batch_size"))
         if self.train.warmup and self.train.schedule == "reduce_lr_on_plateau":
             raise SpecError("reduce_lr_on_plateau has no warm-up", ("train", "warmup"))
@@ -383,9 +382,14 @@ class Spec(_Model):
         return task_of(self.model.task, self.model.task_options)
 
     @property
+    def columns(self) -> Mapping[str, str]:
+        """Role -> column; empty where the spec has no data."""
+        return self.data.columns if self.data else {}
+
+    @property
     def metric(self) -> str:
         """The validation metric: the one given, else the task's first."""
-        return self.train.metric or self.task.metrics_of(self.data.columns if self.data else {})[0]
+        return self.train.metric or self.task.metrics_of(self.columns)[0]
 
     def locate(self, error: SpecError) -> SubspanError:
         """`error` as one line with file, line and column, if the spec came from a file."""

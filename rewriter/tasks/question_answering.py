@@ -48,7 +48,7 @@ class QuestionAnswering(Task):
         if missing:
             raise SpecError(f"column {columns['answers']!r} has no {min(missing)}: SQuAD's answers have both", path)
         for row, (context, answers) in enumerate(zip(rows[columns["context"]], rows[columns["answers"]], strict=True)):
-            texts, starts = (answers or {}).get("text"), (answers or {}).get("answer_start")
+            texts, starts = map((answers or {}).get, ("text", "answer_start"))
             if texts is None or starts is None:
                 said = f"row {row} holds {answers!r}; a question without an answer has {{text: [], answer_start: []}}"
                 raise SpecError(said, path)

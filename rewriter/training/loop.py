@@ -183,13 +183,12 @@ def device_of(spec: Spec) -> torch.device:
         SpecError: the hardware can't compute in that precision, or the processes can't share a batch.
     """
     state, settings = processes(), spec.train
-    least = spec.task.least(spec.data.columns if spec.data else {}) * state.num_processes
     if settings.precision == "float16" and state.device.type != "cuda":
         raise SpecError("float16 needs CUDA; use bfloat16 or float32", ("train", "precision"))
     if settings.batch_size % state.num_processes:
         said = f"{state.num_processes} processes can't share {settings.batch_size} rows equally"
         raise SpecError(said, ("train", "batch_size"))
-    if settings.batch_size < least:
+    if settings.batch_size < (least := spec.task.least(spec.columns) * state.num_processes):
         said = f"{state.num_processes} processes need {least} rows to learn from, at least"
         raise SpecError(said, ("train", "batch_size"))
     return state.device

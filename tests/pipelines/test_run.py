@@ -145,6 +145,7 @@ def test_a_difference_over_atol_fails_and_leaves_nothing(spec, run, tmp_path):
         ("files: ", "files: /nowhere", "8:10", "no such file"),
         ("name: ", "name: /nowhere", "3:9", "no such folder"),
         ("apply: [full]", "apply: [ssb]", "16:13", "ssb needs a matrix"),
+        ("version: 1", "a: [&a [x, x], *a]\nversion: 1", "1:1", "unknown key 'a'"),
         ("version: 1", "version: !!python/object/apply:os.system [ls]", "1:10", "is not allowed"),
     ],
 )  # fmt: skip

@@ -157,15 +157,15 @@ def test_the_best_state_is_kept_and_said(made, tmp_path, monkeypatch):
     assert metrics["evaluations"] == {"kept": 6, "best": 6, "value": 0.9} and metrics["validation"]["accuracy"] == 0.9
     assert all(torch.equal(best[name], value) for name, value in short.items())
     assert [one.name for one in checkpoints(tmp_path / "best" / "checkpoints")] == ["checkpoint-6", "checkpoint-12"]
-    assert kept(metrics) == {"kept": "the state of step 6 of 12, the best that was evaluated (0.9000)"}
+    assert kept(metrics, "accuracy") == {"kept": "the state of step 6 of 12, the best that was evaluated (0.9000)"}
     falling(monkeypatch, [0.5, 0.9, 0.7, 0.6])
     last, metrics = run(made, tmp_path / "last", *settings, "train.schedule=constant")
     assert metrics["evaluations"] == {"kept": 12, "best": 6, "value": 0.9} and metrics["validation"]["accuracy"] == 0.6
     assert not all(torch.equal(best[name], value) for name, value in last.items())
-    assert kept(metrics)["kept"].startswith("the last state; that of step 6 was better (0.9000)")
+    assert kept(metrics, "accuracy")["kept"].startswith("the last state; that of step 6 was better (0.9000)")
     falling(monkeypatch, [0.5, 0.9, 0.7, 0.9])
     _, metrics = run(made, tmp_path / "even", *settings, "train.schedule=constant")
-    assert metrics["evaluations"]["best"] == 6 and kept(metrics) == {}
+    assert metrics["evaluations"]["best"] == 6 and kept(metrics, "accuracy") == {}
 
 
 def test_it_stops_when_nothing_gets_better(made, tmp_path, monkeypatch):
