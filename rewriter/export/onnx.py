@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-import onnx
+import onnx_ir
 import torch
 from torch import nn
 
@@ -67,13 +67,15 @@ def export_onnx(
         raise SubspanError(
             f"the exporter can't write opset {opset} for this model; it wrote {found}: set export.onnx.opset"
         )
-    proto = made.model_proto
-    _rename(proto.graph, inputs)
+    _rename(made.model.graph, inputs)
     for key, value in (metadata or {}).items():
-        proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
+        made.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
     file = Path(file)
-    large = proto.ByteSize() > _LIMIT
-    onnx.save(proto, file, save_as_external_data=large, location=f"{file.name}.data" if large else None)
+    # A file of protobuf holds 2 GB at most.
+    large = sum(value.const_value.nbytes for value in made.model.graph.initializers.values()) > _LIMIT
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        onnx_ir.save(made.model, file, external_data=f"{file.name}.data" if large else None)
 
 
 def _names(spec: torch.utils._pytree.TreeSpec) -> list[str]:
@@ -89,18 +91,19 @@ def _names(spec: torch.utils._pytree.TreeSpec) -> list[str]:
     return names
 
 
-def _rename(graph: onnx.GraphProto, inputs: Inputs) -> None:
+def _rename(graph: onnx_ir.Graph, inputs: Inputs) -> None:
     """Call the dynamic dimensions by the names given, wherever the exporter's symbols stand."""
-    symbols = {}
-    by_key = dict(enumerate(graph.input)) | {value.name: value for value in graph.input}
+    symbols: dict[str, str] = {}
+    by_key = dict(enumerate(graph.inputs)) | {value.name: value for value in graph.inputs}
     for key, axes in inputs.dynamic.items():
         for dim, name in axes.items():
-            if symbol := by_key[key].type.tensor_type.shape.dim[dim].dim_param:
-                symbols[symbol] = name
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param in symbols:
-                dim.dim_param = symbols[dim.dim_param]
+            if isinstance(symbol := by_key[key].shape[dim], onnx_ir.SymbolicDim) and symbol.value:
+                symbols[symbol.value] = name
+    inner = (value for node in graph for value in node.outputs)
+    for value in (*graph.inputs, *inner):
+        if value.shape is not None:
+            dims = [symbols.get(getattr(dim, "value", None), dim) for dim in value.shape]
+            value.shape = onnx_ir.Shape(dims)
 
 
 @contextlib.contextmanager

@@ -1,18 +1,27 @@
 """Ship: a run's adapter becomes merged/ and onnx/, each compared with the tuned model before it appears."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..adapters.store import load_adapter, read_manifest
-from ..errors import SubspanError
+from ..data import encode, load_rows
+from ..errors import SpecError, SubspanError
 from ..files import aside, write_json
-from ..graph.traced import Inputs
+from ..graph.traced import Inputs, TracedModel
 from ..pretrained import Pretrained, for_onnx, load_model, load_processor, save_model
 from ..spec import Spec
 from ..trace import trace
+from ..training.checkpoint import load_predictions
+from ..tuned import TunedModel
+from . import compare
 from .merge import merge, rest
 from .onnx import export_onnx
-from .verify import batches, differences, onnx_stage, torch_stage
+from .verify import Stage, batches, onnx_stage, torch_stage
 
 
 def ship(spec: Spec, run: Path) -> dict[str, Any]:
@@ -26,7 +35,8 @@ def ship(spec: Spec, run: Path) -> dict[str, Any]:
         The content of verify.json.
 
     Raises:
-        SubspanError: the adapter is of other weights, or a stage differs by more than `export.verify.atol`.
+        SubspanError: the adapter is of other weights, or a stage differs by more than `export.verify.atol`, by default
+            by more than the tuned model's own rounding explains.
     """
     pretrained, processor, task = load_model(spec), load_processor(spec), spec.task
     inputs, passes = task.inputs(pretrained.model), spec.train.passes
@@ -56,21 +66,73 @@ def ship(spec: Spec, run: Path) -> dict[str, Any]:
                 passes.off,
             )
             stages["onnx"] = onnx_stage(onnx / "model.onnx")
-        found = differences(torch_stage(tuned), stages, _samples(spec, pretrained, inputs, tuned.plan.rows))
-        report = {
-            "max_abs_diff": max(found.values(), default=0.0),
-            "atol": spec.export.verify.atol,
-            "stages": found,
-            "stored_weights": stored,
-        }
-        if not report["max_abs_diff"] <= report["atol"]:
-            worst = ", ".join(f"{name} {value:.2e}" for name, value in found.items())
-            raise SubspanError(
-                f"outputs differ from the tuned model's by more than export.verify.atol = {report['atol']:g}: {worst}; "
-                "nothing is written"
-            )
+        samples = list(_samples(spec, pretrained, inputs, tuned.plan.rows))
+        report = _compared(spec, run, pretrained, processor, traced, tuned, stages, samples)
+        report["stored_weights"] = stored
         write_json(verify, report)
     return report
+
+
+def _compared(
+    spec: Spec,
+    run: Path,
+    pretrained: Pretrained,
+    processor: Any,
+    traced: TracedModel,
+    tuned: TunedModel,
+    stages: Mapping[str, Stage],
+    random: list[dict[str, Tensor]],
+) -> dict[str, Any]:
+    """The content of verify.json, less what merging says.
+
+    Raises:
+        SubspanError: a stage is too far from the tuned model, or decides otherwise.
+    """
+    rows, why = _rows(spec, run, pretrained, processor, tuned)
+    samples = [("the random inputs", 0, inputs, {}) for inputs in random]
+    samples += list(compare.batches_of(rows, tuned.input_names, compare.WIDE_ROWS)) if rows else []
+    axes = compare.sequences(traced.graphs["eval"], traced.input_names)
+    atol, reference = spec.export.verify.atol, torch_stage(tuned)
+    wide = compare.widened(tuned) if atol is None else tuned
+    half = any(p.dtype in compare.HALVES for p in pretrained.model.parameters())
+    found, scale = compare.distances(reference, compare.run_wide(torch_stage(wide)), stages, samples, axes)
+    worst = {name: one.tuned for name, one in found.items() if name != "tuned"}
+    if atol is not None and not max(worst.values(), default=0.0) <= atol:
+        said = ", ".join(f"{name} {value:.2e}" for name, value in worst.items())
+        raise SubspanError(
+            f"outputs differ from the tuned model's by more than export.verify.atol = {atol:g}: {said}; nothing is "
+            "written"
+        )
+    eps = torch.finfo(next(pretrained.model.parameters()).dtype).eps
+    if atol is None and (said := compare.too_far(found, scale, eps)):
+        raise SubspanError(said)
+    measures = compare.measured(spec, tuned, stages, rows) if rows else {}
+    if rows:
+        compare.check_measured(spec, measures, rows, half or spec.train.precision != "float32")
+    counts = {
+        "random": sum(len(next(iter(inputs.values()))) for inputs in random),
+        "compared": min(len(rows.encoded), compare.WIDE_ROWS) if rows else 0,
+        "validation": len(rows.encoded) if rows else 0,
+        "why": why,
+    }
+    return compare.report(spec, found, counts, measures, atol is None)
+
+
+def _rows(
+    spec: Spec, run: Path, pretrained: Pretrained, processor: Any, tuned: TunedModel
+) -> tuple[compare.Rows | None, str | None]:
+    """The validation rows of a run, or why there are none."""
+    file = run / "metrics.json"
+    if spec.data is None or not file.is_file():
+        return None, "the run has no metrics of any"
+    try:
+        encoded = encode(spec, load_rows(spec, pretrained.labels).validation, processor, pretrained.labels)
+    except SpecError as error:
+        return None, error.message
+    start = getattr(pretrained.model.config, "decoder_start_token_id", None)
+    collate = spec.task.collator(processor, tuned.input_names, start)
+    own = json.loads(file.read_text(encoding="utf-8"))["validation"]
+    return compare.Rows(encoded, collate, spec.train.batch_size, load_predictions(run), own), None
 
 
 def _reload(spec: Spec, folder: Path) -> Pretrained:
@@ -82,6 +144,7 @@ def _reload(spec: Spec, folder: Path) -> Pretrained:
 def _samples(spec: Spec, pretrained: Pretrained, inputs: Inputs, rows: int) -> Any:
     """Random inputs that the model takes beside so many rows of its own."""
     config = pretrained.model.config
+    config = config.get_text_config()
     most = (getattr(config, "max_position_embeddings", None) or 0) - rows
     limits = [spec.data.max_length if spec.data else 0, most]
     return batches(inputs, getattr(config, "vocab_size", 2), min((n for n in limits if n > 0), default=None))

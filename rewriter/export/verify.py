@@ -1,14 +1,19 @@
 """Verify: the same inputs through every stage from the tuned graph to ONNX Runtime, and the largest difference."""
 
+import ast
+import contextlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from ..errors import SubspanError, reason
 from ..graph.traced import Inputs
 
 Stage = Callable[[dict[str, Tensor]], list[np.ndarray]]
@@ -59,30 +64,68 @@ def _fill(
 
 
 def torch_stage(module: nn.Module) -> Stage:
-    """The outputs of a module in eval mode, on the device of its parameters, as float32 arrays."""
-    device = next(module.parameters()).device
+    """The outputs of a module in eval mode, on the device of its parameters, as arrays of float32, float64 of a module
+    in float64; inputs that are no integers are cast to the type of its parameters."""
+    device, dtype = (getattr(next(module.parameters()), name) for name in ("device", "dtype"))
+    out_dtype = torch.promote_types(dtype, torch.float32)
     module = module.eval()
 
     @torch.no_grad()
     def run(batch: dict[str, Tensor]) -> list[np.ndarray]:
-        out = module(**{name: value.to(device) for name, value in batch.items()})
-        return [value.float().cpu().numpy() for value in pytree.tree_leaves(out) if isinstance(value, Tensor)]
+        cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
+        out = module(**{name: value.to(device) for name, value in cast.items()})
+        return [value.to(out_dtype).cpu().numpy() for value in pytree.tree_leaves(out) if isinstance(value, Tensor)]
 
     return run
 
 
 def onnx_stage(file: str | Path) -> Stage:
-    """The outputs of an ONNX file under ONNX Runtime on the CPU."""
+    """The outputs of an ONNX file under ONNX Runtime on the CPU; inputs that are no integers are cast to float32.
+
+    Raises:
+        SubspanError: ONNX Runtime can't load it, or, when it is run, can't run it; naming the op and its module.
+    """
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    options.log_severity_level = 4
+    with _named(file):
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     names = {value.name for value in session.get_inputs()}
 
     def run(batch: dict[str, Tensor]) -> list[np.ndarray]:
-        feed = {name: value.numpy() for name, value in batch.items() if name in names}
-        return [np.asarray(value, dtype=np.float32) for value in session.run(None, feed)]
+        cast = {name: value.float() if value.is_floating_point() else value for name, value in batch.items()}
+        feed = {name: value.numpy() for name, value in cast.items() if name in names}
+        with _named(file):
+            return [np.asarray(value, dtype=np.float32) for value in session.run(None, feed)]
 
     return run
+
+
+@contextlib.contextmanager
+def _named(file: str | Path) -> Iterator[None]:
+    """ONNX Runtime's own error, in one line with the module that the op comes from."""
+    try:
+        yield
+    except Exception as error:
+        said = reason(error)
+        node = re.search(r"[Nn]ame:\s*'([^']+)'|Node:\s*\(?([\w./]+)", said)
+        name = node and (node[1] or node[2])
+        scope = _scope(file, name) if name else ""
+        place = f" (in {scope})" if scope else ""
+        raise SubspanError(
+            f"ONNX Runtime can't run the exported model{place}: {said}; nothing is written. Try another "
+            "export.onnx.opset, or set export.onnx: null to ship the checkpoint alone"
+        ) from error
+
+
+def _scope(file: str | Path, name: str) -> str:
+    """The module that a node of an ONNX file was exported from."""
+    for node in onnx.load(file, load_external_data=False).graph.node:
+        if node.name == name:
+            for entry in node.metadata_props:
+                if entry.key == "pkg.torch.onnx.name_scopes":
+                    scopes = [one for one in ast.literal_eval(entry.value) if one]
+                    return scopes[-2] if len(scopes) > 1 else ""
+    return ""
 
 
 def differences(

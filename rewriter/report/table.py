@@ -101,6 +101,21 @@ def kept(metrics: Mapping[str, Any], metric: str) -> dict[str, str]:
     return {"kept": f"the last state; that of step {best} was better ({value:.4f}): train.keep: best ships it"}
 
 
+def _allowed(report: Mapping[str, Any]) -> str:
+    if report["atol"] is not None:
+        return f"atol {report['atol']:g}"
+    return f"the tuned model's own rounding is {report['rounding']:.2e}"
+
+
+def _compared(report: Mapping[str, Any]) -> str:
+    rows = report["rows"]
+    if not rows["validation"]:
+        return f"{rows['random']} random rows; not on validation rows: {rows['why']}"
+    said = f"{rows['random']} random rows, {rows['compared']} of {rows['validation']} validation rows"
+    shares = [share for share in report["agreement"].values() if share is not None]
+    return f"{said}; {min(shares):.1%} of all decisions are the tuned run's" if shares else said
+
+
 def shipped(spec: Spec, run: Path, report: Mapping[str, Any]) -> dict[str, Any]:
     """What an exported run came to, for `print_summary`.
 
@@ -115,7 +130,8 @@ def shipped(spec: Spec, run: Path, report: Mapping[str, Any]) -> dict[str, Any]:
         f"validation {spec.metric}": f"{metrics['validation'][spec.metric]:.4f}",
         **(kept(metrics, spec.metric) if "train" in metrics else {}),
         "tuned parameters": f"{plan['trainable_parameters']:,} ({share}), and {heads}",
-        "largest difference": f"{report['max_abs_diff']:.2e} (atol {report['atol']:g}): {', '.join(report['stages'])}",
+        "largest difference": f"{report['max_abs_diff']:.2e} ({_allowed(report)}): {', '.join(report['stages'])}",
+        "compared on": _compared(report),
     }
     facts |= {name: run / name for name in ("adapter", "merged", "onnx") if (run / name).exists()}
     if spec.export.checkpoint and not plan["merges"]:

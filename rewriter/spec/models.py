@@ -264,7 +264,12 @@ class Onnx(_Model):
 class Verify(_Model):
     """How equal the stages must be."""
 
-    atol: float = Field(1e-4, gt=0, description="largest absolute difference of any output")
+    atol: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="largest absolute difference of any output; null: 4 times the tuned model's own rounding",
+    )
 
 
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
@@ -24,6 +25,7 @@ from .parallel import each, processes
 from .schedules import NOW, Budget, Sizes
 
 TUNED, OPTIMISER, BUDGET, STATE = ("tuned.safetensors", "optimizer.safetensors", "budget.safetensors", "state.json")
+PREDICTIONS = "predictions.safetensors"
 EARLIER = "trainer_state.json"  # Where versions up to 0.1 kept the step and the log.
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -58,6 +60,31 @@ class Tuning:
     schedule: Any
     scaler: torch.amp.GradScaler
     budget: Budget
+
+
+def save_predictions(found: np.ndarray, folder: Path) -> None:
+    """Write what the metric was measured by, (n, k) float64 in the order of the rows, into a run's folder.
+
+    Raises:
+        OSError: no space, no permission.
+    """
+    with aside(folder / PREDICTIONS) as (place,):
+        save_tensors({"predictions": torch.from_numpy(found)}, place)
+
+
+def load_predictions(folder: Path) -> np.ndarray | None:
+    """What `save_predictions` wrote; None for runs that kept none.
+
+    Raises:
+        SubspanError: the file is not whole.
+    """
+    file = folder / PREDICTIONS
+    if not file.exists():
+        return None
+    found = load_tensors(file).get("predictions")
+    if found is None or found.ndim != 2:
+        raise SubspanError(f"{file}: not the predictions of a run")
+    return found.numpy()
 
 
 def checkpoints(folder: Path) -> list[Path]:

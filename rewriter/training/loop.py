@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -21,7 +22,7 @@ from ..spec import Spec, Train
 from ..tasks import Criterion, Task
 from ..tuned import TunedModel, tuned_parameters
 from . import checkpoint
-from .checkpoint import Progress, Tuning
+from .checkpoint import Progress, Tuning, save_predictions
 from .optimisers import PLATEAU, make_optimiser, make_schedule
 from .parallel import processes, share, sum_gradients, together, total
 from .recompute import by_layer
@@ -51,6 +52,7 @@ class Run:
         finite: whether every loss was, on the device.
         norm: of the last gradient.
         asked: whether a signal asked any process to stop.
+        predictions: the step of the last evaluation, and what it found.
     """
 
     spec: Spec
@@ -70,6 +72,7 @@ class Run:
     finite: Tensor
     norm: Tensor | float = 0.0
     asked: bool = False
+    predictions: tuple[int, np.ndarray | None] = (-1, None)
 
     @property
     def task(self) -> Task:
@@ -104,8 +107,8 @@ def tune(
 ) -> tuple[TunedModel, dict[str, dict[str, Any]]]:
     """Tune a rewritten model, settle what its budgets left, and measure it.
 
-    `log.jsonl` and `checkpoints/` are written into `folder`. On Ctrl-C or SIGTERM the step in progress ends and a
-    checkpoint is written; a second Ctrl-C stops at once.
+    `log.jsonl`, `checkpoints/` and `predictions.safetensors` are written into `folder`. On Ctrl-C or SIGTERM the step
+    in progress ends and a checkpoint is written; a second Ctrl-C stops at once.
 
     Args:
         model: from `rewrite`.
@@ -327,7 +330,8 @@ def _measure(run: Run, report: Report, validation: Rows) -> None:
     """An evaluation, where it is time for one."""
     if run.progress.step % run.every == 0 or run.progress.step == run.steps:
         _check_finite(run)
-        found = evaluate(run.tuning.model, run.spec, validation, run.collate)
+        found, predictions = predict(run.tuning.model, run.spec, validation, run.collate)
+        run.predictions = run.progress.step, predictions
         run.evaluations.append((run.progress.step, _turned(run.spec, found[run.spec.metric])))
         _enter(run, report, {f"eval_{name}": value for name, value in found.items()})
         if run.spec.train.schedule == PLATEAU:
@@ -336,6 +340,12 @@ def _measure(run: Run, report: Report, validation: Rows) -> None:
 
 def evaluate(model: TunedModel, spec: Spec, rows: Rows, collate: Collate) -> dict[str, float]:
     """The spec's metric, and the plain mean loss, of a model on rows; the model is left in train mode."""
+    return predict(model, spec, rows, collate)[0]
+
+
+def predict(model: TunedModel, spec: Spec, rows: Rows, collate: Collate) -> tuple[dict[str, float], np.ndarray | None]:
+    """`evaluate`, and what the metric needs of the model's outputs: (n, k) float64 in the order of the rows; None
+    where the loss is the metric."""
     task, size, device = spec.task, spec.train.batch_size, processes().device
     chunks = [range(i, min(i + size, len(rows))) for i in range(0, len(rows), size)]
     own = share(chunks)
@@ -343,21 +353,25 @@ def evaluate(model: TunedModel, spec: Spec, rows: Rows, collate: Collate) -> dic
     # A loader draws a seed; a run that resumes after the evaluation would not have drawn it.
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         model.eval()
-        for batch in DataLoader(rows, batch_sampler=[list(some) for some in own or chunks[:1]], collate_fn=collate):
+        loader = DataLoader(rows, batch_sampler=[list(some) for some in own or chunks[:1]], collate_fn=collate)
+        for some, batch in zip(own or chunks[:1], loader, strict=True):
             inputs, targets = split(model, batch, device)
             with autocast(spec.train, device):
                 out = model(**inputs)
             sums += torch.stack([task.loss(out, targets).double(), task.count(targets).double()])
             if spec.metric != "loss":
-                parts.append(task.summary(out, targets).double())
+                summary = task.summary(out, targets).double()
+                parts.append(torch.cat([torch.full_like(summary[:, :1], some[0]), summary], dim=1))
         model.train()
     if not own:  # Of the first batch only the shape of its summary was wanted.
         sums, parts = torch.zeros_like(sums), [part[:0] for part in parts]
     loss, count = total(sums).tolist()
     found = {"loss": loss / count if count else math.nan}
     if spec.metric == "loss":
-        return found
-    return {spec.metric: task.measure(spec.metric, together(torch.cat(parts)).cpu().numpy(), rows), **found}
+        return found, None
+    every = together(torch.cat(parts)).cpu().numpy()
+    every = every[every[:, 0].argsort(kind="stable")][:, 1:]  # Each process had its own batches.
+    return {spec.metric: task.measure(spec.metric, every, rows), **found}, every
 
 
 def _keep(run: Run, places: Path) -> None:
@@ -390,7 +404,13 @@ def _end(run: Run, validation: Rows, places: Path) -> tuple[TunedModel, dict[str
     if settled is tuning.model and entries:
         found = {name: entries[-1][f"eval_{name}"] for name in dict.fromkeys((spec.metric, "loss"))}
     else:
-        found = evaluate(settled, spec, validation, run.collate)
+        found, entries = {}, []
+    step, predictions = run.predictions
+    if not entries or (step != kept and spec.metric != "loss"):
+        again, predictions = predict(settled, spec, validation, run.collate)
+        found = found or again
+    if predictions is not None and processes().is_main_process:
+        save_predictions(predictions, places.parent)
     losses = [entry["loss"] for entry in progress.history if "loss" in entry]
     rest = float(total(run.sums["loss"])) / progress.since if progress.since else None
     return settled, {

@@ -1,0 +1,263 @@
+"""Compare: how far each stage is from a wider run of the tuned model, beside the tuned model's own rounding, and
+whether its decisions on the validation rows are those that the run kept."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils._pytree as pytree
+from datasets import Dataset
+from torch import Tensor, fx
+from torch.fx.node import map_aggregate
+
+from ..errors import SubspanError, reason
+from ..graph.sublayers import shape_of
+from ..graph.traced import TracedModel
+from ..spec import Spec
+from ..tasks import IGNORED
+from ..tasks.base import Collate
+from .verify import Stage
+
+FACTOR = 4.0
+HALVES = (torch.float16, torch.bfloat16)
+WIDE_ROWS = 64
+# The least share of decisions that are the run's own, and the largest change of a metric that counts none. By whether
+# something was computed in half precision: there near ties fall either way.
+AGREEMENT = {False: 0.99, True: 0.95}
+CHANGE = {False: 0.01, True: 0.05}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Validation rows as the run measured them.
+
+    Attributes:
+        encoded, collate, size: rows, how they become a batch, and how many of them.
+        kept: (n, k) what metrics needed of the tuned run's outputs; None for runs that kept none.
+        metrics: the run's own on these rows.
+    """
+
+    encoded: Dataset
+    collate: Collate
+    size: int
+    kept: np.ndarray | None
+    metrics: Mapping[str, float]
+
+
+@dataclass
+class Distance:
+    """How far a stage is from the tuned model and from its wider run: the largest difference of real positions.
+
+    Attributes:
+        tuned: over all outputs.
+        wide, where: of each output, and the row it is in.
+    """
+
+    tuned: float = 0.0
+    wide: dict[int, float] = field(default_factory=dict)
+    where: dict[int, str] = field(default_factory=dict)
+
+
+def widened(model: TracedModel) -> TracedModel:
+    """The eval graph of a model in float64; in float32 for half types, whose rounding is far above."""
+    half = any(p.dtype in HALVES for p in model.parameters())
+    dtype = torch.float32 if half else torch.float64
+    out = model.clone("eval").to(dtype)
+    for node in out.graphs["eval"].nodes:
+        wide = lambda value: dtype if isinstance(value, torch.dtype) and value.is_floating_point else value  # noqa: E731
+        node.args, node.kwargs = map_aggregate(node.args, wide), map_aggregate(node.kwargs, wide)
+    out.recompile()
+    return out.eval()
+
+
+def sequences(graph: fx.Graph, names: Sequence[str]) -> list[str | None]:
+    """For each output of a traced graph, the input whose sequence (dimension 1) it has; None where it has none.
+
+    Args:
+        names: of the inputs, in order.
+    """
+    axes: dict[str, str] = {}
+    for name, node in zip(names, graph.find_nodes(op="placeholder"), strict=True):
+        if len(shape := shape_of(node)) > 1 and isinstance(shape[1], torch.SymInt):
+            axes.setdefault(str(shape[1]), name)
+    shapes = [shape_of(node) for node in pytree.tree_leaves(graph.output_node().args[0]) if isinstance(node, fx.Node)]
+    return [axes.get(str(shape[1])) if len(shape) > 1 else None for shape in shapes]
+
+
+def distances(
+    reference: Stage,
+    wide: Stage,
+    stages: Mapping[str, Stage],
+    samples: Iterator[tuple[str, int, dict[str, Tensor], dict[str, Tensor]]],
+    axes: Sequence[str | None],
+) -> tuple[dict[str, Distance], dict[int, float]]:
+    """Every stage's and the tuned model's own `Distance`, and the largest value of each output.
+
+    Args:
+        reference, wide: the tuned model, and its wider run.
+        samples: (what, number of the first row, inputs, targets).
+        axes: from `sequences`; positions of padding are left out.
+    """
+    found = {name: Distance() for name in ("tuned", *stages)}
+    scale: dict[int, float] = {}
+    for what, first, inputs, targets in samples:
+        exact, own = wide(inputs), reference(inputs)
+        masks = [_real(name, inputs, targets) for name in axes]
+        for i, value in enumerate(exact):
+            scale[i] = max(scale.get(i, 0.0), float(np.abs(value).max(initial=0.0)))
+        for name, outputs in {"tuned": own, **{name: stage(inputs) for name, stage in stages.items()}}.items():
+            one = found[name]
+            if [x.shape for x in outputs] != [x.shape for x in exact]:
+                one.tuned, one.wide[0], one.where[0] = np.inf, np.inf, f"{what}: other shapes"
+                continue
+            for i, (value, truth, tuned, mask) in enumerate(zip(outputs, exact, own, masks, strict=True)):
+                one.tuned = max(one.tuned, _gap(value, tuned, mask)[0])
+                gap, row = _gap(value, truth, mask)
+                if gap >= one.wide.get(i, 0.0):
+                    one.wide[i], one.where[i] = gap, f"row {first + row} of {what}"
+    return found, scale
+
+
+def _real(name: str | None, inputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> np.ndarray | None:
+    """(batch, sequence): which positions of an input's sequence are no padding; None where all count."""
+    if name is None:
+        return None
+    mask = inputs.get("attention_mask")
+    if name.startswith("decoder"):
+        labels = targets.get("labels")
+        mask = None if labels is None else (labels != IGNORED)
+    same = mask is not None and mask.shape == inputs[name].shape[:2]
+    return mask.bool().numpy() if same else None
+
+
+def _gap(one: np.ndarray, other: np.ndarray, mask: np.ndarray | None) -> tuple[float, int]:
+    """The largest difference and its row; infinite where a value is not finite."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        gap = np.abs(one.astype(np.float64) - other)
+    if mask is not None:
+        gap = np.where(mask.reshape(*mask.shape, *[1] * (gap.ndim - 2)), gap, 0.0)
+    if gap.size == 0:
+        return 0.0, 0
+    rows = np.nan_to_num(gap, nan=np.inf, posinf=np.inf).reshape(len(gap) if gap.ndim else 1, -1).max(1)
+    return float(rows.max()), int(rows.argmax())
+
+
+def too_far(found: Mapping[str, Distance], scale: Mapping[int, float], eps: float) -> str | None:
+    """What to say of the first output that is further from the wider run than rounding explains; None if all are near.
+
+    Args:
+        found, scale: from `distances`.
+        eps: of the tuned model's type; half of it, relative to the largest value, is one rounding of the output.
+    """
+    own = found["tuned"].wide
+    for name, one in found.items():
+        for i, gap in one.wide.items():
+            rounding = max(own.get(i, 0.0), eps / 2 * scale.get(i, 0.0))
+            if name != "tuned" and not gap <= FACTOR * rounding:
+                return (
+                    f"{name} is {gap:.2e} from a wider run of the tuned model ({one.where[i]}), the tuned model itself "
+                    f"{own.get(i, np.inf):.2e}: more than {FACTOR:g} times its rounding; nothing is written. Set "
+                    f"export.verify.atol to the difference from the tuned model that you accept (here "
+                    f"{one.tuned:.2e})"
+                )
+    return None
+
+
+def measured(
+    spec: Spec, model: TracedModel, stages: Mapping[str, Stage], rows: Rows
+) -> dict[str, tuple[dict[str, float], float | None]]:
+    """For every stage its metrics on all validation rows, and the share of decisions that are the tuned run's.
+
+    The share is None where the run kept no decisions: its predictions are no whole numbers.
+    """
+    task, form, found = spec.task, model.signatures["eval"].outputs, {}
+    sums: dict[str, Tensor] = {name: torch.zeros(2, dtype=torch.float64) for name in stages}
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in stages}
+    for _, _, inputs, targets in batches_of(rows, model.input_names):
+        for name, stage in stages.items():
+            out = pytree.tree_unflatten([torch.from_numpy(value) for value in stage(inputs)], form)
+            sums[name] += torch.stack([task.loss(out, targets).double(), task.count(targets).double()])
+            if spec.metric != "loss":
+                parts[name].append(task.summary(out, targets).double().numpy())
+    for name in stages:
+        loss, count = sums[name].tolist()
+        metrics = {"loss": loss / count if count else np.nan}
+        share = None
+        if spec.metric != "loss":
+            every = np.concatenate(parts[name])
+            metrics = {spec.metric: task.measure(spec.metric, every, rows.encoded), **metrics}
+            if rows.kept is not None and (rows.kept == np.round(rows.kept)).all():
+                same = every.shape == rows.kept.shape
+                share = float((every == rows.kept).all(axis=1).mean()) if same else 0.0
+        found[name] = metrics, share
+    return found
+
+
+def batches_of(
+    rows: Rows, names: Sequence[str], most: int | None = None
+) -> Iterator[tuple[str, int, dict[str, Tensor], dict[str, Tensor]]]:
+    """Samples of `distances` from validation rows, of the first `most` of them."""
+    count = min(len(rows.encoded), most or len(rows.encoded))
+    for first in range(0, count, rows.size):
+        batch = rows.collate([rows.encoded[i] for i in range(first, min(first + rows.size, count))])
+        inputs = {name: batch.pop(name) for name in names}
+        yield "the validation data", first, inputs, batch
+
+
+def check_measured(
+    spec: Spec, found: Mapping[str, tuple[dict[str, float], float | None]], rows: Rows, half: bool
+) -> None:
+    """Refuse a stage that decides otherwise than the tuned run did.
+
+    Raises:
+        SubspanError: naming the stage, its metric and the run's.
+    """
+    own = rows.metrics[spec.metric]
+    for name, (metrics, share) in found.items():
+        value = metrics[spec.metric]
+        said = f"{name} has {spec.metric} {value:.4f} on the validation rows, the tuned run had {own:.4f}"
+        changed = "; nothing is written. If the data has changed since, put it back, or tune again"
+        if share is not None and share < AGREEMENT[half]:
+            raise SubspanError(
+                f"{said}; {share:.1%} of its decisions are the same, {AGREEMENT[half]:.0%} at least{changed}"
+            )
+        if share is None and not abs(value - own) <= CHANGE[half] * max(abs(own), 1e-3):
+            raise SubspanError(f"{said}, more than {CHANGE[half]:.0%} apart{changed}")
+
+
+def run_wide(stage: Stage) -> Stage:
+    """A stage whose failure says what to set.
+
+    Raises:
+        SubspanError: when it is run: an op has no wider form.
+    """
+
+    def run(batch: dict[str, Tensor]) -> list[np.ndarray]:
+        try:
+            return stage(batch)
+        except Exception as error:
+            raise SubspanError(
+                f"the tuned model can't be run in a wider type to see its rounding ({reason(error)}); set "
+                "export.verify.atol to the difference that you accept"
+            ) from error
+
+    return run
+
+
+def report(
+    spec: Spec, found: Mapping[str, Distance], counts: Mapping[str, int], measures: Mapping[str, Any], wide: bool
+) -> dict[str, Any]:
+    """The content of verify.json, less what merging says."""
+    stages = {name: one for name, one in found.items() if name != "tuned"}
+    return {
+        "max_abs_diff": max((one.tuned for one in stages.values()), default=0.0),
+        "atol": spec.export.verify.atol,
+        "stages": {name: one.tuned for name, one in stages.items()},
+        "rounding": max(found["tuned"].wide.values(), default=0.0) if wide else None,
+        "from_wide": {name: max(one.wide.values(), default=0.0) for name, one in stages.items()} if wide else None,
+        "rows": dict(counts),
+        "metrics": {name: metrics for name, (metrics, _) in measures.items()},
+        "agreement": {name: share for name, (_, share) in measures.items()},
+    }

@@ -1,0 +1,66 @@
+"""Stages are compared by the tuned model's own rounding, on real positions, and by decisions."""
+
+import numpy as np
+import pytest
+import torch
+
+from rewriter import trace
+from rewriter.export import compare
+from rewriter.export.verify import torch_stage
+from tests.architectures import build
+
+
+def samples(inputs, padded=False):
+    ids = torch.randint(5, 60, (4, 9), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if padded:
+        batch["attention_mask"][1, 4:] = 0
+    if "token_type_ids" in inputs.kwargs:
+        batch["token_type_ids"] = torch.zeros_like(ids)
+    return [("the validation data", 8, batch, {})]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_model_passes_by_its_own_rounding_and_a_changed_one_does_not(name, dtype):
+    model, inputs = build(name, dtype)
+    traced = trace(model, inputs, ("eval",))
+    wide = compare.widened(traced)
+    exact = torch.float64 if dtype is torch.float32 else torch.float32
+    assert {p.dtype for p in wide.parameters()} == {exact}
+    changed = trace(model, inputs, ("eval",))
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter.data = parameter.data * 1.1
+    stages = {"same": torch_stage(model), "changed": torch_stage(changed)}
+    axes = compare.sequences(traced.graphs["eval"], traced.input_names)
+    found, scale = compare.distances(torch_stage(traced), torch_stage(wide), stages, iter(samples(inputs)), axes)
+    assert 0 < found["tuned"].wide[0] < 100 * torch.finfo(dtype).eps * scale[0]
+    assert compare.too_far({k: found[k] for k in ("tuned", "same")}, scale, torch.finfo(dtype).eps) is None
+    said = compare.too_far(found, scale, torch.finfo(dtype).eps)
+    assert said.startswith("changed is") and "row " in said and "export.verify.atol" in said
+    assert "of the validation data" in said and "nothing is written" in said
+
+
+def test_padding_is_left_out():
+    """A stage that differs on padding alone is not far; on a real token it is."""
+    model, inputs = build("llama", torch.float32)
+    traced = trace(model, inputs, ("eval",))
+    axes = compare.sequences(traced.graphs["eval"], traced.input_names)
+    assert axes[0] in traced.input_names
+    reference = torch_stage(traced)
+
+    def moved(row, place):
+        def stage(batch):
+            (first, *rest) = reference(batch)
+            first = first.copy()
+            first[row, place] += 1.0
+            return [first, *rest]
+
+        return stage
+
+    stages = {"padding": moved(1, 6), "token": moved(1, 2), "nan": lambda b: [x * np.nan for x in reference(b)]}
+    found, _ = compare.distances(reference, reference, stages, iter(samples(inputs, padded=True)), axes)
+    assert found["padding"].tuned == 0.0
+    assert found["token"].tuned == pytest.approx(1.0) and found["token"].where[0] == "row 9 of the validation data"
+    assert found["nan"].tuned == np.inf
