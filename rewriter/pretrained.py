@@ -83,6 +83,11 @@ def load_model(spec: Spec, meta: bool = False) -> Pretrained:
     foreign = [name for name in sorted(mismatched) if name.startswith(f"{model.base_model_prefix}.")]
     if foreign:
         raise SpecError(f"the weights of {written.name} do not fit its config: {foreign[0]} has another shape", NAME)
+    for name in sorted(new):
+        if wrapped := [key for key in info["unexpected_keys"] if key.endswith(f".{name}")]:
+            said = f"{len(new)} of {len(names)} weights of {written.name} are missing"
+            lead = wrapped[0].removesuffix(name)
+            raise SpecError(f"{said}: its names start with {lead!r}; save it without that", NAME)
     return _pretrained(spec, model, new)
 
 
