@@ -130,6 +130,7 @@ def test_a_difference_over_atol_fails_and_leaves_nothing(spec, run, tmp_path):
         "log.jsonl",
         "metrics.json",
         "plan.json",
+        "predictions.safetensors",
         "spec.yaml",
     ]
 
