@@ -39,7 +39,8 @@ def test_the_library_s_quickstart_is_five_statements(tmp_path):
     assert len(ast.parse(QUICKSTART).body) == 5
     run, space = tmp_path / "run", {}
     exec(quickstart(tiny.project(tmp_path), run), space)
-    written = {"spec.yaml", "plan.json", "log.jsonl", "metrics.json", "verify.json", "checkpoints", ".subspan-run"}
+    written = {"spec.yaml", "plan.json", "log.jsonl", "metrics.json", "predictions.safetensors", "verify.json"}
+    written |= {"checkpoints", ".subspan-run"}
     assert {file.name for file in run.iterdir()} == written | {"adapter", "merged", "onnx"}
     assert space["session"].run == run
 
