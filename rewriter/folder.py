@@ -8,14 +8,14 @@ from pathlib import Path
 from .errors import SubspanError
 from .files import remove, write_text
 from .spec import Spec, dump_spec, is_dump, load_spec
-from .training.checkpoint import BUDGET, EARLIER, OPTIMISER, STATE, TUNED, checkpoints
+from .training.checkpoint import BUDGET, EARLIER, OPTIMISER, PREDICTIONS, STATE, TUNED, checkpoints
 
 MARKER = ".subspan-run"
 FOLDERS = ("checkpoints", "adapter", "merged/1_Pooling", "merged/2_Normalize", "merged", "onnx")
 _NOTE = "This folder is a run of subspan. --overwrite removes what a run writes, and nothing else.\n"
 # What training and export write, file by file: nothing else in these folders is touched.
 WRITTEN = (
-    "spec.yaml", "plan.json", "log.jsonl", "metrics.json", "predictions.safetensors", "verify.json", MARKER,
+    "spec.yaml", "plan.json", "log.jsonl", "metrics.json", PREDICTIONS, "verify.json", MARKER,
     "adapter/adapter.json", "adapter/adapter.safetensors",
     "trackers/**/events.out.tfevents.*", "trackers/**/hparams.yml",
     *(f"checkpoints/checkpoint-*/{name}" for name in (TUNED, OPTIMISER, BUDGET, STATE, EARLIER)),

@@ -4,8 +4,9 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
@@ -19,6 +20,7 @@ from .graph.traced import Inputs
 from .resources import is_local, resolve
 from .spec import Model, Spec
 from .tasks import Task, task_of
+from .tasks.base import Collate
 
 NAME = ("model", "name")
 
@@ -83,9 +85,11 @@ def load_model(spec: Spec, meta: bool = False) -> Pretrained:
     foreign = [name for name in sorted(mismatched) if name.startswith(f"{model.base_model_prefix}.")]
     if foreign:
         raise SpecError(f"the weights of {written.name} do not fit its config: {foreign[0]} has another shape", NAME)
-    for name in sorted(new):
+    # A head that a checkpoint lacks is made on purpose; one of another name in it is none of the base model's.
+    own = {name for name in names if not spec.task.headed or name.startswith(f"{model.base_model_prefix}.")}
+    for name in sorted(new & own):
         if wrapped := [key for key in info["unexpected_keys"] if key.endswith(f".{name}")]:
-            said = f"{len(new)} of {len(names)} weights of {written.name} are missing"
+            said = f"{len(new & own)} of {len(own)} weights of {written.name} are missing"
             lead = wrapped[0].removesuffix(name)
             raise SpecError(f"{said}: its names start with {lead!r}; save it without that", NAME)
     return _pretrained(spec, model, new)
@@ -129,6 +133,12 @@ def load_processor(spec: Spec, folder: str | None = None):
         if getattr(processor, "pad_token", "") is None:
             processor.pad_token = processor.eos_token
     return processor
+
+
+def collator(spec: Spec, pretrained: Pretrained, processor: Any, names: Sequence[str]) -> Collate:
+    """A function from encoded rows to a batch for a model that reads `names`; as `Task.collator`."""
+    start = getattr(pretrained.model.config, "decoder_start_token_id", None)
+    return spec.task.collator(processor, names, start)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from .passes.manager import check_names
 from .passes.manager import run as run_passes
 from .plan import Plan, plan
 from .plan.cost import StepCost, exceeded, step_cost
-from .pretrained import Pretrained, load_model, load_processor, positions
+from .pretrained import Pretrained, collator, load_model, load_processor, positions
 from .rewrite import rewrite
 from .spec import Spec, dump_spec, load_spec, located
 from .trace import capture, trace
@@ -210,10 +210,9 @@ class Session:
         rows = load_rows(spec, pretrained.labels)
         train, validation = (encode(spec, part, processor, pretrained.labels) for part in (rows.train, rows.validation))
         inputs = task.inputs(pretrained.model)
-        start = getattr(pretrained.model.config, "decoder_start_token_id", None)
         counts = task.label_counts(rows.train, spec.data.columns, pretrained.labels) if spec.train.class_weights else []
         weights = label_weights(spec, pretrained.labels, counts)
-        collate = task.collator(processor, list(inputs.kwargs), start)
+        collate = collator(spec, pretrained, processor, list(inputs.kwargs))
         return Job(pretrained, inputs, train, validation, collate, weights)
 
     @_placed

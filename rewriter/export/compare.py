@@ -18,10 +18,10 @@ from ..graph.traced import TracedModel
 from ..spec import Spec
 from ..tasks import IGNORED
 from ..tasks.base import Collate
-from .verify import Stage
+from ..training.loop import HALVES
+from .verify import Stage, gap
 
 FACTOR = 4.0
-HALVES = (torch.float16, torch.bfloat16)
 WIDE_ROWS = 64
 # The least share of decisions that are the run's own, and the largest change of a metric that counts none. By whether
 # something was computed in half precision: there near ties fall either way.
@@ -60,10 +60,14 @@ class Distance:
     where: dict[int, str] = field(default_factory=dict)
 
 
+def is_half(model: TracedModel) -> bool:
+    """Whether any parameter is stored in half precision."""
+    return any(p.dtype in HALVES.values() for p in model.parameters())
+
+
 def widened(model: TracedModel) -> TracedModel:
     """The eval graph of a model in float64; in float32 for half types, whose rounding is far above."""
-    half = any(p.dtype in HALVES for p in model.parameters())
-    dtype = torch.float32 if half else torch.float64
+    dtype = torch.float32 if is_half(model) else torch.float64
     out = model.clone("eval").to(dtype)
     for node in out.graphs["eval"].nodes:
         wide = lambda value: dtype if isinstance(value, torch.dtype) and value.is_floating_point else value  # noqa: E731
@@ -88,7 +92,7 @@ def sequences(graph: fx.Graph, names: Sequence[str]) -> list[str | None]:
 
 def distances(
     reference: Stage,
-    wide: Stage,
+    wide: Stage | None,
     stages: Mapping[str, Stage],
     samples: Iterator[tuple[str, int, dict[str, Tensor], dict[str, Tensor]]],
     axes: Sequence[str | None],
@@ -96,27 +100,28 @@ def distances(
     """Every stage's and the tuned model's own `Distance`, and the largest value of each output.
 
     Args:
-        reference, wide: the tuned model, and its wider run.
+        reference, wide: the tuned model, and its wider run; None where only the tuned model is compared with.
         samples: (what, number of the first row, inputs, targets).
         axes: from `sequences`; positions of padding are left out.
     """
     found = {name: Distance() for name in ("tuned", *stages)}
     scale: dict[int, float] = {}
     for what, first, inputs, targets in samples:
-        exact, own = wide(inputs), reference(inputs)
+        own = reference(inputs)
+        exact = wide(inputs) if wide else own
         masks = [_real(name, inputs, targets) for name in axes]
-        for i, value in enumerate(exact):
-            scale[i] = max(scale.get(i, 0.0), float(np.abs(value).max(initial=0.0)))
+        for i, (value, mask) in enumerate(zip(exact, masks, strict=True)):
+            scale[i] = max(scale.get(i, 0.0), gap(value, np.zeros_like(value), mask)[0])
         for name, outputs in {"tuned": own, **{name: stage(inputs) for name, stage in stages.items()}}.items():
             one = found[name]
             if [x.shape for x in outputs] != [x.shape for x in exact]:
                 one.tuned, one.wide[0], one.where[0] = np.inf, np.inf, f"{what}: other shapes"
                 continue
             for i, (value, truth, tuned, mask) in enumerate(zip(outputs, exact, own, masks, strict=True)):
-                one.tuned = max(one.tuned, _gap(value, tuned, mask)[0])
-                gap, row = _gap(value, truth, mask)
-                if gap >= one.wide.get(i, 0.0):
-                    one.wide[i], one.where[i] = gap, f"row {first + row} of {what}"
+                one.tuned = max(one.tuned, gap(value, tuned, mask)[0])
+                distance, row = gap(value, truth, mask)
+                if distance >= one.wide.get(i, 0.0):
+                    one.wide[i], one.where[i] = distance, f"row {first + row} of {what}"
     return found, scale
 
 
@@ -132,20 +137,10 @@ def _real(name: str | None, inputs: Mapping[str, Tensor], targets: Mapping[str, 
     return mask.bool().numpy() if same else None
 
 
-def _gap(one: np.ndarray, other: np.ndarray, mask: np.ndarray | None) -> tuple[float, int]:
-    """The largest difference and its row; infinite where a value is not finite."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        gap = np.abs(one.astype(np.float64) - other)
-    if mask is not None:
-        gap = np.where(mask.reshape(*mask.shape, *[1] * (gap.ndim - 2)), gap, 0.0)
-    if gap.size == 0:
-        return 0.0, 0
-    rows = np.nan_to_num(gap, nan=np.inf, posinf=np.inf).reshape(len(gap) if gap.ndim else 1, -1).max(1)
-    return float(rows.max()), int(rows.argmax())
-
-
 def too_far(found: Mapping[str, Distance], scale: Mapping[int, float], eps: float) -> str | None:
     """What to say of the first output that is further from the wider run than rounding explains; None if all are near.
+
+    What is not finite, in a stage, in the tuned model or in its wider run, is not near.
 
     Args:
         found, scale: from `distances`.
@@ -153,13 +148,13 @@ def too_far(found: Mapping[str, Distance], scale: Mapping[int, float], eps: floa
     """
     own = found["tuned"].wide
     for name, one in found.items():
-        for i, gap in one.wide.items():
+        for i, distance in one.wide.items():
             rounding = max(own.get(i, 0.0), eps / 2 * scale.get(i, 0.0))
-            if name != "tuned" and not gap <= FACTOR * rounding:
+            if name != "tuned" and not (np.isfinite(rounding) and distance <= FACTOR * rounding):
                 return (
-                    f"{name} is {gap:.2e} from a wider run of the tuned model ({one.where[i]}), the tuned model itself "
-                    f"{own.get(i, np.inf):.2e}: more than {FACTOR:g} times its rounding; nothing is written. Set "
-                    f"export.verify.atol to the difference from the tuned model that you accept (here "
+                    f"{name} is {distance:.2e} from a wider run of the tuned model ({one.where[i]}), the tuned model "
+                    f"itself {own.get(i, np.inf):.2e}: more than {FACTOR:g} times its rounding; nothing is written. "
+                    "Set export.verify.atol to the difference from the tuned model that you accept (here "
                     f"{one.tuned:.2e})"
                 )
     return None

@@ -13,7 +13,7 @@ from ..data import encode, load_rows
 from ..errors import SpecError, SubspanError
 from ..files import aside, write_json
 from ..graph.traced import Inputs, TracedModel
-from ..pretrained import Pretrained, for_onnx, load_model, load_processor, save_model
+from ..pretrained import Pretrained, collator, for_onnx, load_model, load_processor, save_model
 from ..spec import Spec
 from ..trace import trace
 from ..training.checkpoint import load_predictions
@@ -92,10 +92,9 @@ def _compared(
     samples = [("the random inputs", 0, inputs, {}) for inputs in random]
     samples += list(compare.batches_of(rows, tuned.input_names, compare.WIDE_ROWS)) if rows else []
     axes = compare.sequences(traced.graphs["eval"], traced.input_names)
-    atol, reference = spec.export.verify.atol, torch_stage(tuned)
-    wide = compare.widened(tuned) if atol is None else tuned
-    half = any(p.dtype in compare.HALVES for p in pretrained.model.parameters())
-    found, scale = compare.distances(reference, compare.run_wide(torch_stage(wide)), stages, samples, axes)
+    atol = spec.export.verify.atol
+    wide = compare.run_wide(torch_stage(compare.widened(tuned))) if atol is None else None
+    found, scale = compare.distances(torch_stage(tuned), wide, stages, samples, axes)
     worst = {name: one.tuned for name, one in found.items() if name != "tuned"}
     if atol is not None and not max(worst.values(), default=0.0) <= atol:
         said = ", ".join(f"{name} {value:.2e}" for name, value in worst.items())
@@ -103,12 +102,12 @@ def _compared(
             f"outputs differ from the tuned model's by more than export.verify.atol = {atol:g}: {said}; nothing is "
             "written"
         )
-    eps = torch.finfo(next(pretrained.model.parameters()).dtype).eps
+    eps = torch.finfo(next(tuned.parameters()).dtype).eps  # The pretrained model itself is float32 by now, for ONNX.
     if atol is None and (said := compare.too_far(found, scale, eps)):
         raise SubspanError(said)
     measures = compare.measured(spec, tuned, stages, rows) if rows else {}
     if rows:
-        compare.check_measured(spec, measures, rows, half or spec.train.precision != "float32")
+        compare.check_measured(spec, measures, rows, compare.is_half(tuned) or spec.train.precision != "float32")
     counts = {
         "random": sum(len(next(iter(inputs.values()))) for inputs in random),
         "compared": min(len(rows.encoded), compare.WIDE_ROWS) if rows else 0,
@@ -124,13 +123,12 @@ def _rows(
     """The validation rows of a run, or why there are none."""
     file = run / "metrics.json"
     if spec.data is None or not file.is_file():
-        return None, "the run has no metrics of any"
+        return None, "the run has no data, or no metrics.json"
     try:
         encoded = encode(spec, load_rows(spec, pretrained.labels).validation, processor, pretrained.labels)
     except SpecError as error:
         return None, error.message
-    start = getattr(pretrained.model.config, "decoder_start_token_id", None)
-    collate = spec.task.collator(processor, tuned.input_names, start)
+    collate = collator(spec, pretrained, processor, tuned.input_names)
     own = json.loads(file.read_text(encoding="utf-8"))["validation"]
     return compare.Rows(encoded, collate, spec.train.batch_size, load_predictions(run), own), None
 

@@ -140,11 +140,24 @@ def differences(
         expected = reference(batch)
         for name, stage in stages.items():
             found = stage(batch)
-            if [x.shape for x in found] != [x.shape for x in expected]:
-                largest = np.inf
-            else:
-                # np.max, since max() can lose a NaN.
-                with np.errstate(invalid="ignore"):
-                    largest = np.max([np.abs(a - b).max() for a, b in zip(found, expected, strict=True)])
-            worst[name] = float(max(worst[name], largest if np.isfinite(largest) else np.inf))
+            same = [x.shape for x in found] == [x.shape for x in expected]
+            gaps = [gap(a, b)[0] for a, b in zip(found, expected, strict=True)] if same else [np.inf]
+            worst[name] = max(worst[name], *gaps)
     return worst
+
+
+def gap(one: np.ndarray, other: np.ndarray, mask: np.ndarray | None = None) -> tuple[float, int]:
+    """The largest absolute difference and the row it is in; infinite where a value is not finite.
+
+    Args:
+        one, other: of one shape, (rows, ...).
+        mask: (rows, sequence), True where a position counts; None: all count.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        found = np.abs(one.astype(np.float64) - other)
+    if mask is not None:
+        found = np.where(mask.reshape(*mask.shape, *[1] * (found.ndim - 2)), found, 0.0)
+    if found.size == 0:
+        return 0.0, 0
+    rows = np.nan_to_num(found, nan=np.inf, posinf=np.inf).reshape(len(found) if found.ndim else 1, -1).max(1)
+    return float(rows.max()), int(rows.argmax())

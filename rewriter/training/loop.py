@@ -401,14 +401,12 @@ def _end(run: Run, validation: Rows, places: Path) -> tuple[TunedModel, dict[str
         checkpoint.load_weights(tuning, checkpoint.place_of(places, kept))
     settled = settle(tuning.model, tuning.budget)
     entries = [entry for entry in progress.history if "eval_loss" in entry and entry["step"] == kept]
-    if settled is tuning.model and entries:
-        found = {name: entries[-1][f"eval_{name}"] for name in dict.fromkeys((spec.metric, "loss"))}
-    else:
-        found, entries = {}, []
+    known = settled is tuning.model and bool(entries)
     step, predictions = run.predictions
-    if not entries or (step != kept and spec.metric != "loss"):
-        again, predictions = predict(settled, spec, validation, run.collate)
-        found = found or again
+    if not known or (step != kept and spec.metric != "loss"):
+        found, predictions = predict(settled, spec, validation, run.collate)
+    if known:
+        found = {name: entries[-1][f"eval_{name}"] for name in dict.fromkeys((spec.metric, "loss"))}
     if predictions is not None and processes().is_main_process:
         save_predictions(predictions, places.parent)
     losses = [entry["loss"] for entry in progress.history if "loss" in entry]

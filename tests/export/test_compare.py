@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from rewriter import trace
+from rewriter import Session, trace
 from rewriter.export import compare
 from rewriter.export.verify import torch_stage
+from tests import tiny
 from tests.architectures import build
+
+STAGES = ("merged", "checkpoint", "onnx")
 
 
 def samples(inputs, padded=False):
@@ -40,6 +43,27 @@ def test_a_model_passes_by_its_own_rounding_and_a_changed_one_does_not(name, dty
     said = compare.too_far(found, scale, torch.finfo(dtype).eps)
     assert said.startswith("changed is") and "row " in said and "export.verify.atol" in said
     assert "of the validation data" in said and "nothing is written" in said
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_never_near(value):
+    """Neither in the tuned model and every stage alike, nor where padding alone is finite."""
+    model, inputs = build("llama", torch.float32)
+    traced = trace(model, inputs, ("eval",))
+    exact = torch_stage(traced)
+    broken = lambda batch: [x * value for x in exact(batch)]  # noqa: E731
+    for reference, wide in ((broken, broken), (broken, exact), (exact, broken)):
+        found, scale = compare.distances(reference, wide, {"stage": broken}, iter(samples(inputs)), [None])
+        assert compare.too_far(found, scale, 1e-7).startswith("stage is inf")
+
+
+def test_a_base_in_half_precision_ships_by_its_own_rounding(tmp_path):
+    """Its ONNX file is in float32 all the same."""
+    session = Session(tiny.project(tmp_path), "model.dtype=bfloat16", "train.max_steps=3")
+    session.tune(tmp_path / "run")
+    found = session.export()
+    assert 1e-4 < found["rounding"] < 0.1 and found["atol"] is None and set(found["stages"]) == set(STAGES)
+    assert found["rows"] == {"random": 16, "compared": 16, "validation": 16, "why": None}
 
 
 def test_padding_is_left_out():
