@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from pipelines.console import MAIN, Settings, Transforms, Without, console, failures, overrides
 
@@ -39,7 +40,7 @@ def train(
             check_folder(session.spec, out, resume, overwrite)
             cost = session.cost() if session.spec.limits.of_a_step else None
             print_plan(session.plan(), console, session.tokens, cost)
-        metrics = session.tune(out, resume, overwrite)
+        metrics = session.tune(out, resume, overwrite, lambda note: console.print(f"[yellow]note:[/] {escape(note)}"))
         if not MAIN:
             return
         name = session.spec.metric

@@ -1,17 +1,17 @@
 """The data of a spec: read by `datasets`, checked against columns and labels, and encoded."""
 
-import contextlib
-import sys
-from collections.abc import Iterator, Mapping
+import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
+from PIL import Image
 
-from .errors import SpecError, SubspanError, reason
-from .resources import existing
+from .errors import SpecError, reason
+from .sources import bars, read
 from .spec import Data, Spec
-from .tasks import TASKS, Reading, Role, columns_error, fits, task_of
+from .tasks import TASKS, Reading, Role, check_readings, check_texts, columns_error, fits, task_of
 
 _DATA = ("data",)
 _SHOWN = 5
@@ -39,9 +39,14 @@ def load_rows(spec: Spec, labels: list[str]) -> Rows:
     data = spec.data
     if data is None:
         raise SpecError("'data' is missing: training needs it")
-    parts = {name: _filter(part, data, name) for name, part in _read(data).items()}
+    parts = {name: _own(spec, _filter(part, data, name)) for name, part in read(data).items()}
     if "train" not in parts:
         raise SpecError(f"no split 'train', only {', '.join(parts)}", _DATA)
+    # Before a split or a limit hides some of it, and while rows have the numbers that they have in the file.
+    for part in parts.values():
+        if len(part):
+            _check_rows(spec, part, labels)
+    _check_labels(spec, parts, labels)
     if data.split:
         held = data.split.validation
         if held >= len(parts["train"]):
@@ -59,55 +64,7 @@ def load_rows(spec: Spec, labels: list[str]) -> Rows:
     for name, part in (("train", train), ("validation", validation)):
         if len(part) == 0:
             raise SpecError(f"no rows of {name} data", _DATA)
-        _check_rows(spec, part, labels)
     return Rows(train, validation)
-
-
-def _read(data: Data) -> dict[str, datasets.Dataset]:
-    with _explained(data), _bars():
-        if data.files is None:
-            found = datasets.load_dataset(data.name, data.config)
-            return {name: part for name, part in found.items() if name in ("train", "validation")} or dict(found)
-        given = data.files if isinstance(data.files, dict) else {"train": data.files}
-        files = {
-            name: [existing(file, ("data", "files")) for file in ([some] if isinstance(some, str) else some)]
-            for name, some in given.items()
-        }
-        if data.format == "imagefolder":
-            return {
-                name: datasets.load_dataset("imagefolder", data_dir=folders[0], split="train", **data.options)
-                for name, folders in files.items()
-            }
-        return dict(datasets.load_dataset(data.format, data_files=files, **data.options))
-
-
-@contextlib.contextmanager
-def _bars() -> Iterator[None]:
-    """Progress bars on a terminal alone."""
-    if sys.stderr.isatty() or datasets.are_progress_bars_disabled():
-        yield
-        return
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.enable_progress_bars()
-
-
-@contextlib.contextmanager
-def _explained(data: Data) -> Iterator[None]:
-    try:
-        yield
-    except (SubspanError, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        cause = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        if isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, FileNotFoundError):
-            raise cause from None
-        path = ("data", "name") if data.files is None else ("data", "files")
-        raise SpecError(f"can't read the data: {reason(cause)}", path) from error
 
 
 def _filter(part: datasets.Dataset, data: Data, name: str) -> datasets.Dataset:
@@ -129,9 +86,52 @@ def _filter(part: datasets.Dataset, data: Data, name: str) -> datasets.Dataset:
     return part.select(keep)
 
 
+def _own(spec: Spec, part: datasets.Dataset) -> datasets.Dataset:
+    """The columns that the task reads, and no other; of images the bytes, or files of the folder that is named.
+
+    Raises:
+        SpecError: an image is a path that leads elsewhere.
+    """
+    data = spec.data
+    part = part.select_columns(list(dict.fromkeys(data.columns.values())))
+    for role, column in data.columns.items():
+        if spec.task.roles[role].kind != "image" or not fits("image", part.features[column]):
+            continue
+        raw = part.cast_column(column, datasets.Image(decode=False))
+        for row, image in enumerate(raw[column]):
+            held = None
+            if image is None or (image["bytes"] is None and data.format != "imagefolder" and data.files is not None):
+                held = "no image" if image is None else f"a path, {image['path']!r}, and no image"
+            elif reason := _broken(image):
+                held = f"no picture that can be read: {reason}"
+            if held:
+                raise SpecError(f"row {row} of column {column!r} holds {held}", ("data", "columns", role))
+    return part
+
+
+def _broken(image: Mapping[str, Any]) -> str | None:
+    """Why a picture (bytes, or the path of a file) can't be opened; its pixels are not read."""
+    try:
+        with Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]) as opened:
+            opened.verify()
+    except Exception as error:  # Of any of PIL's formats.
+        return reason(error)
+    return None
+
+
 def _check_column(part: datasets.Dataset, column: str, path: tuple[str, ...], at_key: bool = False) -> None:
     if column not in part.column_names:
         raise SpecError(f"no column {column!r}; the data has {', '.join(part.column_names)}", path, at_key)
+
+
+def _check_labels(spec: Spec, parts: Mapping[str, datasets.Dataset], labels: list[str]) -> None:
+    """Names or indices: that is decided for the column of all parts."""
+    column = spec.data.columns.get("label")
+    if spec.task.labelled and column:
+        for part in (part for part in parts.values() if len(part)):
+            cells = part[column] if isinstance(part[0][column], list) else part.unique(column)
+            values = [one for cell in cells for one in (cell if isinstance(cell, list) else [cell])]
+            check_readings(set(values), part.features[column], labels)
 
 
 def _limit(part: datasets.Dataset, count: int | None, seed: int) -> datasets.Dataset:
@@ -147,6 +147,8 @@ def _check_rows(spec: Spec, rows: datasets.Dataset, labels: list[str]) -> None:
         if not fits(task.roles[role].kind, feature):
             others = [name for name in TASKS if _reads(task_of(name).roles, columns, role, feature)]
             raise columns_error(task, role, column, others)
+        if task.roles[role].kind == "text":
+            check_texts(rows[column], role, column)
     task.check(rows, columns, labels)
 
 
@@ -167,14 +169,22 @@ def check_length(spec: Spec, most: int | None, rows: int = 0) -> None:
         raise SpecError(f"the model takes at most {most} tokens{own}", ("data", "max_length"))
 
 
-def encode(spec: Spec, rows: datasets.Dataset, processor: Any, labels: list[str]) -> datasets.Dataset:
-    """Rows as the model reads them: token ids or pixels, and targets.
+def encode(
+    spec: Spec, rows: datasets.Dataset, processor: Any, labels: list[str], notes: list[str] | None = None
+) -> datasets.Dataset:
+    """Rows as the model reads them: token ids or pixels, and targets. Rows with nothing to learn from are left out.
+
+    Args:
+        notes: gets a sentence for everything there is to say of the rows: what is cut, what is left out.
 
     Raises:
-        SpecError: `max_length` is more than the tokenizer's model takes, or the tokenizer can't do what the task needs.
+        SpecError: `max_length` is more than the tokenizer's model takes, or the tokenizer can't do what the task needs,
+            or nothing is left.
     """
     check_length(spec, getattr(processor, "model_max_length", None))
-    with _bars():
-        return spec.task.encode(
-            rows, Reading(spec.data.columns, rows.features, processor, labels, spec.data.max_length)
-        )
+    reading = Reading(spec.data.columns, rows.features, processor, labels, spec.data.max_length)
+    with bars():
+        found = spec.task.encode(rows, reading, [] if notes is None else notes)
+    if len(found) == 0:
+        raise SpecError(f"none of {len(rows)} rows has anything to learn from", _DATA)
+    return found

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +15,13 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 from transformers.utils import logging as hf_logging
 
+from .base import NAME, check_config, config_of, own_type
 from .errors import SpecError, SubspanError, UnreachableError, reason
 from .graph.traced import Inputs
 from .resources import is_local, resolve
 from .spec import Model, Spec
 from .tasks import Task, task_of
 from .tasks.base import Collate
-
-NAME = ("model", "name")
 
 
 @dataclass
@@ -32,113 +31,223 @@ class Pretrained:
     Attributes:
         model: as transformers loads it.
         new: names of its newly made parameters (a head, usually).
+        missing: those of them that are no head: a base model's that its checkpoint lacks.
         labels: class names in order; empty for tasks without classes.
         module: what is traced and exported, with the same parameters.
+        processor: the tokenizer or the image processor; None where a spec names a config alone.
     """
 
     model: nn.Module
     new: frozenset[str]
+    missing: frozenset[str]
     labels: list[str]
     module: nn.Module
+    processor: Any
 
 
 def load_model(spec: Spec, meta: bool = False) -> Pretrained:
-    """Load the model of a spec; new parameters are drawn with the spec's seed.
+    """Load the model of a spec with its tokenizer or image processor; new parameters are drawn with the spec's seed.
 
-    Only safetensors files are read.
+    Only safetensors files of the model's own folder are read.
 
     Args:
         meta: shapes alone, on the meta device; no weight is read.
 
     Raises:
-        SpecError: the model can't be found or loaded, or its head does not fit the task.
+        SpecError: the model can't be found or loaded, its files are none that are read, its head does not fit the task,
+            or it does not fit its tokenizer.
     """
     written = spec.model
-    location = resolve(written.name, NAME)
+    location, revision = resolve(written.name, NAME), written.revision or "main"
     written_out = meta and written.config is not None
-    if not written_out and is_local(location) and not os.path.exists(location):
+    if not written_out and is_local(location) and not os.path.isdir(location):
         raise SpecError(f"no such folder: {written.name}", NAME)
-    options = {"trust_remote_code": written.trust_remote_code, "revision": written.revision or "main"}
+    options = {"trust_remote_code": written.trust_remote_code, "revision": revision}
     with quiet(), explained(written):
         if written.config is None:
+            check_config(config_of(location, revision), NAME)
             config = transformers.AutoConfig.from_pretrained(location, **options)
         else:
+            check_config(written.config, ("model", "config"))
             config = transformers.AutoConfig.for_model(**written.config)
         spec.task.configure(config, written.labels)
         set_seed(spec.train.seed)
-        if meta and (written.config is not None or _no_weights(location)):
+        own = None if written_out else own_type(location, revision)
+        if meta and own is None:
             return _shapes(spec, config)
+        processor = _processor(spec, location)
+        before = getattr(config, "pad_token_id", None)
+        if spec.task.headed:
+            name_padding(config, processor)
+        dtype = written.dtype or own or config.dtype or "float32"
         model, info = getattr(transformers, spec.task.auto).from_pretrained(
             location,
             config=config,
             output_loading_info=True,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
-            dtype=getattr(torch, written.dtype),
+            dtype=dtype if dtype == "auto" or isinstance(dtype, torch.dtype) else getattr(torch, dtype),
             device_map="meta" if meta else None,
             **options,
         )
     model.eval()
-    mismatched = {entry[0] for entry in info["mismatched_keys"]}
-    names = {name for name, _ in model.named_parameters()}
+    new, missing = _made(spec, model, info)
+    if processor is not None:
+        check_processor(model, processor, before)
+    return _pretrained(spec, model, new, missing, processor)
+
+
+def _made(spec: Spec, model: nn.Module, info: Mapping[str, Any]) -> tuple[frozenset[str], frozenset[str]]:
+    """Newly made parameters, and those of the base model among them.
+
+    Raises:
+        SpecError: a weight of the checkpoint has another shape or another name, or is of a layer that the config lacks.
+    """
+    name, base = spec.model.name, f"{model.base_model_prefix}."
+    mismatched, names = {entry[0] for entry in info["mismatched_keys"]}, {name for name, _ in model.named_parameters()}
     new = frozenset(names & (set(info["missing_keys"]) | mismatched))
-    foreign = [name for name in sorted(mismatched) if name.startswith(f"{model.base_model_prefix}.")]
-    if foreign:
-        raise SpecError(f"the weights of {written.name} do not fit its config: {foreign[0]} has another shape", NAME)
     # A head that a checkpoint lacks is made on purpose; one of another name in it is none of the base model's.
-    own = {name for name in names if not spec.task.headed or name.startswith(f"{model.base_model_prefix}.")}
-    for name in sorted(new & own):
-        if wrapped := [key for key in info["unexpected_keys"] if key.endswith(f".{name}")]:
-            said = f"{len(new & own)} of {len(own)} weights of {written.name} are missing"
-            lead = wrapped[0].removesuffix(name)
+    own = {one for one in names if not spec.task.headed or one.startswith(base)}
+    if foreign := sorted(mismatched & own):
+        raise SpecError(f"the weights of {name} do not fit its config: {foreign[0]} has another shape", NAME)
+    for one in sorted(new & own):
+        end = f".{one.removeprefix(base)}"
+        if wrapped := [key for key in info["unexpected_keys"] if key.endswith(end)]:
+            said = f"{len(new & own)} of {len(own)} weights of {name} are missing"
+            lead = wrapped[0].removesuffix(one) if wrapped[0].endswith(f".{one}") else wrapped[0].removesuffix(end[1:])
             raise SpecError(f"{said}: its names start with {lead!r}; save it without that", NAME)
-    return _pretrained(spec, model, new)
+    numbered = {_NUMBER.sub("#", one) for one in names}
+    for key in info["unexpected_keys"]:
+        more = _NUMBER.sub("#", key)
+        if "#" in more and numbered & {more, f"{base}{more}", more.removeprefix(base)}:
+            raise SpecError(f"{name} has weights of more layers than its config: {key}", NAME)
+    return new, new & own
 
 
-def _pretrained(spec: Spec, model: nn.Module, new: frozenset[str]) -> Pretrained:
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def check_missing(name: str, pretrained: Pretrained, used: Collection[str]) -> None:
+    """Refuse a base model that lacks weights which its forward reads.
+
+    Args:
+        used: names of the parameters that the traced graphs read.
+
+    Raises:
+        SpecError: with the first of them.
+    """
+    if lacking := sorted(pretrained.missing & set(used)):
+        total = sum(1 for one in pretrained.model.parameters()) - len(pretrained.new - pretrained.missing)
+        said = f"{len(lacking)} of {total} weights of {name} are missing, e.g. {lacking[0]}: they would be random"
+        raise SpecError(f"{said}; give a checkpoint that holds them", NAME)
+
+
+def _pretrained(
+    spec: Spec, model: nn.Module, new: frozenset[str], missing: frozenset[str], processor: Any
+) -> Pretrained:
     with quiet():
         module = spec.task.module(model, spec.model.revision)
-    return Pretrained(model, new, spec.task.labels(model.config), module)
-
-
-def _no_weights(location: str) -> bool:
-    """Whether a local folder holds a config alone."""
-    return is_local(location) and not any(name.endswith(".safetensors") for name in os.listdir(location))
+    return Pretrained(model, new, missing, spec.task.labels(model.config), module, processor)
 
 
 def _shapes(spec: Spec, config: transformers.PreTrainedConfig) -> Pretrained:
     """The model of a config on the meta device; where the task has a head, what is outside the base model is new."""
+    if spec.task.headed:
+        name_padding(config, None)
     with torch.device("meta"):
         auto = getattr(transformers, spec.task.auto)
         model = auto.from_config(config, trust_remote_code=spec.model.trust_remote_code)
-    model = model.to(getattr(torch, spec.model.dtype)).eval()
+    dtype = spec.model.dtype or config.dtype or "float32"
+    model = model.to(dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)).eval()
     base = f"{model.base_model_prefix}."
     names = (name for name, _ in model.named_parameters() if spec.task.headed and not name.startswith(base))
-    return _pretrained(spec, model, frozenset(names))
+    return _pretrained(spec, model, frozenset(names), frozenset(), None)
+
+
+def _processor(spec: Spec, location: str) -> Any:
+    """The model's tokenizer or image processor; None for a spec without data whose model has none."""
+    if spec.data is None and is_local(location):
+        try:
+            return load_processor(spec)
+        except SpecError:
+            return None
+    return load_processor(spec)
 
 
 def load_processor(spec: Spec, folder: str | None = None):
-    """The tokenizer of the spec's model, or what else its task reads inputs by.
+    """The tokenizer of the spec's model, or what else its task reads inputs by, set as the task reads.
 
     Args:
         folder: read it from here instead.
 
     Raises:
-        SpecError: there is none.
+        SpecError: there is none, or the task can't read by it.
     """
     auto = getattr(transformers, spec.task.processor)
     options = {"trust_remote_code": spec.model.trust_remote_code, "revision": spec.model.revision or "main"}
+    place = folder or resolve(spec.model.name, NAME)
     with quiet(), explained(spec.model, "tokenizer or processor"):
-        processor = auto.from_pretrained(folder or resolve(spec.model.name, NAME), **options)
-        if getattr(processor, "pad_token", "") is None:
+        processor = auto.from_pretrained(place, **options)
+    if hasattr(processor, "pad_token"):
+        check_vocabulary(processor, place, spec.model.name)
+        if processor.pad_token is None:
             processor.pad_token = processor.eos_token
+        if processor.pad_token is None:
+            raise SpecError(f"the tokenizer of {spec.model.name} has no token to pad with, and none for the end", NAME)
+    spec.task.settle(processor)
     return processor
 
 
-def collator(spec: Spec, pretrained: Pretrained, processor: Any, names: Sequence[str]) -> Collate:
+def check_vocabulary(processor: Any, place: str, name: str) -> None:
+    """Refuse a tokenizer that was made up, since its folder holds no vocabulary.
+
+    Raises:
+        SpecError: naming the files.
+    """
+    files = sorted({*processor.vocab_files_names.values(), "tokenizer.json"} if processor.vocab_files_names else ())
+    if files and is_local(place) and not any(os.path.exists(os.path.join(place, file)) for file in files):
+        raise SpecError(f"{name} holds no tokenizer: none of {', '.join(files)}", NAME)
+
+
+def name_padding(config: Any, processor: Any) -> None:
+    """Put the tokenizer's padding token into a config: a head that reads the last token looks for the padding after it.
+
+    Without a tokenizer a config that has none gets its end token.
+    """
+    before, eos = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
+    if processor is None and before is None:
+        config.pad_token_id = eos[0] if isinstance(eos, list) else eos
+    elif processor is not None and hasattr(processor, "pad_token_id"):
+        config.pad_token_id = config.get_text_config().pad_token_id = processor.pad_token_id
+
+
+def check_processor(model: nn.Module, processor: Any, before: int | None) -> None:
+    """Refuse a tokenizer whose ids the model has no row for, or whose padding moves positions.
+
+    Args:
+        before: the padding token of the model's own config.
+
+    Raises:
+        SpecError: naming ids and tokens.
+    """
+    if not hasattr(processor, "get_vocab"):
+        return
+    rows = model.get_input_embeddings().weight.shape[0]
+    over = sorted((number, token) for token, number in processor.get_vocab().items() if number >= rows)
+    if over:
+        shown = ", ".join(f"{number} ({token})" for number, token in over[:3])
+        some = "id" if len(over) == 1 else "ids"
+        raise SpecError(f"the tokenizer's {some} {shown} have no row in the model's table of {rows}", NAME)
+    counted = any(table.padding_idx is not None for table in _tables(model))
+    if counted and before is not None and before != processor.pad_token_id:
+        said = f"the tokenizer pads with {processor.pad_token_id}, but the model counts positions from its config's"
+        raise SpecError(f"{said} pad_token_id, {before}", NAME)
+
+
+def collator(spec: Spec, pretrained: Pretrained, names: Sequence[str]) -> Collate:
     """A function from encoded rows to a batch for a model that reads `names`; as `Task.collator`."""
     start = getattr(pretrained.model.config, "decoder_start_token_id", None)
-    return spec.task.collator(processor, names, start)
+    return spec.task.collator(pretrained.processor, names, start)
 
 
 @contextlib.contextmanager
@@ -202,15 +311,18 @@ def example_inputs(model: nn.Module, task: str | Task, batch: int = 3, length: i
 
 def positions(model: nn.Module) -> int | None:
     """How many tokens a model has a position for; None where positions are relative or computed."""
-    tables = [
+    return min(
+        (
+            t.num_embeddings - getattr(t, "offset", 0) - (0 if t.padding_idx is None else t.padding_idx + 1)
+            for t in _tables(model)
+        ),
+        default=None,
+    )
+
+
+def _tables(model: nn.Module) -> list[nn.Embedding]:
+    return [
         module
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) and re.search(r"(^|[._])(positions?|position_embeddings?|wpe)$", name)
     ]
-    return min(
-        (
-            t.num_embeddings - getattr(t, "offset", 0) - (0 if t.padding_idx is None else t.padding_idx + 1)
-            for t in tables
-        ),
-        default=None,
-    )

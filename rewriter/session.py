@@ -24,7 +24,7 @@ from .passes.manager import check_names
 from .passes.manager import run as run_passes
 from .plan import Plan, plan
 from .plan.cost import StepCost, exceeded, step_cost
-from .pretrained import Pretrained, collator, load_model, load_processor, positions
+from .pretrained import Pretrained, check_missing, collator, load_model, load_processor, positions
 from .rewrite import rewrite
 from .spec import Spec, dump_spec, load_spec, located
 from .trace import capture, trace
@@ -43,7 +43,8 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 @dataclass
 class Job:
-    """What tuning needs: the model with its weights, encoded rows, how they become batches, and weights of labels."""
+    """What tuning needs: the model with its weights, encoded rows, how they become batches, weights of labels, and what
+    there is to say of the rows."""
 
     pretrained: Pretrained
     inputs: Inputs
@@ -51,6 +52,7 @@ class Job:
     validation: Dataset
     collate: Callable[[list], dict[str, Tensor]]
     weights: Tensor | None
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -121,11 +123,12 @@ class Session:
         check_names(spec.train.passes.off, spec.train.passes.on)
         if self._shapes is None or (whole and not self._shapes.whole):
             pretrained = load_model(spec, meta=True)
-            inputs = spec.task.inputs(pretrained.model)
+            inputs = spec.task.inputs(pretrained.model, processor=pretrained.processor)
             if not whole:
                 inputs = Inputs(kwargs=inputs.kwargs)
             modes = ("train", "eval") if whole else ("eval",)
             traced = trace(pretrained.module, inputs, modes, spec.train.passes.off)
+            check_missing(spec.model.name, pretrained, traced.read())
             self._shapes = _Shapes(pretrained, traced, whole)
         return self._shapes.traced, self._shapes.pretrained
 
@@ -142,7 +145,8 @@ class Session:
         spec = self.spec
         traced, pretrained = self.shapes(whole)
         found = plan(traced, spec.rules, pretrained.new, spec.strict)
-        check_length(spec, positions(pretrained.model), found.rows)
+        if spec.task.sequences:
+            check_length(spec, positions(pretrained.model), found.rows)
         raise_all(exceeded(spec.limits, found))
         _check_training(spec, found, pretrained.labels)
         return found
@@ -156,7 +160,8 @@ class Session:
         """
         spec, found = self.spec, self.plan(whole=True)
         traced, pretrained = self.shapes(whole=True)
-        batch = spec.task.example_batch(pretrained.model, spec.train.batch_size, self._length)
+        size = spec.train.batch_size
+        batch = spec.task.example_batch(pretrained.model, size, self._length, pretrained.processor)
         tuned = self._rewritten(traced, found)
         if spec.train.gradient_checkpointing:
             by_layer(tuned)
@@ -180,7 +185,7 @@ class Session:
         spec, chosen, changed = self.spec, self.spec.train.passes, {}
         check_names(chosen.off, chosen.on)
         pretrained = load_model(spec, meta=True)
-        inputs = spec.task.inputs(pretrained.model)
+        inputs = spec.task.inputs(pretrained.model, processor=pretrained.processor)
         traced = trace(pretrained.module, inputs, without=chosen.off, changed=changed)
         planned = plan(traced, spec.rules, pretrained.new, spec.strict)
         rewrite(traced, planned, without=chosen.off, also=chosen.on, changed=changed)
@@ -204,25 +209,37 @@ class Session:
 
     @_placed
     def prepare(self) -> Job:
-        """Load the model and the data."""
-        spec, task = self.spec, self.spec.task
-        processor, pretrained = load_processor(spec), load_model(spec)
-        rows = load_rows(spec, pretrained.labels)
-        train, validation = (encode(spec, part, processor, pretrained.labels) for part in (rows.train, rows.validation))
-        inputs = task.inputs(pretrained.model)
+        """Encode the data, then load the model's weights: what is wrong with rows is said first."""
+        spec, task, notes = self.spec, self.spec.task, []
+        shapes = self.shapes()[1]
+        rows, parts = load_rows(spec, shapes.labels), {}
+        for name in ("train", "validation"):
+            said: list[str] = []
+            processor = shapes.processor or load_processor(spec)
+            parts[name] = encode(spec, getattr(rows, name), processor, shapes.labels, said)
+            notes += [f"{name}: {one}" for one in said]
+        pretrained = load_model(spec)
+        inputs = task.inputs(pretrained.model, processor=pretrained.processor)
         counts = task.label_counts(rows.train, spec.data.columns, pretrained.labels) if spec.train.class_weights else []
         weights = label_weights(spec, pretrained.labels, counts)
-        collate = collator(spec, pretrained, processor, list(inputs.kwargs))
-        return Job(pretrained, inputs, train, validation, collate, weights)
+        collate = collator(spec, pretrained, list(inputs.kwargs))
+        return Job(pretrained, inputs, parts["train"], parts["validation"], collate, weights, notes)
 
     @_placed
-    def tune(self, out: str | Path, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    def tune(
+        self,
+        out: str | Path,
+        resume: bool = False,
+        overwrite: bool = False,
+        tell: Callable[[str], None] | None = None,
+    ) -> dict[str, Any]:
         """Tune into the folder `out`: spec.yaml, plan.json, metrics.json, log.jsonl, checkpoints/, adapter/.
 
         Args:
             out: made new.
             resume: continue the run in it from its newest checkpoint.
             overwrite: first delete the run that is in it.
+            tell: gets a sentence for everything there is to say of the rows: what is cut, what is left out.
 
         Returns:
             The metrics, as `training.loop.tune` has them.
@@ -239,6 +256,8 @@ class Session:
         if spec.limits.of_a_step or spec.train.gradient_checkpointing:
             self.cost()
         planned, job = self.plan(), self.prepare()
+        for note in job.notes if tell and main else ():
+            tell(note)
         traced = trace(job.pretrained.module, job.inputs, without=spec.train.passes.off)
         planned, chosen = self._choose(job, traced, planned, out if resume else None)
         model = self._rewritten(traced, planned, chosen)

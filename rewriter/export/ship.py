@@ -38,8 +38,9 @@ def ship(spec: Spec, run: Path) -> dict[str, Any]:
         SubspanError: the adapter is of other weights, or a stage differs by more than `export.verify.atol`, by default
             by more than the tuned model's own rounding explains.
     """
-    pretrained, processor, task = load_model(spec), load_processor(spec), spec.task
-    inputs, passes = task.inputs(pretrained.model), spec.train.passes
+    pretrained, task = load_model(spec), spec.task
+    processor = pretrained.processor or load_processor(spec)
+    inputs, passes = task.inputs(pretrained.model, processor=processor), spec.train.passes
     traced = trace(pretrained.module, inputs, ("eval",), passes.off)
     tuned = load_adapter(traced, run / "adapter", without=passes.off, also=passes.on)
     whole = tuned.plan.merges
@@ -128,7 +129,7 @@ def _rows(
         encoded = encode(spec, load_rows(spec, pretrained.labels).validation, processor, pretrained.labels)
     except SpecError as error:
         return None, error.message
-    collate = collator(spec, pretrained, processor, tuned.input_names)
+    collate = collator(spec, pretrained, tuned.input_names)
     own = json.loads(file.read_text(encoding="utf-8"))["validation"]
     return compare.Rows(encoded, collate, spec.train.batch_size, load_predictions(run), own), None
 

@@ -87,6 +87,11 @@ class TracedModel(nn.Module):
         """Names of the keyword inputs, in order."""
         return next(iter(self.signatures.values())).names
 
+    def read(self) -> set[str]:
+        """The parameters that any graph reads, under all their names."""
+        named = {self.aliases.get(node.target) for graph in self.graphs.values() for node in graph.nodes if node.users}
+        return {name for name, first in self.aliases.items() if first in named}
+
     def add(self, name: str, tensor: torch.Tensor, persistent: bool = True) -> None:
         """Register a parameter or buffer under a dotted name."""
         *path, last = name.split(".")

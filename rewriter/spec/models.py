@@ -48,7 +48,7 @@ class Model(_Model):
     task: Literal[tuple(TASKS)] = Field(description="decides the head, the loss and the metric")
     task_options: dict[str, Any] = Field(default_factory=dict, description="of the task; docs/tasks.md has them")
     labels: list[str | int] | None = Field(None, min_length=1, description="class names in order; default: the model's")
-    dtype: Dtype = Field("float32", description="storage type of the frozen weights")
+    dtype: Dtype | None = Field(None, description="storage type of the frozen weights; default: the checkpoint's own")
     revision: str | None = Field(None, description="commit or tag of a hub model")
     config: dict[str, Any] | None = Field(
         None, description="the model's config.json, written out: plans need no weights and no network then"

@@ -7,7 +7,8 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from .base import IGNORED, Criterion, Options, Reading, Role, Task, columns_error, fits
+from .base import IGNORED, Criterion, Options, Reading, Role, Task
+from .cells import check_readings, check_texts, columns_error, fits
 
 # name -> class
 TASKS = {
@@ -35,4 +36,17 @@ def task_of(name: str, options: Mapping[str, Any] | None = None) -> Task:
     return made(name, made.Options.model_validate(dict(options or {})))
 
 
-__all__ = ["IGNORED", "TASKS", "Criterion", "Options", "Reading", "Role", "Task", "columns_error", "fits", "task_of"]
+__all__ = [
+    "IGNORED",
+    "TASKS",
+    "Criterion",
+    "Options",
+    "Reading",
+    "Role",
+    "Task",
+    "check_readings",
+    "check_texts",
+    "columns_error",
+    "fits",
+    "task_of",
+]

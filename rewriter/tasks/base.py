@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from ..errors import SpecError
 from ..graph.traced import Inputs
+from .cells import class_reader, words
 
 IGNORED = -100
+WHOLE, LEARNT = "whole", "learnt"
 LOWER = ("loss", "mse", "perplexity")
-_SHOWN = 40
 
 Batch = Mapping[str, Tensor]
 Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
@@ -131,6 +131,13 @@ class Task:
     def configure(self, config: Any, labels: Sequence[str] | None) -> None:
         """Set what the task needs in a model's config, before the model is made."""
 
+    def settle(self, processor: Any) -> None:
+        """Set a tokenizer or an image processor as the task reads by it. In place.
+
+        Raises:
+            SpecError: the task can't read by it.
+        """
+
     def labels(self, config: Any) -> list[str]:
         """Class names in order; empty for tasks without classes."""
         return [config.id2label[i] for i in range(config.num_labels)] if self.labelled else []
@@ -143,13 +150,17 @@ class Task:
         """
         return model
 
-    def inputs(self, model: nn.Module, batch: int = 3, length: int = 11) -> Inputs:
+    def inputs(self, model: nn.Module, batch: int = 3, length: int = 11, processor: Any = None) -> Inputs:
         """Examples of what the model reads, on its device, with dynamic batch and sequence.
 
         Token ids are (batch, sequence) int64.
 
         Args:
             batch, length: sizes of the examples.
+            processor: decides the sizes that a model leaves open.
+
+        Raises:
+            SpecError: the model can't read what the task gives it.
         """
         names = ["input_ids", "attention_mask"]
         segments = getattr(model.config, "type_vocab_size", 0) > 1
@@ -157,9 +168,9 @@ class Task:
             names.append("token_type_ids")
         return token_inputs(model, dict.fromkeys(names, length), batch)
 
-    def example_batch(self, model: nn.Module, batch: int, length: int) -> dict[str, Tensor]:
+    def example_batch(self, model: nn.Module, batch: int, length: int, processor: Any = None) -> dict[str, Tensor]:
         """A batch of `batch` rows as a training step reads it: inputs and targets."""
-        inputs = self.inputs(model, batch, length).kwargs
+        inputs = self.inputs(model, batch, length, processor).kwargs
         return {**inputs, "labels": torch.zeros(batch, dtype=torch.long, device=next(model.parameters()).device)}
 
     # The data.
@@ -185,26 +196,52 @@ class Task:
                 counts[read(one)] += 1
         return counts
 
-    def encode(self, rows: Any, reading: Reading) -> Any:
-        """Rows of `datasets` as the model reads them: token ids, and targets.
+    def encode(self, rows: Any, reading: Reading, notes: list[str]) -> Any:
+        """Rows of `datasets` as the model reads them: token ids, and targets. Rows without anything to learn from are
+        left out.
+
+        Args:
+            notes: gets what there is to say of the rows.
 
         Raises:
             SpecError: the tokenizer can't do what the task needs.
         """
 
         def tokens(batch: dict[str, list], index: list[int]) -> dict[str, Any]:
-            return self.tokens(batch, index, reading)
+            out = dict(self.tokens(batch, index, reading))
+            made = [dict(zip(out, row, strict=True)) for row in zip(*out.values(), strict=True)]
+            return {**out, LEARNT: [self.learnt(row) for row in made]}
 
         options = {"batched": True, "with_indices": True, "load_from_cache_file": False, "desc": "encode"}
-        return rows.map(tokens, remove_columns=rows.column_names, **options)
+        found = rows.map(tokens, remove_columns=rows.column_names, **options)
+        if WHOLE in found.column_names:
+            whole = np.array(found[WHOLE])
+            kept = np.minimum(whole, reading.length)
+            if (cut := int((whole > kept).sum())) and whole.sum():
+                share = 100 * (1 - kept.sum() / whole.sum())
+                notes.append(
+                    f"{cut} of {len(whole)} rows are cut to {reading.length} tokens: {share:.1f}% of all tokens "
+                    "are not read (data.max_length)"
+                )
+            found = found.remove_columns(WHOLE)
+        learnt = np.flatnonzero(found[LEARNT])
+        if left := len(found) - len(learnt):
+            notes.append(f"{left} of {len(found)} rows have nothing to learn from and are left out")
+            found = found.select(learnt)
+        return found.remove_columns(LEARNT)
 
     def tokens(self, batch: dict[str, list], index: list[int], reading: Reading) -> dict[str, Any]:
-        """`encode` of some rows, whose numbers are in `index`."""
+        """`encode` of some rows, whose numbers are in `index`; `WHOLE`: their tokens before they are cut."""
         out = tokenised(batch, reading)
         column = reading.columns["label"]
         read = self.reader(reading.features[column], reading.labels)
         out["labels"] = [read(value) for value in batch[column]]
         return out
+
+    def learnt(self, row: Mapping[str, Any]) -> bool:
+        """Whether an encoded row has a token to read, and a label to learn."""
+        labels = row.get("labels")
+        return len(row["input_ids"]) > 0 and (not isinstance(labels, list) or any(one != IGNORED for one in labels))
 
     def length(self, row: Mapping[str, Any]) -> int:
         """Tokens of an encoded row, for batches of rows of like lengths."""
@@ -214,19 +251,19 @@ class Task:
         """A function from encoded rows to a batch, padded to its longest row: the model's inputs, and targets.
 
         Args:
-            processor: the tokenizer; it pads on its own side.
+            processor: the tokenizer; padding stands on the right, where it moves no position.
             input_names: what the model reads.
             start: the id that starts a decoder's input (encoder-decoder models).
         """
 
         def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
             batch = padded(processor, rows)
-            batch["labels"] = self.padded_labels([row["labels"] for row in rows], processor)
+            batch["labels"] = self.padded_labels([row["labels"] for row in rows])
             return {name: batch[name] for name in (*input_names, "labels")}
 
         return collate
 
-    def padded_labels(self, labels: list[Any], processor: Any) -> Tensor:
+    def padded_labels(self, labels: list[Any]) -> Tensor:
         """The rows' labels as one tensor."""
         return torch.tensor(labels)
 
@@ -271,13 +308,6 @@ def name_labels(config: Any, labels: Sequence[str] | None, problem: str | None =
         config.problem_type = problem
 
 
-def name_padding(config: Any) -> None:
-    """A padding token where a config has none: a head that reads the last token looks for the padding after it."""
-    if config.pad_token_id is None:
-        eos = config.eos_token_id
-        config.pad_token_id = eos[0] if isinstance(eos, list) else eos
-
-
 def token_inputs(model: nn.Module, lengths: Mapping[str, int], batch: int) -> Inputs:
     """Example token ids of these lengths, on the model's device; masks are 1, all else 0."""
     device = next(model.parameters()).device
@@ -289,125 +319,35 @@ def token_inputs(model: nn.Module, lengths: Mapping[str, int], batch: int) -> In
     return Inputs(kwargs=kwargs, dynamic=axes)
 
 
-def words(values: Sequence[Any]) -> list[str]:
-    """Cells as texts; an empty cell is an empty text."""
-    return ["" if value is None else str(value) for value in values]
-
-
-def tokenised(batch: dict[str, list], reading: Reading) -> Any:
+def tokenised(batch: dict[str, list], reading: Reading) -> dict[str, Any]:
     """The token ids of a text column, and of its pair if there is one."""
     columns = reading.columns
     pair = words(batch[columns["text_pair"]]) if "text_pair" in columns else None
-    return reading.processor(words(batch[columns["text"]]), pair, truncation=True, max_length=reading.length)
+    return cut_off(reading, words(batch[columns["text"]]), pair)
+
+
+def cut_off(reading: Reading, *texts: Any, **options: Any) -> dict[str, Any]:
+    """What the tokenizer makes of texts, cut to the length that is read; `WHOLE`: their tokens before that."""
+    out = reading.processor(*texts, verbose=False, **options)
+    whole = [len(ids) for ids in out["input_ids"]]
+    if max(whole, default=0) > reading.length:
+        out = reading.processor(*texts, truncation=True, max_length=reading.length, **options)
+    return {**out, WHOLE: whole}
 
 
 def padded(processor: Any, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Token ids, mask and segments of encoded rows, padded to the longest."""
+    """Token ids, mask and segments of encoded rows, padded to the longest on the right."""
     keys = [key for key in ("input_ids", "attention_mask", "token_type_ids") if key in rows[0]]
-    batch = dict(processor.pad([{key: row[key] for key in keys} for row in rows], return_tensors="pt"))
+    texts = [{key: row[key] for key in keys} for row in rows]
+    batch = dict(processor.pad(texts, return_tensors="pt", padding_side="right"))
     batch.setdefault("token_type_ids", torch.zeros_like(batch["input_ids"]))
     return batch
 
 
-def padded_lists(lists: list[list[int]], left: bool, value: int = IGNORED) -> Tensor:
+def padded_lists(lists: list[list[int]], value: int = IGNORED) -> Tensor:
     """Lists of numbers as one tensor, (rows, longest)."""
     width = max(map(len, lists))
-    pads = [[value] * (width - len(one)) for one in lists]
-    return torch.tensor([pad + one if left else one + pad for pad, one in zip(pads, lists, strict=True)])
-
-
-def class_reader(feature: Any, labels: Sequence[str]) -> Callable[[Any], int]:
-    """A function from a label as written to its class index: a class name, or else an index into the names.
-
-    Args:
-        feature: of `datasets`, of the column; a ClassLabel's own names stand for its numbers.
-    """
-    index = {label: i for i, label in enumerate(labels)}
-    feature = getattr(feature, "feature", feature)
-    own = getattr(feature, "names", None)
-    names = own if own and set(own) <= set(labels) else None
-
-    def read(value: Any) -> int:
-        if names and isinstance(value, int):
-            value = names[value]
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if str(value) in index:
-            return index[str(value)]
-        if isinstance(value, int) and 0 <= value < len(labels):
-            return int(value)
-        raise ValueError(value)
-
-    return read
-
-
-def number(value: Any) -> float:
-    """A finite number; ValueError for anything else."""
-    found = float(value)
-    if found != found or abs(found) == float("inf"):
-        raise ValueError(value)
-    return found
-
-
-def check_cells(rows: Any, columns: Mapping[str, str], role: str, read: Callable[[Any], Any], wanted: str) -> None:
-    """Every cell of a role's column can be read; cells that are lists, entry by entry.
-
-    Raises:
-        SpecError: at the role's column, with the first that can't, and the row's text.
-    """
-    seen: set[Any] = set()
-    for row, value in enumerate(rows[columns[role]]):
-        for one in value if isinstance(value, list) else [value]:
-            if one in seen:
-                continue
-            seen.add(one)
-            try:
-                read(one)
-            except (ValueError, TypeError):
-                text = columns.get("text")
-                example = f"text {str(rows[row][text])[:_SHOWN]!r}" if text else f"row {row}"
-                where = f"column {columns[role]!r} holds {one!r}"
-                path = ("data", "columns", role)
-                raise SpecError(f"{where} ({example}); expected {wanted}", path) from None
-
-
-def check_labels(rows: Any, columns: Mapping[str, str], read: Callable[[Any], Any], labels: Sequence[str]) -> None:
-    """`check_cells` of class labels."""
-    check_cells(rows, columns, "label", read, f"one of the labels {', '.join(labels)}")
-
-
-def fits(kind: str, feature: Any) -> bool:
-    """Whether a column of `datasets` can hold what a role's kind says; what a column without a value holds is not
-    known."""
-    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
-    if kind in ("labels", "words"):
-        return inner is not None and _plain(inner)
-    if kind == "answers":
-        return isinstance(feature, dict)
-    return type(feature).__name__ == "Image" if kind == "image" else _plain(feature)
-
-
-def _plain(feature: Any) -> bool:
-    """A text, a number or a label."""
-    return type(feature).__name__ in ("Value", "ClassLabel") and "binary" not in feature.dtype
-
-
-KINDS = {
-    "text": "text",
-    "label": "one label a row",
-    "labels": "a list of labels a row",
-    "words": "a list of words a row",
-    "number": "a number a row",
-    "image": "images",
-    "answers": "answers as SQuAD writes them, {text: [...], answer_start: [...]}",
-}
-
-
-def columns_error(task: Task, role: str, column: str, others: Sequence[str]) -> SpecError:
-    """What to say of a column that holds something else than the role; `others` are tasks that read what it holds."""
-    wanted = KINDS[task.roles[role].kind]
-    hint = f"; a task that reads it: {', '.join(others)}" if others else ""
-    return SpecError(f"column {column!r} does not hold {wanted}, as {task.name} reads{hint}", ("data", "columns", role))
+    return torch.tensor([[*one, *[value] * (width - len(one))] for one in lists])
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, criterion: Criterion = PLAIN) -> Tensor:

@@ -10,7 +10,8 @@ from .base import IGNORED, Batch, Reading, Role, Task, likelihoods, padded_lists
 
 
 class CausalLM(Task):
-    """Cross entropy of each next token; labels are shifted already: position t holds the token of t + 1."""
+    """Cross entropy of each next token, the end of the text among them; labels are shifted already: position t holds
+    the token of t + 1."""
 
     roles = {"text": Role("text")}
     metrics = ("perplexity", "loss", "accuracy")
@@ -18,17 +19,23 @@ class CausalLM(Task):
     headed = False
     smooths = True
 
-    def example_batch(self, model: nn.Module, batch: int, length: int) -> dict[str, Tensor]:
-        inputs = self.inputs(model, batch, length).kwargs
+    def example_batch(self, model: nn.Module, batch: int, length: int, processor: Any = None) -> dict[str, Tensor]:
+        inputs = self.inputs(model, batch, length, processor).kwargs
         return {**inputs, "labels": torch.zeros_like(inputs["input_ids"])}
 
     def tokens(self, batch: dict[str, list], index: list[int], reading: Reading) -> dict[str, Any]:
-        out = tokenised(batch, reading)
+        """A text that is not cut ends with the end token, which is learnt too."""
+        out, end = tokenised(batch, reading), reading.processor.eos_token_id
+        for i, ids in enumerate(out["input_ids"]):
+            if end is not None and 0 < len(ids) < reading.length and ids[-1] != end:
+                for name in out.keys() & {"attention_mask", "token_type_ids"}:
+                    out[name][i].append(out[name][i][-1])
+                ids.append(end)
         out["labels"] = [[*ids[1:], IGNORED] for ids in out["input_ids"]]
         return out
 
-    def padded_labels(self, labels: list[Any], processor: Any) -> Tensor:
-        return padded_lists(labels, processor.padding_side == "left")
+    def padded_labels(self, labels: list[Any]) -> Tensor:
+        return padded_lists(labels)
 
     def summary(self, out: Any, targets: Batch) -> Tensor:
         return likelihoods(out.logits, targets["labels"])

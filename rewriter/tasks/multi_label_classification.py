@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import SpecError
-from .base import PLAIN, Batch, Criterion, Reading, Role, Task, check_labels, name_labels, name_padding, tokenised
+from .base import PLAIN, Batch, Criterion, Reading, Role, Task, name_labels, tokenised
+from .cells import check_labels
 
 THRESHOLD = 0.5
 
@@ -25,9 +26,12 @@ class MultiLabelClassification(Task):
 
     def configure(self, config: Any, labels: Sequence[str] | None) -> None:
         name_labels(config, labels, "multi_label_classification")
-        name_padding(config)
 
     def check(self, rows: Any, columns: Mapping[str, str], labels: Sequence[str]) -> None:
+        for row, value in enumerate(rows[columns["label"]]):
+            if value is None:
+                said = f"row {row} holds no list of labels; a row without a label has an empty one"
+                raise SpecError(said, ("data", "columns", "label"))
         check_labels(rows, columns, self.reader(rows.features[columns["label"]], labels), labels)
         lists = rows[columns["label"]]
         # Of two labels a row of zeros and ones repeats no number where one holds: then every row names both.

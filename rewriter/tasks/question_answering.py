@@ -15,7 +15,7 @@ from ..errors import SpecError
 from .base import PLAIN, Batch, Collate, Criterion, Options, Reading, Role, Task, cross_entropy, padded, padded_lists
 
 OUTSIDE = -1
-TARGETS = ("start_positions", "end_positions", "starts", "ends", "first", "row")
+TARGETS = ("start_positions", "end_positions", "starts", "ends", "row")
 
 
 class AnswerOptions(Options):
@@ -37,8 +37,8 @@ class QuestionAnswering(Task):
     metrics = ("f1", "exact_match", "loss")
     auto = "AutoModelForQuestionAnswering"
 
-    def example_batch(self, model: nn.Module, batch: int, length: int) -> dict[str, Tensor]:
-        inputs = self.inputs(model, batch, length).kwargs
+    def example_batch(self, model: nn.Module, batch: int, length: int, processor: Any = None) -> dict[str, Tensor]:
+        inputs = self.inputs(model, batch, length, processor).kwargs
         zeros = torch.zeros(batch, dtype=torch.long, device=next(model.parameters()).device)
         return {**inputs, "start_positions": zeros, "end_positions": zeros}
 
@@ -59,10 +59,10 @@ class QuestionAnswering(Task):
                 if not text or there != text:
                     raise SpecError(f"row {row}: the context has {there!r} at {start}, not the answer {text!r}", path)
 
-    def encode(self, rows: Any, reading: Reading) -> Any:
+    def encode(self, rows: Any, reading: Reading, notes: list[str]) -> Any:
         if not reading.processor.is_fast:
             raise SpecError("spans need a fast tokenizer, which says where tokens stand", ("model", "name"))
-        return super().encode(rows, reading)
+        return super().encode(rows, reading, notes)
 
     def tokens(self, batch: dict[str, list], index: list[int], reading: Reading) -> dict[str, Any]:
         """A row for every window of a text."""
@@ -96,17 +96,14 @@ class QuestionAnswering(Task):
 
     def collator(self, processor: Any, input_names: Sequence[str], start: int | None) -> Collate:
         """Targets: the span's first and last token (batch,), where each token of the context starts and ends in it,
-        -1 for all others (batch, sequence); the window's first token and its row (batch,)."""
+        -1 for all others (batch, sequence); the window's row (batch,)."""
 
         def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-            batch, left = padded(processor, rows), processor.padding_side == "left"
-            width = batch["input_ids"].shape[1]
-            batch["first"] = torch.tensor([width - len(row["input_ids"]) if left else 0 for row in rows])
-            for name in ("start_positions", "end_positions"):
-                batch[name] = torch.tensor([row[name] for row in rows]) + batch["first"]
+            batch = padded(processor, rows)
+            for name in ("start_positions", "end_positions", "row"):
+                batch[name] = torch.tensor([row[name] for row in rows])
             for name in ("starts", "ends"):
-                batch[name] = padded_lists([row[name] for row in rows], left, OUTSIDE)
-            batch["row"] = torch.tensor([row["row"] for row in rows])
+                batch[name] = padded_lists([row[name] for row in rows], OUTSIDE)
             return {name: batch[name] for name in (*input_names, *TARGETS)}
 
         return collate
@@ -130,8 +127,7 @@ class QuestionAnswering(Task):
         width = scores.shape[2]
         start = targets["starts"].gather(1, (place // width).unsqueeze(1)).squeeze(1)
         end = targets["ends"].gather(1, (place % width).unsqueeze(1)).squeeze(1)
-        at = targets["first"].unsqueeze(1)
-        nothing = (first.gather(1, at) + last.gather(1, at)).squeeze(1)
+        nothing = first[:, 0] + last[:, 0]
         return torch.stack([targets["row"].double(), start.double(), end.double(), score, nothing], dim=1)
 
     def measure(self, metric: str, found: np.ndarray, rows: Any) -> float:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import PLAIN, Batch, Criterion, Role, Task, check_cells, correlation, name_padding, number
+from .base import PLAIN, Batch, Criterion, Role, Task, correlation
+from .cells import check_cells, number
 
 
 class Regression(Task):
@@ -20,7 +21,6 @@ class Regression(Task):
 
     def configure(self, config: Any, labels: Sequence[str] | None) -> None:
         config.num_labels, config.problem_type = 1, "regression"
-        name_padding(config)
 
     def check(self, rows: Any, columns: Mapping[str, str], labels: Sequence[str]) -> None:
         check_cells(rows, columns, "label", number, "a finite number")

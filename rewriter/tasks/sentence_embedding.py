@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import SpecError
 from .base import (
     PLAIN,
+    WHOLE,
     Batch,
     Collate,
     Criterion,
@@ -21,12 +22,11 @@ from .base import (
     Reading,
     Role,
     Task,
-    check_cells,
     correlation,
-    number,
+    cut_off,
     padded,
-    words,
 )
+from .cells import check_cells, number, words
 
 SCALE = 20.0  # of the cosines among which the right pair is told, as sentence-transformers' ranking loss has it
 DEPTHS = (1, 5, 10)
@@ -81,8 +81,8 @@ class SentenceEmbedding(Task):
     def module(self, model: nn.Module, revision: str | None = None) -> nn.Module:
         return Embedder(model, self.options.pooling or _written_pooling(model.config.name_or_path, revision))
 
-    def example_batch(self, model: nn.Module, batch: int, length: int) -> dict[str, Tensor]:
-        inputs = self.inputs(model, 2 * batch, length).kwargs
+    def example_batch(self, model: nn.Module, batch: int, length: int, processor: Any = None) -> dict[str, Tensor]:
+        inputs = self.inputs(model, 2 * batch, length, processor).kwargs
         return {**inputs, "labels": torch.arange(batch, device=next(model.parameters()).device)}
 
     def check(self, rows: Any, columns: Mapping[str, str], labels: Sequence[str]) -> None:
@@ -100,15 +100,16 @@ class SentenceEmbedding(Task):
         return found if self.options.scores is None else (found - low) / (high - low)
 
     def tokens(self, batch: dict[str, list], index: list[int], reading: Reading) -> dict[str, Any]:
-        columns, options = reading.columns, {"truncation": True, "max_length": reading.length}
-        out = {
-            f"{role}_{name}": value
-            for role in ("text", "text_pair")
-            for name, value in reading.processor(words(batch[columns[role]]), **options).items()
-        }
+        columns = reading.columns
+        found = {role: cut_off(reading, words(batch[columns[role]])) for role in ("text", "text_pair")}
+        whole = [max(both) for both in zip(*(one.pop(WHOLE) for one in found.values()), strict=True)]
+        out = {f"{role}_{name}": value for role, one in found.items() for name, value in one.items()} | {WHOLE: whole}
         if "score" in columns:
             out["score"] = [self._score(value) for value in batch[columns["score"]]]
         return out
+
+    def learnt(self, row: Mapping[str, Any]) -> bool:
+        return all(len(row[f"{role}_input_ids"]) > 0 for role in ("text", "text_pair"))
 
     def length(self, row: Mapping[str, Any]) -> int:
         return max(len(row["text_input_ids"]), len(row["text_pair_input_ids"]))

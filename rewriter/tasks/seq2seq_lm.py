@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..errors import SpecError
 from ..graph.traced import Inputs
 from .base import (
     IGNORED,
@@ -21,8 +22,8 @@ from .base import (
     perplexity,
     token_inputs,
     tokenised,
-    words,
 )
+from .cells import words
 
 
 class Seq2SeqLM(Task):
@@ -34,14 +35,17 @@ class Seq2SeqLM(Task):
     headed = False
     smooths = True
 
-    def inputs(self, model: nn.Module, batch: int = 3, length: int = 11) -> Inputs:
+    def inputs(self, model: nn.Module, batch: int = 3, length: int = 11, processor: Any = None) -> Inputs:
         """A decoder's sequence is shorter, so that no two sizes are equal."""
+        if getattr(model.config, "decoder_start_token_id", None) is None:
+            said = "its config has no decoder_start_token_id: what a decoder's text starts with is not known"
+            raise SpecError(said, ("model", "name"))
         decoder = length - 4 if length > 8 else length + 1
         lengths = {"input_ids": length, "attention_mask": length, "decoder_input_ids": decoder}
         return token_inputs(model, lengths, batch)
 
-    def example_batch(self, model: nn.Module, batch: int, length: int) -> dict[str, Tensor]:
-        inputs = self.inputs(model, batch, length).kwargs
+    def example_batch(self, model: nn.Module, batch: int, length: int, processor: Any = None) -> dict[str, Tensor]:
+        inputs = self.inputs(model, batch, length, processor).kwargs
         decoder = inputs["input_ids"].clone()
         return {**inputs, "decoder_input_ids": decoder, "labels": torch.zeros_like(decoder)}
 
@@ -54,7 +58,7 @@ class Seq2SeqLM(Task):
     def collator(self, processor: Any, input_names: Sequence[str], start: int | None) -> Collate:
         def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
             batch = padded(processor, rows)
-            batch["labels"] = padded_lists([row["labels"] for row in rows], left=False)
+            batch["labels"] = padded_lists([row["labels"] for row in rows])
             shifted = batch["labels"].roll(1, dims=1)
             shifted[:, 0] = start
             batch["decoder_input_ids"] = shifted.masked_fill(shifted == IGNORED, processor.pad_token_id)

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .base import Batch, Task, agreement, check_labels, guesses, name_labels, name_padding
+from .base import Batch, Task, agreement, guesses, name_labels
+from .cells import check_labels
 
 
 class SequenceClassification(Task):
@@ -19,7 +20,6 @@ class SequenceClassification(Task):
 
     def configure(self, config: Any, labels: Sequence[str] | None) -> None:
         name_labels(config, labels, "single_label_classification")
-        name_padding(config)
 
     def check(self, rows: Any, columns: Mapping[str, str], labels: Sequence[str]) -> None:
         check_labels(rows, columns, self.reader(rows.features[columns["label"]], labels), labels)

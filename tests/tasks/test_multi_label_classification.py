@@ -24,7 +24,7 @@ def test_lists_of_names_or_numbers_become_zeros_and_ones():
     for tags in ([["c", "a"], [], ["b", "b"]], [[2, 0], [], [1]]):
         rows = rows_of(tags)
         TASK.check(rows, COLUMNS, LABELS)
-        found = TASK.encode(rows, Reading(COLUMNS, rows.features, make_tokenizer(), LABELS, 8))
+        found = TASK.encode(rows, Reading(COLUMNS, rows.features, make_tokenizer(), LABELS, 8), [])
         assert found["labels"] == [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
         assert TASK.label_counts(rows, COLUMNS, LABELS)[2] == 1
 

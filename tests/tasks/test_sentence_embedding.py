@@ -66,7 +66,7 @@ def test_scores_are_cosines_or_said_to_be_others():
         TASK.check(rows, SCORED, [])
     scaled = task_of(NAME, {"scores": [0.0, 5.0]})
     scaled.check(rows, SCORED, [])
-    encoded = scaled.encode(rows, Reading(SCORED, rows.features, make_tokenizer(), [], 8))
+    encoded = scaled.encode(rows, Reading(SCORED, rows.features, make_tokenizer(), [], 8), [])
     batch = scaled.collator(make_tokenizer(), ["input_ids", "attention_mask"], None)([encoded[0]])
     assert batch["score"].tolist() == [pytest.approx(0.8)] and batch["input_ids"].shape[0] == 2
     assert (

@@ -1,0 +1,121 @@
+"""What a base model's folder holds, before anything of it is loaded: safetensors, of one type, inside the folder."""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import transformers
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+
+from .errors import SpecError
+from .resources import is_local
+
+NAME = ("model", "name")
+_INDEX = "model.safetensors.index.json"
+_OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".pkl", ".npz")
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_QUANTISED = ("I8", "U8", "F8", "F4", "F6", "U4", "I4")
+_MOST_LAYERS = 4096
+
+
+def check_config(config: Mapping[str, Any], path: tuple[str, ...]) -> None:
+    """Refuse what a config asks for beside the model: a quantised base, code from a hub, a size that is no model's.
+
+    Args:
+        config: as in config.json.
+        path: place in the spec.
+
+    Raises:
+        SpecError: naming the key.
+    """
+    for keys, value in _entries(config):
+        key = keys[-1]
+        if key == "quantization_config" and value:
+            method = value.get("quant_method") if isinstance(value, Mapping) else None
+            said = f"the base model is quantised ({method or 'quantization_config'}), which is not supported yet"
+            raise SpecError(f"{said}; give it in float32, bfloat16 or float16", path)
+        if key.endswith("_implementation") and "/" in str(value):
+            said = f"{'.'.join(keys)}: {value!r} asks for code of a hub, which is not run; take the key out"
+            raise SpecError(said, path)
+        if "layers" in key and isinstance(value, int) and value > _MOST_LAYERS:
+            raise SpecError(f"{'.'.join(keys)}: {value} is more layers than any model has ({_MOST_LAYERS})", path)
+
+
+def _entries(value: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(keys, value) of everything in nested mappings; deeper than any config goes is not followed."""
+    if isinstance(value, Mapping) and len(keys) < 20:
+        for key, one in value.items():
+            yield (*keys, str(key)), one
+            yield from _entries(one, (*keys, str(key)))
+
+
+def config_of(location: str, revision: str) -> dict[str, Any]:
+    """config.json of a folder or of a hub id."""
+    return transformers.PreTrainedConfig.get_config_dict(location, revision=revision)[0]
+
+
+def own_type(location: str, revision: str) -> str | None:
+    """The type that most of a base model's weights are stored in; None where its folder holds a config alone, "auto"
+    (what transformers finds) for a hub id.
+
+    Raises:
+        SpecError: its weights are no safetensors, lie elsewhere, are broken or quantised.
+    """
+    files = _files(location, revision)
+    if files is None:
+        return "auto"
+    sizes: dict[str, int] = {}
+    for file in files:
+        try:
+            with safetensors.safe_open(file, "pt") as held:
+                for name in held.keys():  # noqa: SIM118 - no mapping
+                    part = held.get_slice(name)
+                    dtype = part.get_dtype()
+                    if dtype.startswith(_QUANTISED):
+                        said = f"{name} of the base model is stored in {dtype}: quantised weights are not supported yet"
+                        raise SpecError(said, NAME)
+                    sizes[dtype] = sizes.get(dtype, 0) + math.prod(part.get_shape())
+        except (OSError, safetensors.SafetensorError) as error:
+            raise SpecError(f"{file}: truncated, or not a safetensors file ({error})", NAME) from None
+    real = {dtype: size for dtype, size in sizes.items() if dtype in _DTYPES}
+    return _DTYPES[max(real, key=real.__getitem__)] if real else None
+
+
+def _files(location: str, revision: str) -> list[Path] | None:
+    """The safetensors files of a base model on disk; none where there is a config alone; None for a hub id."""
+    if not is_local(location):
+        with contextlib.suppress(EntryNotFoundError):
+            _parts(Path(hf_hub_download(location, _INDEX, revision=revision)))
+        return None
+    folder = Path(location)
+    if (folder / "adapter_config.json").is_file():
+        raise SpecError("the folder holds an adapter of another library; merge it into a model first", NAME)
+    if (folder / _INDEX).is_file() and not (folder / "model.safetensors").is_file():
+        files = [folder / name for name in _parts(folder / _INDEX)]
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise SpecError(f"{folder / _INDEX} names {missing[0]}, which is not there", NAME)
+        return files
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    others = sorted(file.name for file in folder.iterdir() if file.name.endswith((*_OTHERS, ".safetensors")))
+    if others:
+        said = f"its weights are in {others[0]}, not in model.safetensors; save it with transformers' save_pretrained"
+        raise SpecError(said, NAME)
+    return []
+
+
+def _parts(index: Path) -> list[str]:
+    """The files that an index names: safetensors beside it, and nothing else."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise SpecError(f"{index}: no index of weights ({error})", NAME) from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise SpecError(f"{index} names {name!r}: only safetensors files of the same folder are read", NAME)
+    return names

@@ -1,0 +1,168 @@
+"""Cells of columns: what a role reads, and which cells are none of that."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import SpecError
+
+if TYPE_CHECKING:
+    from .base import Task
+
+_SHOWN = 40
+_GENERIC = "LABEL_"
+_LABEL = ("data", "columns", "label")
+
+
+def words(values: Sequence[Any]) -> list[str]:
+    """Cells as texts; an empty cell is an empty text."""
+    return ["" if value is None else str(value) for value in values]
+
+
+def class_reader(feature: Any, labels: Sequence[str]) -> Callable[[Any], int]:
+    """A function from a label as written to its class index: a class name, or else an index into the names. A column
+    that mixes both is refused before (`check_readings`).
+
+    Args:
+        feature: of `datasets`, of the column; a ClassLabel's own names stand for its numbers.
+    """
+    index = {label: i for i, label in enumerate(labels)}
+    names = _own_names(feature)
+    names = names if names and set(names) <= set(labels) else None
+
+    def read(value: Any) -> int:
+        if names and isinstance(value, int):
+            value = names[value]
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if str(value) in index:
+            return index[str(value)]
+        if isinstance(value, int) and 0 <= value < len(labels):
+            return int(value)
+        raise ValueError(value)
+
+    return read
+
+
+def _own_names(feature: Any) -> list[str] | None:
+    feature = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
+    return getattr(feature, "names", None)
+
+
+def check_readings(values: Iterable[Any], feature: Any, labels: Sequence[str]) -> None:
+    """Every label of a column is a name, or every one is an index into the names.
+
+    Args:
+        values: what the column holds, each value at least once, lists taken apart.
+        feature: of `datasets`, of the column.
+        labels: class names in order.
+
+    Raises:
+        SpecError: some are names and others indices alone; or the column has class names of its own that are others.
+    """
+    own = _own_names(feature)
+    if own:
+        if not set(own) <= set(labels) and not all(label.startswith(_GENERIC) for label in labels):
+            said = f"the column's own names are {', '.join(own)}, the labels are {', '.join(labels)}: which is which?"
+            raise SpecError(f"{said} Give model.labels: [{', '.join(own)}]", _LABEL)
+        return
+    numbers = {int(value) for value in values if isinstance(value, int | float) and value == value and value % 1 == 0}
+    named = {value for value in numbers if str(value) in labels}
+    alone = {value for value in numbers - named if 0 <= value < len(labels)}
+    if named and alone:
+        one, other = min(named), min(alone)
+        raise SpecError(
+            f"the column holds {other}, which is no label's name but the place of {labels[other]!r} (the first is 0), "
+            f"and {one}, which is a label's name: write names alone, or places alone with labels that are no numbers",
+            _LABEL,
+        )
+
+
+def number(value: Any) -> float:
+    """A finite number; ValueError for anything else."""
+    found = float(value)
+    if found != found or abs(found) == float("inf"):
+        raise ValueError(value)
+    return found
+
+
+def check_cells(rows: Any, columns: Mapping[str, str], role: str, read: Callable[[Any], Any], wanted: str) -> None:
+    """Every cell of a role's column can be read; cells that are lists, entry by entry.
+
+    Raises:
+        SpecError: at the role's column, with the first that can't, and the row's text.
+    """
+    seen: set[Any] = set()
+    for row, value in enumerate(rows[columns[role]]):
+        for one in value if isinstance(value, list) else [value]:
+            if one in seen:
+                continue
+            seen.add(one)
+            try:
+                read(one)
+            except (ValueError, TypeError):
+                text = columns.get("text")
+                example = f"text {str(rows[row][text])[:_SHOWN]!r}" if text else f"row {row}"
+                where = f"column {columns[role]!r} holds {one!r}"
+                path = ("data", "columns", role)
+                raise SpecError(f"{where} ({example}); expected {wanted}", path) from None
+
+
+def check_labels(rows: Any, columns: Mapping[str, str], read: Callable[[Any], Any], labels: Sequence[str]) -> None:
+    """`check_cells` of class labels."""
+    check_cells(rows, columns, "label", read, f"one of the labels {', '.join(labels)}")
+
+
+def check_texts(values: Iterable[Any], role: str, column: str) -> None:
+    """Every cell holds a text.
+
+    Raises:
+        SpecError: at the role's column, with the first row that has none.
+    """
+    for row, value in enumerate(values):
+        if value is None:
+            said = f"row {row} of column {column!r} holds no text (null)"
+            way = "leave it out or write an empty text (data.options: {keep_default_na: false}, where csv made it null)"
+            raise SpecError(f"{said}; {way}", ("data", "columns", role))
+
+
+def fits(kind: str, feature: Any) -> bool:
+    """Whether a column of `datasets` can hold what a role's kind says; what a column without a value holds is not
+    known. Numbers are texts where they are whole: others have more than one spelling."""
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    if kind == "words":
+        return inner is not None and _text(inner)
+    if kind == "labels":
+        return inner is not None and _plain(inner)
+    if kind == "answers":
+        return isinstance(feature, dict)
+    if kind == "text":
+        return _text(feature)
+    return type(feature).__name__ == "Image" if kind == "image" else _plain(feature)
+
+
+def _plain(feature: Any) -> bool:
+    """A text, a number or a label."""
+    return type(feature).__name__ in ("Value", "ClassLabel") and "binary" not in feature.dtype
+
+
+def _text(feature: Any) -> bool:
+    dtypes = ("string", "large_string", "int", "uint", "null")
+    return type(feature).__name__ == "Value" and feature.dtype.startswith(dtypes)
+
+
+KINDS = {
+    "text": "text",
+    "label": "one label a row",
+    "labels": "a list of labels a row",
+    "words": "a list of words a row",
+    "number": "a number a row",
+    "image": "images",
+    "answers": "answers as SQuAD writes them, {text: [...], answer_start: [...]}",
+}
+
+
+def columns_error(task: "Task", role: str, column: str, others: Sequence[str]) -> SpecError:
+    """What to say of a column that holds something else than the role; `others` are tasks that read what it holds."""
+    wanted = KINDS[task.roles[role].kind]
+    hint = f"; a task that reads it: {', '.join(others)}" if others else ""
+    return SpecError(f"column {column!r} does not hold {wanted}, as {task.name} reads{hint}", ("data", "columns", role))

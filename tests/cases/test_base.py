@@ -1,0 +1,399 @@
+"""Base models and tokenizers that used to enter wrong."""
+
+import json
+import os
+
+import pytest
+import tokenizers
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+
+from rewriter import Session, Spec, SpecError, SubspanError
+from rewriter.pretrained import load_model, load_processor
+from tests.tiny import make_tokenizer, save_csv
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
+BERT = {**SIZES, "pad_token_id": 0}
+LLAMA = {**SIZES, "num_key_value_heads": 2, "max_position_embeddings": 64, "eos_token_id": 3, "pad_token_id": None}
+
+
+def saved(folder, config, task="SequenceClassification", tokenizer=True, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = getattr(hf, f"AutoModelFor{task}" if task else "AutoModel").from_config(config)
+    model.to(dtype).save_pretrained(folder)
+    if tokenizer:
+        make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def bert(folder, **more):
+    return saved(folder, hf.BertConfig(**BERT), **more)
+
+
+def spec_of(folder, task="sequence-classification", target="**", data=True, **model):
+    file = save_csv(folder / "rows.csv") if data else None
+    columns = {"text": "text"} if task == "causal-lm" else {"text": "text", "label": "label"}
+    return Spec(
+        version=1,
+        model={"name": str(folder), "task": task, **model},
+        data={"format": "csv", "files": str(file), "columns": columns, "split": {"validation": 8}, "max_length": 12}
+        if data
+        else None,
+        rules=[{"target": target, "apply": ["full"]}],
+    )
+
+
+def refused(spec, said, **options):
+    with pytest.raises(SubspanError, match=said):
+        Session(spec).plan(**options)
+
+
+def rename(folder, change):
+    file = folder / "model.safetensors"
+    save_file(
+        {new: value for name, value in load_file(file).items() if (new := change(name))},
+        file,
+        metadata={"format": "pt"},
+    )
+
+
+@pytest.mark.parametrize("pads", [1, 15], ids=["1-other", "1-last"])
+@pytest.mark.parametrize("own", [None, 0], ids=["none", "another"])
+def test_1_the_tokenizer_s_padding_is_the_model_s(tmp_path, pads, own):
+    saved(tmp_path, hf.LlamaConfig(**{**LLAMA, "pad_token_id": own}))
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pads)
+    tokenizer.save_pretrained(tmp_path)
+    pretrained = load_model(spec_of(tmp_path))
+    assert pretrained.model.config.pad_token_id == pads
+    alone = pretrained.processor(["good film"], return_tensors="pt")
+    both = pretrained.processor(["good film", "good the plot was bad and the film"], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        one, two = (
+            pretrained.model(input_ids=some["input_ids"], attention_mask=some["attention_mask"]).logits[0]
+            for some in (alone, both)
+        )
+    assert torch.allclose(one, two, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        (["bert.encoder.layer.1.output.dense.weight"], "1 of 41 weights of .* are missing, e.g. bert.encoder.layer.1.output.dense.weight"),
+        (["bert.embeddings.word_embeddings.weight", "bert.pooler.dense.bias"], "2 of 41 weights of .* are missing, e.g. bert.emb"),
+    ],
+    ids=["2-one", "2-two"],
+)  # fmt: skip
+def test_missing_weights_are_refused(tmp_path, lost, said):
+    rename(bert(tmp_path), lambda name: None if name in lost else name)
+    refused(spec_of(tmp_path), said)
+
+
+@pytest.mark.parametrize("lead", ["_orig_mod.", "module.", "model."], ids=["2-compiled", "2-parallel", "2-other"])
+def test_2_a_wrapped_base_without_a_head(tmp_path, lead):
+    saved(tmp_path, hf.BertConfig(**BERT), task="")
+    rename(tmp_path, lambda name: lead + name)
+    refused(spec_of(tmp_path), f"39 of 39 weights of .* are missing: its names start with '{lead}'")
+
+
+def test_2_what_no_forward_reads_may_be_missing(tmp_path):
+    saved(tmp_path, hf.BertConfig(**BERT), task="")
+    rename(tmp_path, lambda name: None if "pooler" in name else name)
+    file = tmp_path / "pairs.csv"
+    file.write_text("text,text_pair\n" + "good,fine\n" * 12)
+    spec = spec_of(tmp_path, "causal-lm", data=False).model_copy(
+        update={"model": spec_of(tmp_path, data=False).model.model_copy(update={"task": "sentence-embedding"})}
+    )
+    assert Session(spec).plan()
+
+
+def test_2_a_checkpoint_of_more_layers_is_refused(tmp_path):
+    bert(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    refused(spec_of(tmp_path), "has weights of more layers than its config: bert.encoder.layer.1")
+
+
+@pytest.mark.parametrize("extra", [1, 3], ids=["9-one", "9-many"])
+def test_9_every_token_has_a_row(tmp_path, extra):
+    bert(tmp_path)
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"more{i}" for i in range(50 - len(tokenizer) + extra)])
+    tokenizer.save_pretrained(tmp_path)
+    ids = "id 50" if extra == 1 else "ids 50"
+    refused(spec_of(tmp_path), rf"the tokenizer's {ids} \(more34\).* have no row in the model's table of 50")
+
+
+def bpe(prefix=False):
+    core = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator(["the good film was bad"] * 5, trainer)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    return core
+
+
+@pytest.mark.parametrize("kind", ["RobertaTokenizer", "GPT2Tokenizer", "PreTrainedTokenizerFast"], ids="11-{}".format)
+def test_11_words_are_the_tokens_of_running_text(tmp_path, kind):
+    core = bpe()
+    if kind == "PreTrainedTokenizerFast":
+        tokenizer = hf.PreTrainedTokenizerFast(
+            tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+        )
+    else:
+        core.model.save(str(tmp_path))
+        tokenizer = getattr(hf, kind)(vocab=str(tmp_path / "vocab.json"), merges=str(tmp_path / "merges.txt"))
+    tokenizer.save_pretrained(tmp_path)
+    saved(tmp_path, hf.BertConfig(**{**BERT, "vocab_size": 400}), tokenizer=False)
+    spec = spec_of(tmp_path, "token-classification", data=False)
+    found = load_processor(spec)
+    words = ["the", "good", "film", "was", "bad"]
+    split = found(words, is_split_into_words=True, add_special_tokens=False)["input_ids"]
+    assert split == found(" ".join(words), add_special_tokens=False)["input_ids"]
+    found.save_pretrained(tmp_path / "again")
+    again = load_processor(spec, str(tmp_path / "again"))
+    assert again(words, is_split_into_words=True, add_special_tokens=False)["input_ids"] == split
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"], ids="15-{}".format)
+def test_15_a_decoder_s_start_is_known(tmp_path, kind):
+    config = {
+        "t5": lambda: hf.T5Config(d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2, vocab_size=50),
+        "bart": lambda: hf.BartConfig(
+            d_model=32,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            vocab_size=50,
+        ),
+    }[kind]()
+    saved(tmp_path, config, "Seq2SeqLM")
+    written = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(written | {"decoder_start_token_id": None}))
+    refused(spec_of(tmp_path, "seq2seq-lm"), "its config has no decoder_start_token_id")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "asked"),
+    [(torch.bfloat16, None), (torch.float16, None), (torch.bfloat16, "float32")],
+    ids=["17-bfloat16", "17-float16", "17-asked"],
+)
+@pytest.mark.parametrize("meta", [True, False])
+def test_17_a_checkpoint_keeps_its_type(tmp_path, dtype, asked, meta):
+    bert(tmp_path, dtype=dtype)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("dtype", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = load_model(spec_of(tmp_path, dtype=asked), meta).model.dtype
+    assert found == (torch.float32 if asked else dtype)
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "torchao", "compressed-tensors", "gptq"], ids="18-{}".format)
+def test_18_quantised_bases_are_refused_by_name(tmp_path, method):
+    bert(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
+    refused(spec_of(tmp_path), rf"the base model is quantised \({method}\), which is not supported yet")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn], ids=lambda dtype: f"18-{dtype}")
+def test_18_quantised_weights_are_told_by_their_type(tmp_path, dtype):
+    file = bert(tmp_path) / "model.safetensors"
+    held = load_file(file)
+    name = "bert.encoder.layer.0.output.dense.weight"
+    save_file({**held, name: held[name].to(dtype)}, file, metadata={"format": "pt"})
+    refused(spec_of(tmp_path), f"{name} of the base model is stored in .*: quantised weights are not supported yet")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"], ids="19-{}".format)
+def test_19_padding_moves_no_position(tmp_path, kind):
+    config = {
+        "gpt2": lambda: hf.GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=64, vocab_size=50),
+        "opt": lambda: hf.OPTConfig(
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            ffn_dim=32,
+            max_position_embeddings=64,
+            vocab_size=50,
+            word_embed_proj_dim=32,
+        ),
+    }[kind]()
+    saved(tmp_path, config, "CausalLM", tokenizer=False)
+    make_tokenizer().save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(written | {"padding_side": "left"}))
+    spec = spec_of(tmp_path, "causal-lm")
+    job = Session(spec).prepare()
+    short, long = sorted(range(len(job.train)), key=lambda i: len(job.train[i]["input_ids"]))[:: len(job.train) - 1]
+    losses = []
+    for rows in ([short], [short, long]):
+        batch = job.collate([job.train[i] for i in rows])
+        with torch.no_grad():
+            out = job.pretrained.module.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        losses.append(
+            torch.nn.functional.cross_entropy(out.logits[0], batch["labels"][0], ignore_index=-100, reduction="sum")
+        )
+    assert torch.allclose(*losses, rtol=1e-6)
+    assert load_processor(spec).padding_side == "left", "what is shipped pads as its owner wants"
+
+
+@pytest.mark.parametrize("left", [[], ["tokenizer_config.json"]], ids=["54-none", "54-config"])
+def test_54_no_tokenizer_is_made_up(tmp_path, left):
+    bert(tmp_path)
+    for name in os.listdir(tmp_path):
+        if "token" in name and name not in left:
+            os.remove(tmp_path / name)
+    refused(spec_of(tmp_path), "tokenizer")
+
+
+@pytest.mark.parametrize(
+    "name", ["w.bin", "../w.safetensors", "/etc/w.safetensors", "a/w.safetensors"], ids="58-{}".format
+)
+def test_58_an_index_leads_nowhere_else(tmp_path, name):
+    file = bert(tmp_path) / "model.safetensors"
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(file), name)}
+    file.unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(spec_of(tmp_path), f"names '{name}': only safetensors files of the same folder are read")
+
+
+@pytest.mark.parametrize("where", ["file", "spec", "part"], ids="59-{}".format)
+def test_59_no_code_of_a_hub_is_asked_for(tmp_path, where):
+    bert(tmp_path)
+    asks = {"_attn_implementation": "user/kernel"}
+    config = json.loads((tmp_path / "config.json").read_text())
+    if where == "file":
+        (tmp_path / "config.json").write_text(json.dumps(config | asks))
+    more = {
+        "spec": {"config": config | {"attn_implementation": "user/kernel"}},
+        "part": {"config": config | {"text_config": asks}},
+    }.get(where, {})
+    refused(spec_of(tmp_path, **more), "'user/kernel' asks for code of a hub, which is not run")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.ckpt", "other.safetensors"], ids="68-{}".format)
+def test_68_weights_elsewhere_are_said_at_once(tmp_path, name):
+    os.rename(bert(tmp_path) / "model.safetensors", tmp_path / name)
+    refused(spec_of(tmp_path), f"its weights are in {name}, not in model.safetensors")
+
+
+def test_68_an_adapter_of_another_library_is_no_base(tmp_path):
+    (bert(tmp_path) / "adapter_config.json").write_text('{"base_model_name_or_path": "user/base"}')
+    refused(spec_of(tmp_path), "the folder holds an adapter of another library")
+
+
+def test_68_a_tokenizer_without_padding_and_end(tmp_path):
+    bert(tmp_path)
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    refused(spec_of(tmp_path), "has no token to pad with, and none for the end")
+
+
+def test_68_rotations_on_a_half_base(tmp_path):
+    bert(tmp_path, dtype=torch.float16)
+    spec = spec_of(tmp_path, target="bert.encoder.layer.*.attention.self.query.weight")
+    spec = spec.model_copy(
+        update={
+            "rules": Spec.model_validate(
+                {
+                    **spec.model_dump(by_alias=True),
+                    "rules": [{"target": "bert.encoder.layer.*.attention.self.query.weight", "apply": ["oft"]}],
+                }
+            ).rules
+        }
+    )
+    tuned = Session(spec).rewritten()
+    assert tuned.plan.trainable_parameters > 0
+
+
+IMAGE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+def vision(kind, size, channels=3):
+    return {
+        "vit": lambda: hf.ViTConfig(**IMAGE, image_size=size, patch_size=8, num_channels=channels),
+        "resnet": lambda: hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_channels=channels),
+        "segformer": lambda: hf.SegformerConfig(
+            num_encoder_blocks=2,
+            depths=[1, 1],
+            sr_ratios=[2, 1],
+            hidden_sizes=[8, 16],
+            patch_sizes=[7, 3],
+            strides=[4, 2],
+            num_attention_heads=[1, 2],
+            mlp_ratios=[2, 2],
+            decoder_hidden_size=16,
+            num_channels=channels,
+        ),
+        "clip": lambda: hf.CLIPConfig(
+            vision_config={**IMAGE, "image_size": size, "patch_size": 8, "num_channels": channels},
+            text_config={**IMAGE, "vocab_size": 50},
+        ),
+        "siglip": lambda: hf.SiglipConfig(
+            vision_config={**IMAGE, "image_size": size, "patch_size": 8, "num_channels": channels},
+            text_config={**IMAGE, "vocab_size": 50},
+        ),
+        "convnext": lambda: hf.ConvNextConfig(
+            num_stages=2, hidden_sizes=[8, 16], depths=[1, 1], image_size=size, num_channels=channels
+        ),
+    }[kind]()
+
+
+def image_spec(folder, config, size, mean=(0.5, 0.5, 0.5)):
+    saved(folder, config, "ImageClassification", tokenizer=False)
+    hf.ViTImageProcessor(
+        size={"height": size, "width": size}, image_mean=list(mean), image_std=list(mean)
+    ).save_pretrained(folder)
+    from tests.cases.test_data import pictures
+
+    return Spec(
+        version=1,
+        model={"name": str(folder), "task": "image-classification", "labels": ["cat", "dog"]},
+        data={
+            "format": "imagefolder",
+            "files": str(pictures(folder / "pictures", 8)),
+            "columns": {"image": "image", "label": "label"},
+            "split": {"validation": 2},
+        },
+        rules=[{"target": "**", "apply": ["full"]}],
+        train={"max_steps": 1, "batch_size": 2},
+    )
+
+
+@pytest.mark.parametrize("kind", ["resnet", "segformer", "clip", "siglip", "convnext"], ids="16-{}".format)
+def test_16_sizes_come_from_the_processor(tmp_path, kind):
+    session = Session(image_spec(tmp_path, vision(kind, 32), 32))
+    traced, _ = session.shapes()
+    assert session.prepare().inputs.kwargs["pixel_values"].shape[1:] == (3, 32, 32)
+    assert session.plan().trainable_parameters > 0 and traced
+
+
+def test_16_a_size_that_does_not_fit_is_refused(tmp_path):
+    refused(image_spec(tmp_path, vision("vit", 32), 48), "48.*32")
+
+
+@pytest.mark.parametrize("channels", [1, 4], ids="16-{}".format)
+def test_16_pictures_have_the_model_s_channels(tmp_path, channels):
+    job = Session(image_spec(tmp_path, vision("vit", 32, channels), 32, mean=[0.5] * channels)).prepare()
+    assert job.collate([job.train[0], job.train[1]])["pixel_values"].shape == (2, channels, 32, 32)
+
+
+def test_16_means_of_other_channels_are_refused(tmp_path):
+    refused(image_spec(tmp_path, vision("vit", 32, 1), 32), "its image processor makes 3 channels, the model reads 1")
+
+
+def test_16_a_broken_picture_is_named(tmp_path):
+    spec = image_spec(tmp_path, vision("vit", 32), 32)
+    next((tmp_path / "pictures" / "cat").iterdir()).write_bytes(b"no picture")
+    with pytest.raises(SpecError, match=r"row \d of column 'image' holds no picture that can be read"):
+        Session(spec).check_data()
