@@ -33,7 +33,7 @@ def train(
     with failures(out):
         from rewriter import Session, print_plan, print_summary
         from rewriter.folder import check_folder
-        from rewriter.report.table import kept
+        from rewriter.report.table import figure, kept
 
         session = Session(spec, *overrides(settings, without))
         if MAIN:
@@ -44,7 +44,7 @@ def train(
         if not MAIN:
             return
         name = session.spec.metric
-        facts = {f"validation {name}": f"{metrics['validation'][name]:.4f}", **kept(metrics, name)}
+        facts = {f"validation {name}": figure(metrics["validation"][name]), **kept(metrics, name)}
         command = " ".join(["python pipelines/export.py", str(out), *_files(session.plan())])
         print_summary("tuned", {**facts, "adapter": out / "adapter", "export it": command}, console)
 

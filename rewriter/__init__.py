@@ -9,7 +9,8 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .adapters.store import fingerprint, load_adapter, save_adapter
+    from .adapters.store import load_adapter, save_adapter
+    from .adapters.ties import fingerprint
     from .data import encode, load_rows
     from .errors import SpecError, SubspanError
     from .export.merge import merge, merged_weights, rest
@@ -53,7 +54,7 @@ _PLACES = {
     "evaluate": ".training.loop",
     "example_inputs": ".pretrained",
     "export_onnx": ".export.onnx",
-    "fingerprint": ".adapters.store",
+    "fingerprint": ".adapters.ties",
     "for_onnx": ".pretrained",
     "label_weights": ".training.loop",
     "load_adapter": ".adapters.store",

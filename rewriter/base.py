@@ -1,6 +1,7 @@
 """What a base model's folder holds, before anything of it is loaded: safetensors, of one type, inside the folder."""
 
 import contextlib
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -9,7 +10,7 @@ from typing import Any
 
 import safetensors
 import transformers
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
 
 from .errors import SpecError
@@ -21,6 +22,12 @@ _OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".pkl", "
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _QUANTISED = ("I8", "U8", "F8", "F4", "F6", "U4", "I4")
 _MOST_LAYERS = 4096
+_MEANING = (
+    "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+    "preprocessor_config.json", "processor_config.json", "1_Pooling/config.json",
+)  # fmt: skip
+_WRITER = ("_name_or_path", "name_or_path", "transformers_version")
 
 
 def check_config(config: Mapping[str, Any], path: tuple[str, ...]) -> None:
@@ -84,6 +91,24 @@ def own_type(location: str, revision: str) -> str | None:
             raise SpecError(f"{file}: truncated, or not a safetensors file ({error})", NAME) from None
     real = {dtype: size for dtype, size in sizes.items() if dtype in _DTYPES}
     return _DTYPES[max(real, key=real.__getitem__)] if real else None
+
+
+def identity(location: str, revision: str) -> dict[str, str]:
+    """SHA-256 of the files that say what a model's weights and ids mean, by name: config, tokenizer, image processor.
+
+    JSON is compared by its content, less what only says where and by which version it was written.
+    """
+    found = {}
+    for name in _MEANING:
+        cached = None if is_local(location) else try_to_load_from_cache(location, name, revision=revision)
+        place = Path(location) / name if is_local(location) else cached
+        if isinstance(place, str | Path) and Path(place).is_file():
+            data = Path(place).read_bytes()
+            with contextlib.suppress(ValueError, AttributeError):
+                content = {key: value for key, value in json.loads(data).items() if key not in _WRITER}
+                data = json.dumps(content, sort_keys=True).encode()
+            found[name] = hashlib.sha256(data).hexdigest()
+    return found
 
 
 def _files(location: str, revision: str) -> list[Path] | None:

@@ -146,7 +146,7 @@ def _check_rows(spec: Spec, rows: datasets.Dataset, labels: list[str]) -> None:
         feature = rows.features[column]
         if not fits(task.roles[role].kind, feature):
             others = [name for name in TASKS if _reads(task_of(name).roles, columns, role, feature)]
-            raise columns_error(task, role, column, others)
+            raise columns_error(task.name, task.roles[role].kind, role, column, others)
         if task.roles[role].kind == "text":
             check_texts(rows[column], role, column)
     task.check(rows, columns, labels)

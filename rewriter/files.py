@@ -16,6 +16,9 @@ from torch import Tensor
 
 from .errors import SubspanError
 
+UNFINISHED = ".unfinished-"
+WHOLE = "whole.json"
+
 
 def write_text(path: Path, text: str) -> None:
     """Write a whole text file or nothing.
@@ -36,20 +39,40 @@ def write_json(path: Path, data: Any) -> None:
 def aside(*targets: Path) -> Iterator[list[Path]]:
     """Places beside `targets` to write to; they are renamed, in order, when the block ends without an error.
 
-    What stood at a target is replaced then and not before; after an error nothing of the block is left.
+    What stood at a target is replaced then and not before; after an error nothing of the block is left. Where the
+    process dies while it renames, `recover` renames the rest.
     """
     root = targets[0].parent
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=root) as folder:
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=root) as folder:
         places = [Path(folder) / "new" / target.name for target in targets]
         (Path(folder) / "new").mkdir()
         yield places
         _open_up(Path(folder))
-        for place, target in zip(places, targets, strict=True):
-            # A file is replaced in one step; a folder has to make room first.
-            if target.is_dir() or (target.exists() and not place.exists()):
-                os.replace(target, Path(folder) / target.name)
-            if place.exists():
-                os.replace(place, target)
+        written = {place.name: place.exists() for place in places}
+        if len(targets) > 1 or any(target.is_dir() for target in targets):
+            (Path(folder) / "whole").write_text(json.dumps(written), encoding="utf-8")
+            os.replace(Path(folder) / "whole", Path(folder) / WHOLE)
+        _put(Path(folder), root, written)
+
+
+def _put(folder: Path, root: Path, written: Mapping[str, bool]) -> None:
+    """Rename what is whole to where it belongs; what was renamed before stays."""
+    for name, there in written.items():
+        place, target = folder / "new" / name, root / name
+        # A file is replaced in one step; a folder has to make room first.
+        if (place.exists() and target.is_dir()) or (target.exists() and not there):
+            os.replace(target, Path(tempfile.mkdtemp(dir=folder)) / name)
+        if place.exists():
+            os.replace(place, target)
+
+
+def recover(root: Path) -> None:
+    """Remove what processes that died left unfinished in a folder; what was whole by then is put in its place."""
+    for folder in root.glob(f"{UNFINISHED}*/"):
+        with contextlib.suppress(OSError, ValueError):
+            written = json.loads((folder / WHOLE).read_text(encoding="utf-8"))
+            _put(folder, root, written)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _open_up(folder: Path) -> None:
@@ -99,7 +122,7 @@ def load_into(parameters: Mapping[str, torch.Tensor], file: Path) -> None:
     """Copy the tensors of a file into parameters or buffers of the same names.
 
     Raises:
-        SubspanError: the file can't be read, or names or shapes differ.
+        SubspanError: the file can't be read, names, shapes or kinds of types differ, or a value is not finite.
     """
     found = load_tensors(file)
     if odd := sorted(found.keys() ^ parameters.keys()):
@@ -107,6 +130,11 @@ def load_into(parameters: Mapping[str, torch.Tensor], file: Path) -> None:
     for name, parameter in parameters.items():
         if found[name].shape != parameter.shape:
             raise SubspanError(f"{file}: {name} is {tuple(found[name].shape)}, expected {tuple(parameter.shape)}")
+        value = found[name]
+        if value.is_floating_point() != parameter.is_floating_point() or value.dtype == torch.bool != parameter.dtype:
+            raise SubspanError(f"{file}: {name} is stored in {value.dtype}, expected {parameter.dtype}")
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise SubspanError(f"{file}: {name} holds a value that is not finite")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(found[name])

@@ -2,20 +2,24 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+import os
+import socket
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
+import filelock
+
 from .errors import SubspanError
-from .files import remove, write_text
+from .files import UNFINISHED, recover, remove, write_text
 from .spec import Spec, dump_spec, is_dump, load_spec
 from .training.checkpoint import BUDGET, EARLIER, OPTIMISER, PREDICTIONS, STATE, TUNED, checkpoints
 
-MARKER = ".subspan-run"
+MARKER, LOCK = ".subspan-run", ".subspan-lock"
 FOLDERS = ("checkpoints", "adapter", "merged/1_Pooling", "merged/2_Normalize", "merged", "onnx")
 _NOTE = "This folder is a run of subspan. --overwrite removes what a run writes, and nothing else.\n"
 # What training and export write, file by file: nothing else in these folders is touched.
 WRITTEN = (
-    "spec.yaml", "plan.json", "log.jsonl", "metrics.json", PREDICTIONS, "verify.json", MARKER,
+    "spec.yaml", "plan.json", "log.jsonl", "metrics.json", PREDICTIONS, "verify.json", MARKER, LOCK,
     "adapter/adapter.json", "adapter/adapter.safetensors",
     "trackers/**/events.out.tfevents.*", "trackers/**/hparams.yml",
     *(f"checkpoints/checkpoint-*/{name}" for name in (TUNED, OPTIMISER, BUDGET, STATE, EARLIER)),
@@ -43,7 +47,7 @@ def check_folder(spec: Spec, out: Path, resume: bool, overwrite: bool) -> None:
         raise SubspanError("--resume goes on, --overwrite starts anew: give one of them")
     if out.exists() and not out.is_dir():
         raise SubspanError(f"--out {out}: is a file, not a folder")
-    if not out.exists() or not any(out.iterdir()):
+    if not out.exists() or all(_of_a_start(file) for file in out.iterdir()):
         return
     if not (resume or overwrite):
         what = "--resume goes on with that run, --overwrite deletes it" if is_run(out) else "choose a new folder"
@@ -56,6 +60,11 @@ def check_folder(spec: Spec, out: Path, resume: bool, overwrite: bool) -> None:
         raise SubspanError(f"--resume: {written} is of another run; its settings differ from this spec's")
     if resume and (out / "metrics.json").exists():
         raise SubspanError(f"--resume: {out} is finished; python pipelines/export.py {out}")
+
+
+def _of_a_start(file: Path) -> bool:
+    """Whether a file is one of those that a run has before anything else: what died there left nothing to lose."""
+    return file.name in (MARKER, LOCK) or file.name.startswith(UNFINISHED)
 
 
 def spec_of(run: Path) -> Spec:
@@ -86,10 +95,10 @@ def is_run(out: Path) -> bool:
     return ours and (out / "log.jsonl").is_file() and is_dump(text)
 
 
-def clear(out: Path) -> None:
-    """Remove the files that a run wrote, and the folders that are empty then."""
+def clear(out: Path, keep: Collection[str] = ()) -> None:
+    """Remove the files that a run wrote, less those to keep, and the folders that are empty then."""
     for pattern in WRITTEN:
-        for file in out.glob(pattern):
+        for file in out.glob(pattern) if pattern not in keep else ():
             remove(file)
     tracked = sorted(out.glob("trackers/**/"), reverse=True)
     for folder in (*out.glob("checkpoints/checkpoint-*"), *tracked, *(out / name for name in FOLDERS), out):
@@ -98,20 +107,50 @@ def clear(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def claimed(out: Path, main: bool = True) -> Iterator[None]:
-    """Make the folder and mark it; take the run away again after a failure that leaves no checkpoint to go on from.
+def claimed(out: Path, main: bool = True, made: bool = True) -> Iterator[None]:
+    """Have the folder of a run for oneself: no other process writes into it until the block ends.
 
-    Of several processes the main one does.
+    The folder is made and marked; what a process that died in it left unfinished is removed. After a failure that
+    leaves no checkpoint to go on from, the run is taken away again. Of several processes the main one does.
+
+    Args:
+        made: whether the block makes the run (export does not).
+
+    Raises:
+        SubspanError: another process has it; with its number and host.
     """
     if not main:
         yield
         return
-    made = not out.exists()
+    new = made and (not out.exists() or all(_of_a_start(file) for file in out.iterdir()))
+    out.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(out / LOCK, timeout=0)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(out / MARKER, _NOTE)
+        lock.acquire()
+    except filelock.Timeout:
+        raise SubspanError(f"{out}: another process works in it{_holder(out)}: wait for it to end") from None
+    try:
+        if is_run(out) or new:
+            for place in (out, out / "checkpoints"):
+                recover(place)
+        if made or (out / MARKER).exists():
+            write_text(out / MARKER, f"{_NOTE}Last used by process {os.getpid()} on {socket.gethostname()}.\n")
         yield
     except BaseException:
-        if made and out.is_dir() and not checkpoints(out / "checkpoints"):
+        if new and out.is_dir() and not checkpoints(out / "checkpoints"):
             clear(out)
         raise
+    finally:
+        lock.release()
+        if not (out / MARKER).exists():
+            remove(out / LOCK)
+            with contextlib.suppress(OSError):
+                out.rmdir() if new else None
+
+
+def _holder(out: Path) -> str:
+    with contextlib.suppress(OSError):
+        for line in (out / MARKER).read_text(encoding="utf-8").splitlines():
+            if line.startswith("Last used by "):
+                return f" ({line.removeprefix('Last used by ').removesuffix('.')})"
+    return ""

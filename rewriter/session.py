@@ -13,11 +13,12 @@ from typing import Any, Self, TypeVar
 from datasets import Dataset
 from torch import Tensor
 
-from .adapters.store import save_adapter
+from .adapters.store import check_tied, save_adapter
+from .base import NAME, identity
 from .data import check_length, encode, load_rows
 from .errors import SpecError, SubspanError, raise_all
 from .files import write_json, write_text
-from .folder import check_folder, claimed, clear, spec_of
+from .folder import LOCK, MARKER, check_folder, claimed, clear, spec_of
 from .graph.traced import Inputs, TracedModel
 from .passes.base import Context
 from .passes.manager import check_names
@@ -25,6 +26,7 @@ from .passes.manager import run as run_passes
 from .plan import Plan, plan
 from .plan.cost import StepCost, exceeded, step_cost
 from .pretrained import Pretrained, check_missing, collator, load_model, load_processor, positions
+from .resources import resolve
 from .rewrite import rewrite
 from .spec import Spec, dump_spec, load_spec, located
 from .trace import capture, trace
@@ -248,34 +250,45 @@ class Session:
             SubspanError: the folder holds something else, the spec does not fit, the loss is not finite.
             Interrupted: stopped by Ctrl-C or SIGTERM; a checkpoint is written.
         """
-        spec, out, main = self.spec, Path(out), processes().is_main_process
+        out, main = Path(out), processes().is_main_process
         if main:
-            check_folder(spec, out, resume, overwrite)
+            check_folder(self.spec, out, resume, overwrite)
+        with claimed(out, main):
+            if main:  # Once more: it may have been another's until now.
+                check_folder(self.spec, out, resume, overwrite)
+            processes().wait_for_everyone()
+            metrics = self._tuned(out, resume, overwrite, tell or (lambda note: None))
         processes().wait_for_everyone()
+        self.run = out
+        return metrics
+
+    def _tuned(self, out: Path, resume: bool, overwrite: bool, tell: Callable[[str], None]) -> dict[str, Any]:
+        spec, main = self.spec, processes().is_main_process
         device_of(spec)
         if spec.limits.of_a_step or spec.train.gradient_checkpointing:
             self.cost()
         planned, job = self.plan(), self.prepare()
-        for note in job.notes if tell and main else ():
+        for note in job.notes if main else ():
             tell(note)
         traced = trace(job.pretrained.module, job.inputs, without=spec.train.passes.off)
         planned, chosen = self._choose(job, traced, planned, out if resume else None)
         model = self._rewritten(traced, planned, chosen)
-        if overwrite and main:
-            clear(out)
-        with claimed(out, main):
-            if main:
-                write_text(out / "spec.yaml", dump_spec(spec))
-                write_json(out / "plan.json", planned.to_dict())
-            processes().wait_for_everyone()
-            model, metrics = tune(model, spec, job.train, job.validation, job.collate, out, resume, job.weights)
-            if main:
-                save_adapter(model, out / "adapter", spec, metrics)
-                write_json(out / "plan.json", model.plan.to_dict())
-                write_json(out / "metrics.json", metrics)
+        if main:
+            if overwrite:
+                clear(out, (MARKER, LOCK))
+            write_text(out / "spec.yaml", dump_spec(spec))
+            write_json(out / "plan.json", planned.to_dict())
         processes().wait_for_everyone()
-        self.run = out
+        model, metrics = tune(model, spec, job.train, job.validation, job.collate, out, resume, job.weights)
+        if main:
+            save_adapter(model, out / "adapter", spec, metrics, self._files())
+            write_json(out / "plan.json", model.plan.to_dict())
+            write_json(out / "metrics.json", metrics)
         return metrics
+
+    def _files(self) -> dict[str, str]:
+        written = self.spec.model
+        return identity(resolve(written.name, NAME), written.revision or "main")
 
     def _choose(
         self, job: Job, traced: TracedModel, found: Plan, resumed: Path | None
@@ -313,7 +326,9 @@ class Session:
             raise SubspanError(f"{run / 'spec.yaml'} is of another run; its settings differ from this spec's")
         from .export.ship import ship  # onnx and ONNX Runtime are imported when something is shipped.
 
-        return ship(self.spec, run)
+        with claimed(run, made=False):
+            check_tied(run / "adapter", self.spec, self._files())
+            return ship(self.spec, run)
 
 
 def _check_training(spec: Spec, found: Plan, labels: list[str]) -> None:

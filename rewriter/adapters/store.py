@@ -1,10 +1,9 @@
 """The adapter: the tuned tensors with a manifest that ties them to the base weights they were tuned for."""
 
-import hashlib
 import json
 import platform
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..errors import SubspanError
+from ..errors import SpecError, SubspanError, reason
 from ..files import aside, load_into, load_tensors, save_tensors
 from ..graph.traced import TracedModel, assign
 from ..plan import Plan, plan
@@ -20,21 +19,11 @@ from ..rewrite import rewrite
 from ..spec import Rule, Spec
 from ..transforms import TRANSFORMS
 from ..tuned import TunedModel, chosen_tensors, tuned_parameters
+from .ties import fingerprint, other_constant, sketches
 
 FORMAT = 1
 TENSORS, MANIFEST = "adapter.safetensors", "adapter.json"
 BASE = "base."
-
-
-def fingerprint(model: TracedModel, new: tuple[str, ...] = ()) -> str:
-    """SHA-256 over names, types, shapes and bytes of the frozen parameters; newly made ones apart, tied ones once."""
-    digest = hashlib.sha256()
-    named = dict(model.named_parameters(remove_duplicate=False))
-    for name in sorted(set(model.aliases.values()) - set(new)):
-        tensor = named[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _random(plan: Plan) -> list[str]:
@@ -49,7 +38,11 @@ def _tensors(model: TunedModel) -> dict[str, torch.Tensor]:
 
 
 def save_adapter(
-    model: TunedModel, folder: str | Path, spec: Spec | None = None, metrics: dict[str, Any] | None = None
+    model: TunedModel,
+    folder: str | Path,
+    spec: Spec | None = None,
+    metrics: dict[str, Any] | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> None:
     """Write `adapter.safetensors` and `adapter.json` into `folder`, whole or not at all.
 
@@ -60,6 +53,7 @@ def save_adapter(
         model: from `rewrite`.
         spec: the whole spec, for the manifest; without it the rules alone are written.
         metrics: written into the manifest.
+        files: of the base model, as `base.identity` has them.
 
     Raises:
         OSError: no space, no permission.
@@ -71,6 +65,8 @@ def save_adapter(
     manifest = {
         "format": FORMAT,
         "base": fingerprint(model, plan.new),
+        "base_files": dict(files or {}),
+        "constants": sketches(model),
         "new": list(plan.new),
         "given": plan.given,
         "transforms": origins(plan),
@@ -84,7 +80,11 @@ def save_adapter(
     with aside(folder) as (place,):
         place.mkdir()
         save_tensors(tensors, place / TENSORS)
-        (place / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (place / MANIFEST).write_text(_text(manifest), encoding="utf-8")
+
+
+def _text(manifest: Mapping[str, Any]) -> str:
+    return json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def origins(plan: Plan) -> dict[str, dict[str, str]]:
@@ -139,6 +139,42 @@ def _versions() -> dict[str, str]:
     return {"subspan": own, "python": platform.python_version(), **libraries}
 
 
+def check_tied(folder: str | Path, spec: Spec, files: Mapping[str, str]) -> None:
+    """Refuse to ship an adapter by another spec than it was tuned with, or on a base model of other files.
+
+    Where the model and the data lie, what is exported and `meta` may differ.
+
+    Args:
+        spec: of the run's folder.
+        files: as of `save_adapter`, as they are now.
+
+    Raises:
+        SubspanError: naming what differs.
+    """
+    manifest, file = read_manifest(folder), Path(folder) / MANIFEST
+    if manifest["spec"] is not None and (odd := _difference(*map(_decisive, (manifest["spec"], spec)))):
+        raise SubspanError(f"{file}: tuned with another {odd} than the run's spec.yaml has now; set it back")
+    for name, digest in manifest["base_files"].items():
+        if files.get(name) != digest:
+            raise SubspanError(f"{file}: tuned for a base model with another {name}")
+    if manifest["base_files"] and (more := sorted(files.keys() - manifest["base_files"].keys())):
+        raise SubspanError(f"{file}: tuned for a base model without {more[0]}")
+
+
+def _decisive(spec: Spec) -> dict[str, Any]:
+    """What of a spec decides the result."""
+    left_out = {"export": True, "meta": True, "limits": True, "model": {"name", "revision"}, "data": {"files"}}
+    return spec.model_dump(mode="json", by_alias=True, exclude=left_out)
+
+
+def _difference(one: Any, other: Any, path: str = "") -> str | None:
+    """The first place in which two specs differ."""
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        found = (_difference(one[key], other[key], f"{path}.{key}" if path else str(key)) for key in one)
+        return next((place for place in found if place), None)
+    return path if one != other else None
+
+
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """`adapter.json` of an adapter.
 
@@ -154,22 +190,31 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         manifest["rules"] = [Rule.model_validate(rule) for rule in manifest["rules"]]
         given = manifest.get("given", {}).items()
         manifest["given"] = {step: {key: int(value) for key, value in sizes.items()} for step, sizes in given}
+        manifest["spec"] = Spec.model_validate(manifest["spec"]) if manifest.get("spec") else None
         manifest["base"], manifest["new"] = str(manifest["base"]), [str(name) for name in manifest["new"]]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        # Up to version 0.1 neither was written.
+        manifest["base_files"], manifest["constants"] = (dict(manifest.get(k, {})) for k in ("base_files", "constants"))
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError, SpecError) as error:
         raise SubspanError(f"{file}: not an adapter's manifest ({str(error).splitlines()[0]})") from None
     return manifest
 
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse)
     except FileNotFoundError:
         raise SubspanError(f"{file}: no such file; is training finished?") from None
     except json.JSONDecodeError as error:
         raise SubspanError(f"{file}:{error.lineno}:{error.colno}: broken JSON: {error.msg}") from None
+    except (RecursionError, ValueError) as error:
+        raise SubspanError(f"{file}: not an adapter's manifest ({reason(error)})") from None
     if not isinstance(data, dict):
         raise SubspanError(f"{file}: not an adapter's manifest")
     return data
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is no number of JSON")
 
 
 def load_adapter(
@@ -200,7 +245,12 @@ def load_adapter(
     new = tuple(manifest["new"])
     if fingerprint(model, new) != manifest["base"]:
         raise SubspanError(f"{folder / MANIFEST}: tuned for other base weights than this model has")
-    found = plan(model, manifest["rules"], new, given=manifest["given"])
+    if unknown := sorted(set(new) - model.aliases.keys()):
+        raise SubspanError(f"{folder / MANIFEST}: {unknown[0]!r}, newly made when it was tuned, is no parameter here")
+    try:
+        found = plan(model, manifest["rules"], new, given=manifest["given"])
+    except SpecError as error:
+        raise SubspanError(f"{folder / MANIFEST}: its rules do not fit this model: {error.message}") from None
     stored = load_tensors(folder / TENSORS)
     if random := _random(found):
         model = model.clone()
@@ -211,4 +261,23 @@ def load_adapter(
     }
     tuned = rewrite(model, found, values=chosen, without=without, also=also)
     load_into(_tensors(tuned), folder / TENSORS)
+    _check_chosen(tuned, folder / TENSORS)
+    if other := other_constant(tuned, manifest["constants"]):
+        said = f"tuned beside another {other} than is computed here from the base weights"
+        raise SubspanError(f"{folder / MANIFEST}: {said}: it can be exported where it was tuned")
     return tuned
+
+
+def _check_chosen(tuned: TunedModel, file: Path) -> None:
+    """Refuse indices that lead nowhere, or to one place twice.
+
+    Raises:
+        SubspanError: naming the tensor.
+    """
+    values = chosen_tensors(tuned)
+    for leaf in (leaf for site in tuned.plan.sites for leaf in site.leaves if leaf.role == "chosen"):
+        value = values[leaf.name].flatten(0, -2) if values[leaf.name].ndim > 1 else values[leaf.name].unsqueeze(0)
+        if leaf.below is not None and bool(((value < 0) | (value >= leaf.below)).any()):
+            raise SubspanError(f"{file}: {leaf.name} has an entry out of range: they are 0 to {leaf.below - 1}")
+        if leaf.distinct and any(len(row.unique()) < len(row) for row in value):
+            raise SubspanError(f"{file}: {leaf.name} names one place twice")

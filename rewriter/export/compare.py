@@ -212,6 +212,9 @@ def check_measured(
     if rows.kept is None and spec.metric != "loss":
         return  # Of a version that kept none: a change of the data could not be told from a fault.
     own = rows.metrics[spec.metric]
+    if own is None:
+        said = f"{spec.metric} of the run's metrics.json is no number (null): the tuned model gave none"
+        raise SubspanError(f"{said} on its validation rows; nothing is written. Tune again, at a lower rate")
     for name, (metrics, share) in found.items():
         value = metrics[spec.metric]
         said = f"{name} has {spec.metric} {value:.4f} on the validation rows, the tuned run had {own:.4f}"

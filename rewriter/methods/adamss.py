@@ -25,7 +25,7 @@ def adamss(w: Operator, site: Scope, *, rank: Rank, subspaces: Count = 5, subspa
     k, q = min(subspaces, site.m), min(subspace_rank, rank)
     flat = vt[..., :rank, :].transpose(-2, -1).reshape(-1, site.m, rank)
     label = lambda shape, _: torch.stack([_labels(x, k) for x in flat]).reshape(shape)  # noqa: E731
-    cluster = site.chosen("cluster", site.m, label)
+    cluster = site.chosen("cluster", site.m, label, below=k)
     pairs = lambda: zip(flat, cluster.reshape(-1, site.m), strict=True)  # noqa: E731
     main = lambda shape, _: torch.stack([_directions(x, c, k, q) for x, c in pairs()]).reshape(shape)  # noqa: E731
     a, b = site.tuned("a", (k, rank, q), main), site.tuned("b", (site.m, q), 0.0)

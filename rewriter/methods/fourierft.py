@@ -12,6 +12,6 @@ def fourierft(w: Operator, site: Scope, *, frequencies: Count = 1000, scale: Pos
     arXiv 2405.03003"""
     size = site.n * site.m
     count = min(frequencies, size)
-    indices, d = site.chosen("indices", count, choice(size)), site.tuned("d", count, 0.0)
+    indices, d = site.chosen("indices", count, choice(size), below=size, distinct=True), site.tuned("d", count, 0.0)
     spectrum = d.new_zeros((*site.shape[:-2], size)).scatter(-1, indices, d).unflatten(-1, (site.n, site.m))
     return w + scale * Dense(torch.real(torch.fft.ifft2(spectrum)))

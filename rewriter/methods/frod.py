@@ -16,5 +16,5 @@ def frod(w: Operator, site: Scope, *, density: Density = 0.02) -> Operator:
     count = min(round(density * k * k), k * (k - 1))
     off = lambda shape, g: (i := choice(k * (k - 1))(shape, g)) + i // k + 1  # noqa: E731
     middle = Diag(site.tuned("t", k, s))
-    middle = Patch(middle, site.chosen("indices", count, off), site.tuned("d", count, 0.0))
+    middle = Patch(middle, site.chosen("indices", count, off, below=k * k, distinct=True), site.tuned("d", count, 0.0))
     return Dense(u) @ middle @ Dense(vt)

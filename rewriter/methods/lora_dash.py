@@ -41,7 +41,8 @@ def lora_dash(
     u, _, vt = site.svd()
     count = min(directions, site.n, site.m)
     first = lambda shape, generator: torch.arange(count).expand(shape)  # noqa: E731
-    indices, d = site.chosen("indices", count, first), site.tuned("d", count, 0.0)
+    indices = site.chosen("indices", count, first, below=min(site.n, site.m), distinct=True)
+    d = site.tuned("d", count, 0.0)
     batch = site.shape[:-2]
     left = u.gather(-1, indices.unsqueeze(-2).expand(*batch, site.n, count))
     right = vt.gather(-2, indices.unsqueeze(-1).expand(*batch, count, site.m))

@@ -37,7 +37,8 @@ def patched(w: Operator, site: Scope, k: int, initial=None) -> Operator:
 
     if k == 0:
         return w
-    return Patch(w, site.chosen("indices", k, initial or missing), site.tuned("d", k, 0.0))
+    indices = site.chosen("indices", k, initial or missing, below=site.n * site.m, distinct=True)
+    return Patch(w, indices, site.tuned("d", k, 0.0))
 
 
 @transform("reconstruction", on=ANY)

@@ -19,6 +19,6 @@ def waveft(w: Operator, site: Scope, *, coefficients: Count = 1000, scale: Posit
     """W + s H D Ht, H Haar's wavelets of one level and D tuned at random places, 0 at the start. arXiv 2505.12532"""
     size = 4 * site.divided(2) * site.divided(2, "outputs")
     count = min(coefficients, size)
-    indices, d = site.chosen("indices", count, choice(size)), site.tuned("d", count, 0.0)
+    indices, d = site.chosen("indices", count, choice(size), below=size, distinct=True), site.tuned("d", count, 0.0)
     sparse = d.new_zeros((*site.shape[:-2], size)).scatter(-1, indices, d).unflatten(-1, (site.n, site.m))
     return w + scale * Dense(_haar(_haar(sparse).transpose(-2, -1)).transpose(-2, -1))

@@ -89,6 +89,11 @@ def print_summary(title: str, facts: Mapping[str, Any], console: Console) -> Non
         console.print(f"  {name:<{width}}  {escape(str(value))}", highlight=False, soft_wrap=True)
 
 
+def figure(value: float | None) -> str:
+    """A metric, with four decimals."""
+    return "no number" if value is None else f"{value:.4f}"
+
+
 def kept(metrics: Mapping[str, Any], metric: str) -> dict[str, str]:
     """Which state of a run is shipped, where that needs saying: another one than the last, or the last though an
     earlier one was better."""
@@ -97,8 +102,8 @@ def kept(metrics: Mapping[str, Any], metric: str) -> dict[str, str]:
     if best is None or best == chosen == steps or (chosen == steps and value == metrics["validation"][metric]):
         return {}
     if chosen != steps:
-        return {"kept": f"the state of step {chosen} of {steps}, the best that was evaluated ({value:.4f})"}
-    return {"kept": f"the last state; that of step {best} was better ({value:.4f}): train.keep: best ships it"}
+        return {"kept": f"the state of step {chosen} of {steps}, the best that was evaluated ({figure(value)})"}
+    return {"kept": f"the last state; that of step {best} was better ({figure(value)}): train.keep: best ships it"}
 
 
 def _allowed(report: Mapping[str, Any]) -> str:
@@ -127,7 +132,7 @@ def shipped(spec: Spec, run: Path, report: Mapping[str, Any]) -> dict[str, Any]:
     share = f"{plan['trainable_thousandths']:.3f} thousandths of {plan['total_parameters']:,}"
     heads = f"{plan['head_parameters']:,} in new heads"
     facts = {
-        f"validation {spec.metric}": f"{metrics['validation'][spec.metric]:.4f}",
+        f"validation {spec.metric}": figure(metrics["validation"][spec.metric]),
         **(kept(metrics, spec.metric) if "train" in metrics else {}),
         "tuned parameters": f"{plan['trainable_parameters']:,} ({share}), and {heads}",
         "largest difference": f"{report['max_abs_diff']:.2e} ({_allowed(report)}): {', '.join(report['stages'])}",

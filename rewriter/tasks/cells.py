@@ -1,12 +1,9 @@
 """Cells of columns: what a role reads, and which cells are none of that."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import SpecError
-
-if TYPE_CHECKING:
-    from .base import Task
 
 _SHOWN = 40
 _GENERIC = "LABEL_"
@@ -161,8 +158,8 @@ KINDS = {
 }
 
 
-def columns_error(task: "Task", role: str, column: str, others: Sequence[str]) -> SpecError:
+def columns_error(task: str, kind: str, role: str, column: str, others: Sequence[str]) -> SpecError:
     """What to say of a column that holds something else than the role; `others` are tasks that read what it holds."""
-    wanted = KINDS[task.roles[role].kind]
+    wanted = KINDS[kind]
     hint = f"; a task that reads it: {', '.join(others)}" if others else ""
-    return SpecError(f"column {column!r} does not hold {wanted}, as {task.name} reads{hint}", ("data", "columns", role))
+    return SpecError(f"column {column!r} does not hold {wanted}, as {task} reads{hint}", ("data", "columns", role))

@@ -91,8 +91,13 @@ class Run:
         return self.progress.step >= self.steps or (patience is not None and worse >= patience)
 
 
-def _turned(spec: Spec, value: float) -> float:
-    return math.inf if math.isnan(value) else value if spec.task.lower(spec.metric) else -value
+def _turned(spec: Spec, value: float | None) -> float:
+    return math.inf if value is None or math.isnan(value) else value if spec.task.lower(spec.metric) else -value
+
+
+def _written(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry as JSON has it: what is no finite number is null."""
+    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in entry.items()}
 
 
 def tune(
@@ -314,7 +319,7 @@ def _tell(run: Run, report: Report) -> None:
 
 def _enter(run: Run, report: Report, entry: dict[str, Any]) -> None:
     step = run.progress.step
-    entry |= {"epoch": step / run.per_epoch, "step": step}
+    entry = _written(entry | {"epoch": step / run.per_epoch, "step": step})
     run.progress.history.append(entry)
     report.write(entry)
 
@@ -412,7 +417,7 @@ def _end(run: Run, validation: Rows, places: Path) -> tuple[TunedModel, dict[str
     losses = [entry["loss"] for entry in progress.history if "loss" in entry]
     rest = float(total(run.sums["loss"])) / progress.since if progress.since else None
     return settled, {
-        "validation": {**found, "rows": len(validation)},
+        "validation": {**_written(found), "rows": len(validation)},
         "train": {
             "loss": losses[-1] if losses else rest,
             "steps": progress.step,

@@ -130,7 +130,8 @@ class Report:
             return
         with self.file.open("a", encoding="utf-8") as out:
             out.write(json.dumps(entry) + "\n")
-        shown = "  ".join(f"{key} {value:.4g}" for key, value in entry.items() if key not in ("step", "epoch"))
+        values = {key: value for key, value in entry.items() if key not in ("step", "epoch")}
+        shown = "  ".join(f"{key} {'no number' if one is None else f'{one:.4g}'}" for key, one in values.items())
         if self.bar.disable or "loss" not in entry:
             self.console.print(f"step {entry['step']}/{self.steps}  {shown}")
         self.bar.update(self.task, said=shown if "loss" in entry else "")

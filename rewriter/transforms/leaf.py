@@ -24,6 +24,8 @@ class Leaf:
         rate: its learning rate over the run's.
         dtype: of a chosen one; others have the weight's, float32 or wider.
         replaces: it stands in the weight's place, so that nothing of the weight is left in the result.
+        below: of a chosen one, what its entries are smaller than; they are 0 or more then.
+        distinct: whether the entries of a chosen one differ from each other, in every matrix of a batch.
     """
 
     name: str
@@ -33,6 +35,8 @@ class Leaf:
     rate: float = 1.0
     dtype: torch.dtype | None = None
     replaces: bool = False
+    below: int | None = None
+    distinct: bool = False
 
     def empty(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor of its shape, in its own type or else `dtype`."""

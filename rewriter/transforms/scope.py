@@ -71,10 +71,22 @@ class Scope:
         """Declare a tuned tensor that all sites of one shape share."""
         return self._shared("tied", self.shape, name, shape, initial)
 
-    def chosen(self, name: str, size: int, initial: Initial, dtype: torch.dtype = torch.int64) -> Tensor:
+    def chosen(
+        self,
+        name: str,
+        size: int,
+        initial: Initial,
+        dtype: torch.dtype = torch.int64,
+        below: int | None = None,
+        distinct: bool = False,
+    ) -> Tensor:
         """Declare a tensor of `size` entries (indices, or another `dtype`) that is not tuned but decided, by a schedule
-        or by its start value, and kept in the adapter; return its value."""
-        return self._leaf(name, size, initial, "chosen", dtype=dtype)
+        or by its start value, and kept in the adapter; return its value.
+
+        Args:
+            below, distinct: what an adapter's file is held to: entries of 0 to `below` - 1, each once.
+        """
+        return self._leaf(name, size, initial, "chosen", dtype=dtype, below=below, distinct=distinct)
 
     def frozen(self, name: str, shape: tuple[int, ...], initial: Initial) -> Tensor:
         """Declare a constant: drawn once for all sites, runs and seeds, so that no adapter has to hold it."""

@@ -124,6 +124,7 @@ def test_a_difference_over_atol_fails_and_leaves_nothing(spec, run, tmp_path):
     (broken / "spec.yaml").write_text(written.replace("atol: null", "atol: 1.0e-12"))
     assert "nothing is written" in fails("export", broken)
     assert sorted(p.name for p in broken.iterdir()) == [
+        ".subspan-lock",
         ".subspan-run",
         "adapter",
         "checkpoints",
