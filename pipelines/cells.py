@@ -140,11 +140,16 @@ def _cell(trial: optuna.Trial, out: Path) -> float:
     return measured[session.spec.metric]
 
 
+def quoted(name: str) -> str:
+    """A name of a study or a row as a name of a file."""
+    return quote(name, safe=" +").replace(".", "%2E")
+
+
 def folder_of(out: Path, cell: str) -> Path:
     """Where a cell runs: inside the study whatever its row is called, and no other row's."""
     table, _, rest = cell.partition("/")
     row, _, seed = rest.rpartition("/")
-    return out.joinpath("cells", *(quote(part, safe=" +").replace(".", "%2E") for part in (table, row)), seed)
+    return out.joinpath("cells", *map(quoted, (table, row)), seed)
 
 
 def _forget_peak() -> None:

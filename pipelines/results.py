@@ -8,7 +8,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from pipelines.cells import MEASURED, latest, open_study
+from pipelines.cells import MEASURED, latest, open_study, quoted
 from pipelines.console import console
 from rewriter import SubspanError
 from rewriter.errors import reason
@@ -107,7 +107,7 @@ def page(records: list[dict[str, Any]]) -> str:
         metric = next((one["metric"] for one in records if one["study"] == name and one["metric"]), "metric")
         parts += [
             f"## {name}",
-            f"![share of parameters against {metric}]({name}.svg)",
+            f"![share of parameters against {metric}]({quoted(name)}.svg)",
             _table(rows, metric),
             _said(rows),
         ]
@@ -199,7 +199,7 @@ def draw(name: str, records: list[dict[str, Any]], to: Path) -> None:
         arrowprops={"arrowstyle": "-", "color": "grey", "linewidth": 0.5},
     )
     for suffix in ("svg", "png"):
-        aside = to / f".{name}.{suffix}"
+        aside = to / f".{quoted(name)}.{suffix}"
         figure.savefig(aside, format=suffix, dpi=120, metadata={"Date": None} if suffix == "svg" else None)
-        aside.replace(to / f"{name}.{suffix}")
+        aside.replace(to / f"{quoted(name)}.{suffix}")
     plt.close(figure)

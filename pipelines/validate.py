@@ -1,4 +1,5 @@
-"""Check specs without loading a weight: the YAML, the plan against the model's shapes, every pass on its graph."""
+"""Check specs without loading a weight: the YAML, the plan against the model's shapes, every pass on its graph, and a
+small copy of the whole run."""
 
 import json
 import os
@@ -14,7 +15,7 @@ from rich.markup import escape
 
 from pipelines.console import Settings, Transforms, Without, console, overrides
 from pipelines.findings import Finding, findings, to_github, to_sarif, to_text
-from rewriter.errors import SubspanError, UnreachableError, reason
+from rewriter.errors import SubspanError, UnreachableError, printable, reason
 
 if TYPE_CHECKING:
     from rewriter import Plan, Session, Spec
@@ -27,6 +28,7 @@ class Level(StrEnum):
     schema = "schema"
     plan = "plan"
     trace = "trace"
+    smoke = "smoke"
 
 
 class Format(StrEnum):
@@ -47,7 +49,9 @@ def validate(
         Level,
         typer.Option(
             help="schema: the YAML alone, no model, no network. plan: targets, shapes, counts and limits against the "
-            "model's shapes, and the data where it is on disk. trace: also the real torch.export and every pass."
+            "model's shapes, and the data where it is on disk. trace: also the real torch.export and every pass. "
+            "smoke: also two steps, merge, export and comparison of "
+            "a random model of the same config with two layers, on real rows."
         ),
     ] = Level.plan,
     format: Annotated[
@@ -58,7 +62,7 @@ def validate(
         ),
     ] = Format.text,
 ) -> None:
-    """Check specs; no weight is read and nothing is written.
+    """Check specs; no weight is read and nothing stays written.
 
     Exit status 0 if all are right; 1 if one is wrong, with a line for each mistake: file, line, column, and what to do;
     2 if one could not be checked, for example because its model can't be reached.
@@ -139,6 +143,8 @@ def check(session: "Session", level: Level) -> "tuple[Plan, StepCost | None]":
     whole = level is Level.trace or session.spec.limits.of_a_step
     plan = session.plan(whole)
     session.check_data()
+    if level is Level.smoke:
+        session.smoke()
     return plan, session.cost() if whole else None
 
 
@@ -184,7 +190,7 @@ def show(result: dict[str, Any]) -> None:
 
     session = result["session"]
     meta = "".join(f", {key} {value}" for key, value in session.spec.meta.items())
-    label = escape(f"{result['file']}{meta}")
+    label = escape(printable(f"{result['file']}{meta}"))
     console.print(f"[bold green]{label}[/] is valid", soft_wrap=True, highlight=False)
     if result["plan"]:
         print_plan(result["plan"], console, session.tokens, result["step"])

@@ -1,6 +1,7 @@
 """The data of a spec: read by `datasets`, checked against columns and labels, and encoded."""
 
 import io
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,10 @@ def load_rows(spec: Spec, labels: list[str]) -> Rows:
         held = data.split.validation
         if held >= len(parts["train"]):
             raise SpecError(f"can't hold out {held} of {len(parts['train'])} rows", ("data", "split", "validation"))
+        count = held if isinstance(held, int) else math.ceil(held * len(parts["train"]))
+        if count >= len(parts["train"]):
+            said = f"a share of {held} of {len(parts['train'])} rows leaves none to train on"
+            raise SpecError(said, ("data", "split", "validation"))
         halves = parts["train"].train_test_split(test_size=held, seed=data.split.seed, shuffle=True)
         parts = {"train": halves["train"], "validation": halves["test"]}
     if "validation" not in parts:

@@ -3,8 +3,16 @@
 from collections.abc import Sequence
 
 
+def printable(text: str) -> str:
+    """A text whose control characters, which a terminal would obey, are written out."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 class SubspanError(Exception):
-    """An expected failure whose message says what to do."""
+    """An expected failure whose message says what to do; control characters in it are written out."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class SpecError(SubspanError):
@@ -38,7 +46,8 @@ class LocatedError(SubspanError):
 
     def __init__(self, file: str, line: int, column: int, width: int, message: str, reachable: bool = True):
         super().__init__(f"{file}:{line}:{column}: {message}")
-        self.file, self.line, self.column, self.width, self.message = file, line, column, width, message
+        self.file, self.line, self.column, self.width = file, line, column, width
+        self.message = printable(message)
         self.reachable = reachable
 
 

@@ -22,8 +22,13 @@ def resolve(name: str, path: tuple[str | int, ...]) -> str:
         UnreachableError: the package is not installed.
         SpecError: the resource does not exist, or it lies outside the package.
     """
+    if "\0" in name:
+        raise SpecError(f"{name!r} holds a NUL, which no path does", path)
     if not name.startswith(PACKAGE):
-        return str(Path(name).expanduser().absolute()) if is_local(name) else name
+        try:
+            return str(Path(name).expanduser().absolute()) if is_local(name) else name
+        except RuntimeError:
+            raise SpecError(f"{name!r} starts with a home folder that there is not", path) from None
     package, _, inner = name.removeprefix(PACKAGE).partition("/")
     try:
         found = importlib.util.find_spec(package) if package.isidentifier() else None
@@ -43,7 +48,7 @@ def resolve(name: str, path: tuple[str | int, ...]) -> str:
 
 def is_local(name: str) -> bool:
     """Whether a name is a path: it exists, or is written like one."""
-    return name.startswith((".", "/", "~")) or os.path.exists(name)
+    return name.startswith((".", "/", "~")) or ("\0" not in name and os.path.exists(name))
 
 
 def existing(name: str, path: tuple[str | int, ...]) -> str:

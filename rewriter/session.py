@@ -3,9 +3,13 @@
 Mistakes leave with the spec's file, line and column.
 """
 
+import contextlib
 import functools
+import io
 import json
-from collections.abc import Callable
+import os
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -28,6 +32,7 @@ from .plan.cost import StepCost, exceeded, step_cost
 from .pretrained import Pretrained, check_missing, collator, load_model, load_processor, positions
 from .resources import resolve
 from .rewrite import rewrite
+from .smoke import small_model, small_spec
 from .spec import Spec, dump_spec, load_spec, located
 from .trace import capture, trace
 from .training.checkpoint import resumed_choices
@@ -59,7 +64,7 @@ class Job:
 
 @dataclass(frozen=True)
 class _Shapes:
-    """A model traced on the meta device; `whole`: its train graph too, with dynamic shapes."""
+    """A model traced on the meta device; `whole`: its train graph too."""
 
     pretrained: Pretrained
     traced: TracedModel
@@ -119,15 +124,13 @@ class Session:
         """The model, traced on the meta device: no weight is read.
 
         Args:
-            whole: trace the train graph too, and with dynamic shapes, as a run does; a plan alone needs neither.
+            whole: trace the train graph too, as a run does; a plan alone needs none.
         """
         spec = self.spec
         check_names(spec.train.passes.off, spec.train.passes.on)
         if self._shapes is None or (whole and not self._shapes.whole):
             pretrained = load_model(spec, meta=True)
             inputs = spec.task.inputs(pretrained.model, processor=pretrained.processor)
-            if not whole:
-                inputs = Inputs(kwargs=inputs.kwargs)
             modes = ("train", "eval") if whole else ("eval",)
             traced = trace(pretrained.module, inputs, modes, spec.train.passes.off)
             check_missing(spec.model.name, pretrained, traced.read())
@@ -148,7 +151,8 @@ class Session:
         traced, pretrained = self.shapes(whole)
         found = plan(traced, spec.rules, pretrained.new, spec.strict)
         if spec.task.sequences:
-            check_length(spec, positions(pretrained.model), found.rows)
+            bounds = (positions(pretrained.model), traced.longest)
+            check_length(spec, min((most for most in bounds if most is not None), default=None), found.rows)
         raise_all(exceeded(spec.limits, found))
         _check_training(spec, found, pretrained.labels)
         return found
@@ -208,6 +212,30 @@ class Session:
         if spec.data and spec.data.files is not None and key not in self._checked:
             load_rows(spec, labels)
             self._checked.add(key)
+
+    @_placed
+    def smoke(self) -> dict[str, Any]:
+        """Tune, merge, export and compare a small copy of the model, for two steps on real rows, in a temporary folder.
+
+        The copy has the config's first layers (two, or as many as targets name) and random weights; the tokenizer, the
+        data, the rules and the settings are the spec's.
+
+        Returns:
+            The content of verify.json.
+
+        Raises:
+            SubspanError: as `tune` and `export`.
+        """
+        spec = self.spec
+        if spec.data is None:
+            raise SpecError("'data' is missing: training needs it")
+        shapes, location = self.shapes()[1], resolve(spec.model.name, NAME)
+        processor = shapes.processor or load_processor(spec)
+        with tempfile.TemporaryDirectory(prefix="subspan-smoke-") as place, _aside(Path(place)):
+            small_model(spec, shapes, processor, location, Path(place) / "model")
+            session = Session(small_spec(spec, Path(place) / "model"))
+            session.tune(Path(place) / "run")
+            return session.export()
 
     @_placed
     def prepare(self) -> Job:
@@ -331,6 +359,18 @@ class Session:
             return ship(self.spec, run)
 
 
+@contextlib.contextmanager
+def _aside(place: Path) -> Iterator[None]:
+    """Nothing is said, and decompositions are kept in a folder that goes."""
+    before = os.environ.get("SUBSPAN_CACHE")
+    os.environ["SUBSPAN_CACHE"] = str(place / "cache")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        os.environ.pop("SUBSPAN_CACHE") if before is None else os.environ.update(SUBSPAN_CACHE=before)
+
+
 def _check_training(spec: Spec, found: Plan, labels: list[str]) -> None:
     """What a `train` section says that can be known without weights.
 
@@ -342,6 +382,10 @@ def _check_training(spec: Spec, found: Plan, labels: list[str]) -> None:
     check_trackers(spec)
     if isinstance(settings.class_weights, dict):
         label_weights(spec, labels, [])
+    if spec.strict and spec.export.checkpoint and not found.merges:
+        stays = next(site.transform for site in found.sites if not site.merges)
+        said = f"{stays} can't merge into plain weights, so there is no checkpoint; set export.checkpoint: false"
+        raise SpecError(said, ("export", "checkpoint") if "checkpoint" in spec.export.model_fields_set else ())
     moving = [
         (site.rule, name)
         for site in found.sites

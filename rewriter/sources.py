@@ -114,8 +114,9 @@ def _plain(file: str, folder: Path, number: int) -> str:
 
 def _check_file(file: str, data: Data) -> None:
     """What the readers answer with less than a sentence, or not at all."""
-    if os.path.isdir(file):
-        raise SpecError(f"{file} is a folder, not a {data.format} file", _FILES)
+    if not os.path.isfile(file):
+        what = "a folder" if os.path.isdir(file) else "no regular file"
+        raise SpecError(f"{file} is {what}, not a {data.format} file", _FILES)
     if os.path.getsize(file) == 0:
         raise SpecError(f"{file} is empty", _FILES)
     if data.format == "json":

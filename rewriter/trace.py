@@ -1,40 +1,93 @@
 """Tracing: a module becomes a `TracedModel`, one set of weights with a train and an eval graph over them."""
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Collection, Iterator
 
 import torch
 import torch.utils._pytree as pytree
-from torch import nn
+from torch import fx, nn
 from torch.export import ExportedProgram
 
 from .errors import SubspanError, reason
-from .graph.traced import Inputs, Signature, TracedModel, copy_graph
+from .graph.ops import VIEWS, aten
+from .graph.traced import Inputs, Range, Signature, TracedModel, copy_graph
 from .passes.base import Context
 from .passes.manager import run
+
+_STATISTICS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_ANY = 2**31
 
 
 def capture(model: nn.Module, inputs: Inputs, training: bool = False) -> ExportedProgram:
     """`torch.export` of a module, in train or eval mode, with dynamic shapes; works on the meta device too.
 
+    Batch norms keep the statistics that they have: in train mode too they compute as in eval mode.
+
     Raises:
-        SubspanError: the module can't be traced.
+        SubspanError: the module can't be traced, or changes its buffers while it trains.
     """
-    was_training = model.training
     args_shapes, kwargs_shapes = inputs.shapes()
+    model = _twin(model)
     with _without_cache(model), _named_inputs(model, inputs):
         names = list(inspect.signature(model.forward).parameters)
         shapes = {name: shape for name, shape in zip(names, args_shapes, strict=False)} | kwargs_shapes
         model.train(training)
+        for one in model.modules() if training else ():
+            if isinstance(one, _STATISTICS):  # Its statistics stay those that it was trained with.
+                one.eval()
         try:
             # Copies, since one tensor given for two inputs would be traced as one input.
             args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (inputs.args, inputs.kwargs))
-            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
-            raise SubspanError(f"torch.export can't trace {type(model).__name__}: {reason(error)}") from error
-        finally:
-            model.train(was_training)
+            raise SubspanError(f"torch.export can't trace {type(model).__name__}: {_useful(error)}") from error
+    moved = _moved(program) if training else []
+    if moved:
+        said = f"{type(model).__name__} changes its buffer {moved[0]} while it trains, which no adapter would hold"
+        raise SubspanError(f"{said}; freeze it: the module that has it in eval mode, or without running statistics")
+    return program
+
+
+def _moved(program: ExportedProgram) -> list[str]:
+    """Buffers that a program writes to."""
+    graph = program.module().graph
+    found = list(program.graph_signature.buffers_to_mutate.values())
+    buffers = set(program.graph_signature.buffers)
+    for node in graph.find_nodes(op="call_function", target=aten.batch_norm.default):
+        found += [str(one.target) for one in node.args[3:5] if isinstance(one, fx.Node) and node.args[5]]
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload):
+            for one, argument in zip(node.args, node.target._schema.arguments, strict=False):
+                if argument.is_write and isinstance(one, fx.Node):
+                    found += [str(source.target) for source in _memory(one) if source.target in buffers]
+    return found
+
+
+def _memory(node: fx.Node) -> list[fx.Node]:
+    """The attribute whose memory a node is a view of, if any."""
+    while node.op == "call_function" and node.target in VIEWS and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return [node] if node.op == "get_attr" else []
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """The module again, over the same tensors: what tracing sets or a forward changes in it is not the caller's."""
+    if isinstance(model, TracedModel):
+        return model
+    tensors = [*model.parameters(), *model.buffers()]
+    try:
+        return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    except Exception:  # Of any module: something in it can't be copied.
+        return model
+
+
+def _useful(error: Exception) -> str:
+    """The line of torch.export's that says what is wrong; it often comes after one that says that something is."""
+    lines = [line.strip(" -*") for line in str(error).splitlines()]
+    found = next((line for line in lines if "specialized it to be a constant" in line), None)
+    return found.partition(" If you")[0] if found else reason(error)
 
 
 @contextlib.contextmanager
@@ -108,7 +161,7 @@ def trace(
                 constants[name] = _attribute(module, node.target)
                 node.target = name
         graphs[mode] = run(graph, "trace", Context(mode), without, changed=changed)
-        signatures[mode] = Signature(program.call_spec.in_spec, program.call_spec.out_spec)
+        signatures[mode] = _signature(program, module)
     out = TracedModel(graphs, signatures, aliases)
     shared: dict[int, nn.Parameter] = {}
     for name, p in parameters.items():
@@ -120,6 +173,24 @@ def trace(
     out.train(model.training)
     out.recompile()
     return out
+
+
+def _signature(program: ExportedProgram, module: nn.Module) -> Signature:
+    """The nesting of a program's inputs and outputs, and what it is valid for."""
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    ranges = []
+    for place, node in enumerate(placeholders):
+        value = node.meta.get("val")
+        for dimension, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            bounds = isinstance(size, torch.SymInt) and program.range_constraints.get(size.node.expr)
+            if bounds:
+                most = int(bounds.upper) if bounds.upper.is_Integer and bounds.upper < _ANY else None
+                ranges.append(Range(place, str(node.target), dimension, int(bounds.lower), most))
+    guard = None
+    for node in module.graph.find_nodes(op="call_module"):
+        order, check = [placeholders.index(one) for one in node.args], module.get_submodule(node.target)
+        guard = lambda *leaves, order=order, check=check: check(*(leaves[i] for i in order))  # noqa: E731
+    return Signature(program.call_spec.in_spec, program.call_spec.out_spec, tuple(ranges), guard)
 
 
 def _attribute(module: nn.Module, dotted: str) -> torch.Tensor:

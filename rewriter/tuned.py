@@ -55,6 +55,10 @@ class TunedModel(TracedModel):
         return self._base[0]
 
     @property
+    def rows(self) -> int:
+        return self.plan.rows
+
+    @property
     def plan(self) -> Plan:
         return self.adapters[self.active].plan
 

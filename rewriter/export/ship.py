@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..adapters.store import load_adapter, read_manifest
 from ..data import encode, load_rows
-from ..errors import SpecError, SubspanError
+from ..errors import SpecError, SubspanError, reason
 from ..files import aside, write_json
 from ..graph.traced import Inputs, TracedModel
 from ..pretrained import Pretrained, collator, for_onnx, load_model, load_processor, save_model
@@ -67,7 +67,7 @@ def ship(spec: Spec, run: Path) -> dict[str, Any]:
                 passes.off,
             )
             stages["onnx"] = onnx_stage(onnx / "model.onnx")
-        samples = list(_samples(spec, pretrained, inputs, tuned.plan.rows))
+        samples = list(_samples(spec, pretrained, inputs, tuned))
         report = _compared(spec, run, pretrained, processor, traced, tuned, stages, samples)
         report["stored_weights"] = stored
         write_json(verify, report)
@@ -90,6 +90,7 @@ def _compared(
         SubspanError: a stage is too far from the tuned model, or decides otherwise.
     """
     rows, why = _rows(spec, run, pretrained, processor, tuned)
+    random = _usable(torch_stage(tuned), random, why)
     samples = [("the random inputs", 0, inputs, {}) for inputs in random]
     samples += list(compare.batches_of(rows, tuned.input_names, compare.WIDE_ROWS)) if rows else []
     axes = compare.sequences(traced.graphs["eval"], traced.input_names)
@@ -118,6 +119,27 @@ def _compared(
     return compare.report(spec, found, counts, measures, atol is None)
 
 
+def _usable(stage: Stage, random: list[dict[str, Tensor]], why: str | None) -> list[dict[str, Tensor]]:
+    """The random inputs that the tuned model takes: some look for a token, or take some lengths alone.
+
+    Args:
+        why: there are no validation rows, if so.
+
+    Raises:
+        SubspanError: it takes none, and there are no rows.
+    """
+    usable, reasons = [], []
+    for inputs in random:
+        try:
+            stage(inputs)
+            usable.append(inputs)
+        except (SubspanError, RuntimeError, IndexError, ValueError) as error:
+            reasons.append(reason(error))
+    if not usable and why is not None:
+        raise SubspanError(f"nothing to compare on: {why}, and the model takes no random inputs ({reasons[0]})")
+    return usable
+
+
 def _rows(
     spec: Spec, run: Path, pretrained: Pretrained, processor: Any, tuned: TunedModel
 ) -> tuple[compare.Rows | None, str | None]:
@@ -140,12 +162,12 @@ def _reload(spec: Spec, folder: Path) -> Pretrained:
     return load_model(spec.model_copy(update={"model": model}))
 
 
-def _samples(spec: Spec, pretrained: Pretrained, inputs: Inputs, rows: int) -> Any:
-    """Random inputs that the model takes beside so many rows of its own."""
+def _samples(spec: Spec, pretrained: Pretrained, inputs: Inputs, tuned: TunedModel) -> Any:
+    """Random inputs of lengths that the model takes beside its own rows."""
     config = pretrained.model.config
     config = config.get_text_config()
-    most = (getattr(config, "max_position_embeddings", None) or 0) - rows
-    limits = [spec.data.max_length if spec.data else 0, most]
+    bounds = (getattr(config, "max_position_embeddings", None), tuned.longest)
+    limits = [spec.data.max_length if spec.data else 0, *(one - tuned.rows for one in bounds if one)]
     return batches(inputs, getattr(config, "vocab_size", 2), min((n for n in limits if n > 0), default=None))
 
 

@@ -31,6 +31,11 @@ def expand_braces(pattern: str) -> list[str]:
     Raises:
         ValueError: a brace is not closed, or the pattern is too long, nested or manifold to be meant.
     """
+    return [text for text, _ in _expanded(pattern)]
+
+
+def _expanded(pattern: str, at: int = 0) -> list[tuple[str, frozenset[tuple[int, str]]]]:
+    """The alternatives of a pattern, each with what it took in every brace: (where that starts, its text)."""
     if len(pattern) > MAX_LENGTH:
         raise ValueError(f"a pattern of more than {MAX_LENGTH} characters")
     depth, start = 0, -1
@@ -44,14 +49,16 @@ def expand_braces(pattern: str) -> list[str]:
             if depth < 0:
                 break
             if depth == 0:
-                tails = expand_braces(pattern[i + 1 :])
-                heads = [inner for part in _split(pattern[start + 1 : i]) for inner in expand_braces(part)]
+                tails, heads, place = _expanded(pattern[i + 1 :], at + i + 1), [], at + start + 1
+                for part in _split(pattern[start + 1 : i]):
+                    heads += [(text, took | {(place, part)}) for text, took in _expanded(part, place)]
+                    place += len(part) + 1
                 if len(tails) * len(heads) > MAX_ALTERNATIVES:
                     raise ValueError(f"more than {MAX_ALTERNATIVES} alternatives")
-                return [pattern[:start] + head + tail for head in heads for tail in tails]
+                return [(pattern[:start] + h + t, a | b) for h, a in heads for t, b in tails]
     if depth:
         raise ValueError("a brace is not closed" if depth > 0 else "a brace is closed but not opened")
-    return [pattern]
+    return [(pattern, frozenset())]
 
 
 def _split(text: str) -> list[str]:
@@ -87,19 +94,32 @@ def find(patterns: list[str], names: list[str], path: tuple[str | int, ...], wha
     """The parameters, or other named things, that the patterns of a rule match.
 
     Raises:
-        SpecError: at `path`: a pattern is malformed or matches nothing (with the nearest names).
+        SpecError: at `path`: a pattern is malformed, or it or one of its alternatives matches nothing (with the nearest
+            names).
     """
     found: dict[str, None] = {}
     for pattern in patterns:
         try:
-            hits = match([pattern], names)
-            nearest = difflib.get_close_matches(expand_braces(pattern)[0].replace("*", "0"), names, n=3, cutoff=0.3)
+            alternatives = _expanded(pattern)
         except ValueError as error:
             raise SpecError(f"{_short(pattern)!r}: {error}", path) from None
-        if not hits:
-            raise SpecError(f"{_short(pattern)!r} matches no {what}; nearest: {', '.join(nearest or names[:3])}", path)
-        found.update(dict.fromkeys(hits))
+        hits = {text: match([text], names) for text, _ in alternatives}
+        if not any(hits.values()):
+            raise SpecError(
+                f"{_short(pattern)!r} matches no {what}; nearest: {_nearest(alternatives[0][0], names)}", path
+            )
+        taken = frozenset().union(*(took for text, took in alternatives if hits[text]))
+        for text, took in alternatives:
+            if idle := sorted(took - taken):
+                said = f"{idle[0][1]!r} in {_short(pattern)!r} matches no {what}"
+                raise SpecError(f"{said}; nearest to {_short(text)}: {_nearest(text, names)}", path)
+        found.update(dict.fromkeys(name for some in hits.values() for name in some))
     return [name for name in names if name in found]
+
+
+def _nearest(pattern: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(pattern.replace("*", "0"), names, n=3, cutoff=0.3)
+    return ", ".join(near or names[:3])
 
 
 def _short(pattern: str) -> str:

@@ -29,4 +29,6 @@ LINEARS = {aten.linear.default: 0, aten.addmm.default: 1, aten.mm.default: 0}
 # Products of two matrices, as transforms insert them.
 MATRIX_PRODUCTS = {aten.matmul.default, aten.mm.default}
 CONVOLUTIONS = {"conv1d", "conv2d", "conv3d", "convolution", "_convolution"}
+# They read a weight as a table, row by row.
+ROWS = {"embedding", "embedding_bag", "layer_norm", "output"}
 PRODUCT_NAMES = {"mm", "bmm", "matmul", "addmm", "baddbmm", "_grouped_mm", "grouped_mm", "grouped_mm_fallback"}

@@ -11,7 +11,20 @@ from functools import cached_property
 
 from torch import Tensor, fx
 
-from .ops import ADDS, BIASES, LINEARS, PRODUCTS, SCALINGS, SDPA, SOFTMAX, TRANSPOSES, VIEWS, aten
+from .ops import (
+    ADDS,
+    BIASES,
+    CONVOLUTIONS,
+    LINEARS,
+    PASSING,
+    PRODUCTS,
+    SCALINGS,
+    SDPA,
+    SOFTMAX,
+    TRANSPOSES,
+    VIEWS,
+    aten,
+)
 
 _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
@@ -191,12 +204,14 @@ class Sublayer:
         input: what its first linear op reads, (..., n).
         output: the branch, (..., m), after its dropout.
         add: the addition that reads the output.
+        skip: what the output is added to.
     """
 
     kind: str
     input: fx.Node
     output: fx.Node
     add: fx.Node
+    skip: fx.Node
 
 
 def sublayers(graph: fx.Graph, module: str) -> list[list[Sublayer]]:
@@ -216,11 +231,14 @@ def _sublayers(inside: dict[fx.Node, int], attending: set[fx.Node]) -> list[Subl
             continue
         parents = dict(_terms(add))
         for skip in parents:
-            branches = {term: _between(skip, term, inside) for term in parents if term is not skip}
+            start = skip
+            while start.target in PASSING and start.args[0] in inside:  # A residual may be kept in a wider type.
+                start = start.args[0]
+            branches = {term: _between(start, term, inside) for term in parents if term is not skip}
             if branches and all(_works(nodes) for nodes in branches.values()):
                 for output, nodes in branches.items():
                     kind = "attention" if nodes & attending else "feed_forward"
-                    found.append(Sublayer(kind, _first_input(nodes, inside, output), output, parents[output]))
+                    found.append(Sublayer(kind, _first_input(nodes, inside, output), output, parents[output], skip))
                 break
     return found
 
@@ -272,6 +290,33 @@ def _first_input(nodes: set[fx.Node], inside: dict[fx.Node, int], output: fx.Nod
     while source.target in VIEWS and len(shape_of(source)) != len(shape_of(output)):
         source = source.args[0]
     return source
+
+
+def channels_first(output: fx.Node) -> str | None:
+    """The op that shows that a branch's last dimension is not the one that its linear layers work on: what makes the
+    output, elementwise ops apart, is a convolution or a swap of dimensions."""
+    node = output
+    while node.op == "call_function":
+        name = str(getattr(node.target, "__name__", "")).split(".")[0]
+        if name in CONVOLUTIONS or (node.target in TRANSPOSES and len(shape_of(node)) > 2):
+            return name
+        sources = [one for one in node.all_input_nodes if one.op == "call_function" and shape_of(one)]
+        if linear_input(node) is not None or node.target in {SDPA, *PRODUCTS} or len(sources) != 1:
+            return None
+        node = sources[0]
+    return None
+
+
+KNOWN = "the token ids, *mask*, token_type_ids and position_ids"
+
+
+def unknown_inputs(graph: fx.Graph, embedding: fx.Node) -> list[str]:
+    """Inputs that run along the tokens of an embedding, and whose meaning their names do not say."""
+    ids = token_ids(embedding)
+    symbol = str(shape_of(ids)[1])
+    along = (n for n in graph.find_nodes(op="placeholder") if len(shape_of(n)) == 2 and str(shape_of(n)[1]) == symbol)
+    names = [str(node.target) for node in along if node is not ids and node.users]
+    return [name for name in names if "mask" not in name and name not in ("token_type_ids", "position_ids")]
 
 
 def embeddings(graph: fx.Graph, module: str | None = None) -> list[fx.Node]:

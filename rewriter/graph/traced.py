@@ -1,7 +1,7 @@
 """Traced models: one set of weights under their own names, with graphs over them by name."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -10,7 +10,7 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.export import Dim
 
-from ..errors import SubspanError
+from ..errors import SubspanError, reason
 
 
 @dataclass
@@ -39,11 +39,38 @@ class Inputs:
 
 
 @dataclass(frozen=True)
+class Range:
+    """A dimension of an input that may vary.
+
+    Attributes:
+        place: of the input among the flat ones.
+        name: of the input.
+        dimension: which of its dimensions.
+        least, most: sizes that the trace is valid for; None: any.
+    """
+
+    place: int
+    name: str
+    dimension: int
+    least: int
+    most: int | None
+
+
+@dataclass(frozen=True)
 class Signature:
-    """How a graph's flat inputs and outputs are nested, as the module takes and returns them."""
+    """How a graph's flat inputs and outputs are nested, as the module takes and returns them, and what inputs it is
+    valid for.
+
+    Attributes:
+        inputs, outputs: their nesting.
+        ranges: sizes that the trace allows, of every dimension that may vary.
+        guard: of the flat inputs; AssertionError where the trace took another turn for such sizes.
+    """
 
     inputs: pytree.TreeSpec
     outputs: pytree.TreeSpec
+    ranges: tuple[Range, ...] = ()
+    guard: Callable[..., Any] | None = None
 
     @property
     def names(self) -> list[str]:
@@ -81,6 +108,17 @@ class TracedModel(nn.Module):
         for name, first in self.aliases.items():
             names.setdefault(first, []).append(name)
         return {first: all_names for first, all_names in names.items() if len(all_names) > 1}
+
+    @property
+    def varies(self) -> bool:
+        """Whether a sequence (dimension 1 of an input) may have another length than in the trace."""
+        return any(one.dimension == 1 for signature in self.signatures.values() for one in signature.ranges)
+
+    @property
+    def longest(self) -> int | None:
+        """The longest sequence that every graph is valid for; None: any."""
+        found = [one.most for signature in self.signatures.values() for one in signature.ranges if one.dimension == 1]
+        return min((most for most in found if most is not None), default=None)
 
     @property
     def input_names(self) -> list[str]:
@@ -155,7 +193,33 @@ class TracedModel(nn.Module):
             if wrong:
                 raise TypeError(f"inputs differ from the traced ones {names}: {wrong}")
             kwargs = {name: kwargs[name] for name in names}
-        return list(self._forwards[name](self, *pytree.tree_leaves((args, kwargs))))
+        leaves = pytree.tree_leaves((args, kwargs))
+        if not torch.compiler.is_compiling():
+            self._check_valid(self.signatures[name], leaves)
+        return list(self._forwards[name](self, *leaves))
+
+    @property
+    def rows(self) -> int:
+        """Rows that are put before the tokens inside."""
+        return 0
+
+    def _check_valid(self, signature: Signature, leaves: list[Any]) -> None:
+        """Refuse inputs that the trace is not valid for.
+
+        Raises:
+            SubspanError: with the size that it took another turn at.
+        """
+        for one in signature.ranges:
+            size = leaves[one.place].shape[one.dimension] + (self.rows if one.dimension == 1 else 0)
+            if one.most is not None and size > one.most:
+                said = f"{one.name} has size {size} in dimension {one.dimension}; the trace is valid up to {one.most}"
+                raise SubspanError(f"{said}: beyond, the model computes something else")
+        if signature.guard is not None and leaves and not leaves[0].is_meta:
+            try:
+                signature.guard(*leaves)
+            except AssertionError as error:
+                said = f"the trace is not valid for these inputs ({reason(error)}): the model computes something else"
+                raise SubspanError(f"{said} for them; trace it with inputs of these sizes") from None
 
     def forward(self, *args, **kwargs):
         """As the traced module's forward, with the inputs it was traced with."""
@@ -171,7 +235,10 @@ def assign(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
     named = dict(module.named_parameters(remove_duplicate=False))
     for name, value in values.items():
         old = named[name]
-        new = nn.Parameter(value.detach().to(old.device, old.dtype).clone(), requires_grad=old.requires_grad)
+        new = nn.Parameter(
+            value.detach().to(old.device, old.dtype).clone(memory_format=torch.contiguous_format),
+            requires_grad=old.requires_grad,
+        )
         for alias in (alias for alias, parameter in named.items() if parameter is old):
             path, _, last = alias.rpartition(".")
             module.get_submodule(path).register_parameter(last, new)

@@ -1,13 +1,13 @@
 """Weights: how the graph reads a parameter, and so how its stored tensor is seen as a matrix."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 
 from ..algebra import Dense
-from .ops import CONVOLUTIONS, PASSING, PRODUCT_NAMES, TRANSPOSES, aten
+from .ops import CONVOLUTIONS, PASSING, PRODUCT_NAMES, ROWS, TRANSPOSES, aten
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,13 @@ class Layout:
         stored: the parameter's own shape.
         transposed: stored as (..., m, n), as `nn.Linear` does.
         flattened: the dimensions after the first are one (convolutions: n = inputs x kernel).
+        odd: the op that reads it, where that says nothing of inputs and outputs: then the matrix is a guess.
     """
 
     stored: tuple[int, ...]
     transposed: bool
     flattened: bool = False
+    odd: str | None = None
 
     @property
     def vector(self) -> bool:
@@ -59,7 +61,7 @@ def layout_of(stored: tuple[int, ...], uses: Iterable[tuple[fx.Node, fx.Node]]) 
         stored: the parameter's shape.
         uses: (get_attr node, node that reads it).
     """
-    default = Layout(tuple(stored), transposed=False)
+    default, odd = Layout(tuple(stored), transposed=False), None
     for node, user in uses:
         flipped = False
         while user.target in TRANSPOSES | PASSING and user.users:
@@ -72,8 +74,10 @@ def layout_of(stored: tuple[int, ...], uses: Iterable[tuple[fx.Node, fx.Node]]) 
             return Layout(tuple(stored), transposed=True, flattened=True)
         if name in PRODUCT_NAMES:
             left = user.args[1 if name in ("addmm", "baddbmm") else 0] is node
-            default = Layout(tuple(stored), transposed=flipped != left)
-    return default
+            default, odd = Layout(tuple(stored), transposed=flipped != left), ""
+        elif name not in ROWS:
+            odd = name if odd is None else odd
+    return replace(default, odd=odd or None) if len(stored) > 1 else default
 
 
 def factored(user: fx.Node, weight: fx.Node, layout: Layout) -> tuple[fx.Node, fx.Node | None] | None:

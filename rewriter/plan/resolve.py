@@ -10,7 +10,21 @@ from torch import Tensor, fx
 from ..algebra import Computed, Dense, Operator, rows_of
 from ..errors import SpecError, raise_all, reason
 from ..graph.globs import find, match, uneven
-from ..graph.sublayers import attentions, call_of, embeddings, modules, paths, shape_of, sublayers
+from ..graph.ops import SOFTMAX, aten
+from ..graph.sublayers import (
+    KNOWN,
+    Attention,
+    Sublayer,
+    attentions,
+    call_of,
+    channels_first,
+    embeddings,
+    modules,
+    paths,
+    shape_of,
+    sublayers,
+    unknown_inputs,
+)
 from ..graph.traced import TracedModel
 from ..graph.weights import Layout, factored, layout_of, uses
 from ..spec.models import Rule
@@ -59,8 +73,28 @@ def plan(
     order = {name: i for i, name in enumerate([*names, *found.modules])}
     total = sum(torch.Size(shapes[weight]).numel() for weight in dict.fromkeys(model.aliases.values()))
     sites.sort(key=lambda site: (site.layout is None, order[site.place], KINDS.index(site.kind), site.block or ()))
+    _check_varies(model, sites)
     notes = dict.fromkeys([*found.notes, *_unmerged(sites)])
     return Plan(tuple(sites), total, tuple(warnings), tuple(notes), tuple(rules), tuple(sorted(new)))
+
+
+def _check_varies(model: TracedModel, sites: list[Site]) -> None:
+    """Rows before the tokens make sequences longer: the trace has to allow for that, and say what inputs mean.
+
+    Raises:
+        SpecError: at the rule.
+    """
+    for site in sites:
+        if site.kind != "embeddings":
+            continue
+        path = ("rules", site.rule, "target")
+        if not model.varies:
+            said = f"{site.transform} puts rows before the tokens, but the model was traced for sequences of one length"
+            raise SpecError(f"{said}: make dimension 1 of its inputs dynamic", path)
+        for node in embeddings(model.graphs["eval"], site.place):
+            if unknown := unknown_inputs(model.graphs["eval"], node):
+                said = f"{site.transform} puts rows before the tokens; what the input {unknown[0]!r} is for them"
+                raise SpecError(f"{said} is not known: inputs along the tokens are {KNOWN}", path)
 
 
 def _untuned(sites: list[Site], new: set[str]) -> list[str]:
@@ -96,6 +130,7 @@ class _Found:
     def __post_init__(self):
         self.modules = modules(self.graph)
         self.crossing = {one.module for one in attentions(self.graph) if one.cross}
+        self.dtypes = {name: p.dtype for name, p in self.model.named_parameters(remove_duplicate=False)}
         self.used = {node.target for node in self.graph.find_nodes(op="get_attr")}
 
 
@@ -121,14 +156,29 @@ def _add(found: _Found, r: int, rule: Rule, strict: bool) -> None:
         _add_modules(found, r, rule, hits, inside)
     else:
         for weight in dict.fromkeys(found.model.aliases[name] for name in hits):
-            _add_parameter(found, r, rule, weight)
+            own = [hit for hit in hits if found.model.aliases[hit] == weight]
+            _add_parameter(found, r, rule, weight, own)
     if len(found.sites) == before and where == "module":
         wanted = " or ".join(sorted(inside))
-        raise SpecError(f"no {wanted} in {', '.join(hits[:3])}; {_HINT.get(min(inside), '')}", path)
+        raise SpecError(f"no {wanted} in {', '.join(hits[:3])}; {_why_none(found.graph, hits, inside)}", path)
 
 
-def _add_parameter(found: _Found, r: int, rule: Rule, weight: str) -> None:
+def _why_none(graph: fx.Graph, hits: list[str], kinds: set[str]) -> str:
+    """Why nothing of these kinds is in modules, or where to look."""
+    if kinds & {"keys", "values", "attention"}:
+        for node in graph.nodes:
+            if node.target in SOFTMAX and set(hits) & set(paths(node)) and len(shape_of(node)) == 4:
+                source = next((one for one in node.all_input_nodes), node)
+                op = getattr(source.target, "__name__", str(source.target)).split(".")[0]
+                return f"the softmax in {paths(node)[-1]} is none of queries times keys alone (it reads {op})"
+    return _HINT.get(min(kinds), "")
+
+
+def _add_parameter(found: _Found, r: int, rule: Rule, weight: str, named: list[str]) -> None:
     aliases = found.model.tied.get(weight, [weight])
+    if not found.dtypes[weight].is_floating_point:
+        said = f"{weight} is stored in {str(found.dtypes[weight]).removeprefix('torch.')}; floating weights are tuned"
+        raise SpecError(said, ("rules", r, "target"))
     if not found.used.intersection(aliases):
         found.warnings.append(f"rules[{r}]: {weight} is not used by the model's forward; it is left out")
         return
@@ -139,10 +189,14 @@ def _add_parameter(found: _Found, r: int, rule: Rule, weight: str) -> None:
     crossing = any(weight.startswith(f"{module}.") for module in found.crossing)
     kind = "vector" if layout.vector else "matrix"
     for j, (one, _) in enumerate(rule.chain):
+        if layout.odd and "vector" not in one.on:
+            said = f"how {weight} is read is not understood ({layout.odd}), so neither what are its inputs and outputs"
+            raise SpecError(f"{said}; use {_plain()}", ("rules", r, "apply", j, one.name))
         _check_kind(weight, kind, crossing, one, ("rules", r, "apply", j, one.name))
     shape, block = layout.shape, None
     if rule.slice:
-        block, shape = _cut(rule, r, weight, layout)
+        flipped = len(aliases) > 1 and _as_table(readers, named, ("rules", r, "slice")) and layout.transposed
+        block, shape = _cut(rule, r, weight, layout, flipped)
     formed = [user for node, user in readers if factored(user, node, layout) is None]
     site = _site(found, r, rule, kind, weight, shape, block, layout, kind == "matrix" and not formed)
     if not site.merges and (formed or block):
@@ -159,7 +213,10 @@ def _add_modules(found: _Found, r: int, rule: Rule, hits: list[str], kinds: set[
     hits = [hit for hit in hits if not any(hit.startswith(f"{other}.") for other in hits)]
     lacking: dict[str, list[str]] = {}
     for module in hits:
-        there = list(places(found.graph, module, kinds))
+        try:
+            there = list(places(found.graph, module, kinds))
+        except SpecError as error:
+            raise SpecError(error.message, ("rules", r, "target")) from None
         for kind in kinds:
             if not any(one == kind for one, _, _ in there):
                 lacking.setdefault(kind, []).append(module)
@@ -284,15 +341,17 @@ def places(graph: fx.Graph, module: str, kinds: Collection[str]) -> Iterator[tup
     wanted = set(kinds)
     if wanted & {"attention", "feed_forward"}:
         calls = sublayers(graph, module)
-        if any(sum(one.kind == "feed_forward" for one in call) > 1 for call in calls):
-            raise SpecError(f"{module} holds several layers; target each of them, e.g. {module}.layer.*")
+        _check_one_layer(graph, module, calls)
         first = {one.kind: one for call in calls for one in reversed(call)}
         for kind in sorted(wanted & first.keys()):
             yield kind, module, (shape_of(first[kind].input)[-1], shape_of(first[kind].output)[-1])
     if wanted & {"keys", "values"}:
-        once = {}
+        once: dict[str, Attention] = {}
         for one in attentions(graph, module):
-            if once.setdefault(one.module, call_of(one.node)) != call_of(one.node):
+            before = once.setdefault(one.module, one)
+            if before is not one:
+                if call_of(before.node) == call_of(one.node):
+                    raise SpecError(f"{one.module} has several softmaxes; which of them attends is not known")
                 continue
             for kind in ("keys", "values"):
                 if kind in wanted:
@@ -302,15 +361,63 @@ def places(graph: fx.Graph, module: str, kinds: Collection[str]) -> Iterator[tup
             yield "embeddings", paths(node)[-1], tuple(map(int, shape_of(node.args[0])))
 
 
-def _cut(rule: Rule, r: int, weight: str, layout: Layout) -> tuple[Block, tuple[int, ...]]:
-    """The block and the shape of a slice."""
+def _check_one_layer(graph: fx.Graph, module: str, calls: list[list[Sublayer]]) -> None:
+    """A module is one layer: one feed-forward at most, with channels in its last dimension.
+
+    Raises:
+        SpecError: with what it is instead.
+    """
+    for call in calls:
+        forward = [one for one in call if one.kind == "feed_forward"]
+        if len({one.skip for one in forward}) > 1:
+            layers = [name for name in modules(graph) if name.startswith(f"{module}.") and name[-1].isdigit()]
+            example = f", e.g. {layers[0].rpartition('.')[0]}.*" if layers else ""
+            raise SpecError(f"{module} holds several layers; target each of them{example}")
+        if len(forward) > 1:
+            said = f"{module} adds {len(forward)} parallel feed-forwards (experts that are shared, for example)"
+            raise SpecError(f"{said}; which of them is meant is not known: target weights in them instead")
+        for one in call:
+            if op := channels_first(one.output):
+                said = f"{module} has its channels before other dimensions ({op})"
+                raise SpecError(f"{said}; what stands inside a residual works on the last one: target weights instead")
+
+
+def _as_table(readers: list[tuple[fx.Node, fx.Node]], named: list[str], path: tuple[str | int, ...]) -> bool:
+    """Whether a rule names a tied weight as the table that it is of ids, and not as the linear layer that it is too.
+
+    Raises:
+        SpecError: it names both, so that a slice has two meanings.
+    """
+    tables = [user for _, user in readers if user.target is aten.embedding.default]
+    others = [user for _, user in readers if user.target is not aten.embedding.default]
+    if not tables or not others:
+        return bool(tables)
+    owners = {name.rpartition(".")[0] for name in named}
+    table, other = (any(owner in paths(user) for user in some for owner in owners) for some in (tables, others))
+    if table and other:
+        said = f"{' = '.join(named)} is a table of ids and a linear layer, whose inputs are the other's outputs"
+        raise SpecError(f"{said}: target one of its names to say which is sliced", path)
+    return not other
+
+
+def _cut(rule: Rule, r: int, weight: str, layout: Layout, flipped: bool) -> tuple[Block, tuple[int, ...]]:
+    """The block and the shape of a slice; `flipped`: the rule means the other orientation than the layout's."""
     axis, (start, stop) = rule.slice.axis, rule.slice.bounds
+    axis = {"in": "out", "out": "in"}[axis] if flipped else axis
     shape = layout.shape
     size = shape[-1] if axis == "out" else shape[-2]
     if stop > size:
-        raise SpecError(f"{weight} has {size} {axis}puts, so [{start}, {stop}] is out of range", ("rules", r, "slice"))
+        raise SpecError(
+            f"{weight} has {size} {rule.slice.axis}puts, so [{start}, {stop}] is out of range", ("rules", r, "slice")
+        )
     shape = (*shape[:-1], stop - start) if axis == "out" else (*shape[:-2], stop - start, shape[-1])
     return (axis, start, stop), shape
+
+
+def _plain(of: str = "vector") -> str:
+    """The methods without options that work on any vector."""
+    plain = [other for other in TRANSFORMS.values() if of in other.on and not other.options.model_fields]
+    return " or ".join(other.name for other in sorted(plain, key=lambda other: -len(other.on)))
 
 
 def _check_kind(weight: str, kind: str, crossing: bool, one: Transform, path: tuple[str | int, ...]) -> None:
@@ -319,9 +426,7 @@ def _check_kind(weight: str, kind: str, crossing: bool, one: Transform, path: tu
     if "cross_attention" in one.on and kind == "matrix":
         message = f"{one.name} is for weights of cross-attention, but the target matches {weight}"
     elif kind == "vector":
-        plain = [other for other in TRANSFORMS.values() if kind in other.on and not other.options.model_fields]
-        names = " or ".join(other.name for other in sorted(plain, key=lambda other: -len(other.on)))
-        message = f"{one.name} needs a matrix, but the target matches the vector {weight}; use {names}"
+        message = f"{one.name} needs a matrix, but the target matches the vector {weight}; use {_plain()}"
     else:
         message = f"{one.name} tunes vectors (biases), but the target matches the matrix {weight}"
     raise SpecError(message, path)

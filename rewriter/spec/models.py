@@ -196,7 +196,9 @@ Link = Annotated[SerializeAsAny[BaseModel], PlainValidator(_link, json_schema_in
 class Rule(_Model):
     """Which weights get which transforms."""
 
-    target: str | list[str] = Field(description="globs over parameter names: * in a part, ** across parts, {a,b}")
+    target: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)] = Field(
+        description="globs over parameter names: * in a part, ** across parts, {a,b}"
+    )
     apply: list[Link] = Field(min_length=1, description="the chain, applied first to last: f, then g")
     slice: Slice | None = Field(None, description="only a part of each matched weight")
 
@@ -221,12 +223,12 @@ class Passes(_Model):
 class Train(_Model):
     """How the new tensors are tuned."""
 
-    epochs: float = Field(1, gt=0, description="passes over the training data")
+    epochs: float = Field(1, gt=0, le=1e6, description="passes over the training data")
     max_steps: Count | None = Field(None, description="optimiser steps, instead of `epochs`")
     batch_size: Count = Field(32, le=2**16, description="rows per step, over all devices")
     gradient_accumulation: Count = Field(1, description="batches per optimiser step")
     optimiser: Literal["adamw", "sgd", "adafactor"] = Field("adamw", description="sgd has a momentum of 0.9")
-    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
+    learning_rate: float = Field(1e-3, gt=0, le=1e6, description="peak learning rate")
     schedule: Literal[SCHEDULES] = Field("linear", description="of the learning rate, after the warm-up")
     schedule_options: dict[str, Scalar] = Field(
         default_factory=dict, description="of that schedule, as transformers.get_scheduler takes them"

@@ -6,9 +6,16 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import (
+    CollectionEndEvent,
+    CollectionStartEvent,
+)
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 
-MAX_NODES = 100_000
+MAX_NODES = 50_000
+MAX_BYTES = 2_000_000
+MAX_DEPTH = 50
+MAX_NUMBER = 2**64
 _SCALARS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null")}
 _CORE = _SCALARS | {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "timestamp")}
 
@@ -45,11 +52,12 @@ def parse(text: str) -> YamlMap:
     """Parse one YAML 1.2 document of mappings, sequences and scalars.
 
     Raises:
-        YamlError: broken syntax, a duplicate or non-string key, a tag beyond the core ones, aliases that expand to more
-            than `MAX_NODES` nodes or to themselves, or nesting too deep to read.
+        YamlError: broken syntax, a duplicate or non-string key, a tag beyond the core ones, a value that is none of its
+            tag, more than `MAX_NODES` values (aliases expanded), or nesting deeper than `MAX_DEPTH`.
     """
     reader = YAML(typ="safe", pure=True)
     try:
+        _check_size(text)
         root = reader.compose(io.StringIO(text))
         if root is None:
             raise YamlError("the file is empty")
@@ -64,6 +72,20 @@ def parse(text: str) -> YamlMap:
     except (YAMLError, ValueError) as error:
         raise YamlError("broken YAML: " + " ".join(str(error).split())) from None
     return result
+
+
+def _check_size(text: str) -> None:
+    """Refuse in time what would take minutes to read."""
+    if len(text) > MAX_BYTES:
+        raise YamlError(f"larger than {MAX_BYTES:,} characters")
+    depth = 0
+    for count, event in enumerate(YAML(typ="safe", pure=True).parse(io.StringIO(text))):
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        mark = event.start_mark
+        if depth > MAX_DEPTH:
+            raise YamlError(f"nested more than {MAX_DEPTH} deep", mark.line + 1, mark.column + 1)
+        if count > 2 * MAX_NODES:
+            raise YamlError(f"more than {MAX_NODES:,} values", mark.line + 1, mark.column + 1)
 
 
 def parse_scalar(text: str) -> Any:
@@ -95,13 +117,20 @@ def _build(node: Node, path: Path, out: YamlMap, reader: YAML, count: list[int])
     place = _place(node)
     count[0] += 1
     if count[0] > MAX_NODES:
-        raise YamlError(f"aliases expand to more than {MAX_NODES:,} values", *place)
+        raise YamlError(f"more than {MAX_NODES:,} values, aliases expanded", *place)
     if node.tag not in _CORE:
         raise YamlError(f"tag {node.tag!r} is not allowed: only plain YAML values are read", *place)
     out.values.setdefault(path, place)
     if isinstance(node, ScalarNode):
         node.value = _text(node.value, place)
-        return reader.constructor.construct_object(node) if node.tag in _SCALARS else node.value
+        try:
+            value = reader.constructor.construct_object(node) if node.tag in _SCALARS else node.value
+            if isinstance(value, int) and abs(value) >= MAX_NUMBER:
+                raise YamlError("a number of more than 64 bits", *place)
+            return value
+        except (KeyError, ValueError, OverflowError):
+            kind = node.tag.rpartition(":")[2]
+            raise YamlError(f"{node.value[:40]!r} can't be read as {kind}", *place) from None
     if isinstance(node, MappingNode):
         data: dict[str, Any] = {}
         for key, value in node.value:

@@ -108,6 +108,8 @@ def _variants(data: dict, source: "Source") -> Iterator[tuple[dict, tuple[str | 
         lists = list(values.values()) if isinstance(values, dict) else [None]
         if not all(isinstance(one, list) and len(one) == len(lists[0]) for one in lists):
             raise source.locate(SpecError("expected keys of a spec, and `values` as lists of equal length", path))
+        if lists and not lists[0]:
+            raise source.locate(SpecError("its lists are empty, so there is nothing to run", (*path, "values")))
         for row in zip(*lists, strict=True) if lists else [()]:
             made = copy.deepcopy(data | variant)
             if isinstance(data.get("meta"), dict) and isinstance(variant.get("meta"), dict):

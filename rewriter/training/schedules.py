@@ -139,7 +139,10 @@ def sensitivities(
     try:
         for batch in batches:
             loss = objective(model, batch)
-            gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+            if loss.requires_grad:
+                gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+            else:
+                gradients = [None] * len(weights)
             for site, gradient in zip(dict.fromkeys(site.place for site in sites), gradients, strict=True):
                 if gradient is None:
                     rule = next(one.rule for one in sites if one.place == site)

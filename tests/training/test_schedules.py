@@ -41,7 +41,7 @@ LAYERS = {
     "qwen3": "model.layers.*",
     "mixtral": "model.layers.*",
     "vit": "vit.layers.*",
-    "t5": "{encoder,decoder}.block.*",
+    "t5": "encoder.block.*",
 }
 TOKENS = {
     "gpt2": "transformer.wte",

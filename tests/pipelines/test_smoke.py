@@ -1,0 +1,107 @@
+"""validate --level smoke: the whole run of a small copy, so that what would fail at the end fails first."""
+
+import tempfile
+
+import pytest
+import transformers as hf
+
+from pipelines.validate import Format, Level, check_all
+from rewriter import Session, Spec, SpecError
+from tests.cases.test_base import LLAMA, SIZES, image_spec, saved, vision
+from tests.tiny import project
+
+
+def smoke(file, *settings):
+    return [
+        str(one) for result in check_all([file], list(settings), Level.smoke, Format.json) for one in result["findings"]
+    ]
+
+
+def test_a_spec_passes_and_nothing_stays(tmp_path, monkeypatch, capsys):
+    (tmp_path / "p").mkdir()
+    (tmp_path / "t").mkdir()
+    spec = project(tmp_path / "p")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "t"))
+    before = sorted(tmp_path.joinpath("p").rglob("*"))
+    assert smoke(spec) == []
+    assert sorted(tmp_path.joinpath("p").rglob("*")) == before
+    assert not [name for name in (tmp_path / "t").iterdir() if not name.name.startswith("subspan-data-")]
+    assert "step" not in capsys.readouterr().out
+
+
+def test_a_broken_exporter_fails_here(tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no op named so")
+
+    monkeypatch.setattr("torch.onnx.export", broken)
+    spec = project(tmp_path)
+    (found,) = smoke(spec)
+    assert "can't export to ONNX: no op named so" in found
+    assert smoke(spec, "export.onnx=null") == []
+
+
+def test_what_can_t_merge_is_no_checkpoint(tmp_path):
+    file = project(tmp_path)
+    text = file.read_text()
+    rule = text[text.index("  - target") : text.index('  - target: "classifier')]
+    prefix = '  - target: "bert.encoder.layer.*"\n    apply: [{prefix: {length: 2}}]\n'
+    file.write_text(text.replace(rule, prefix) + "strict: true\nexport: {checkpoint: true}\n")
+    (found,) = smoke(file)
+    assert "export.checkpoint: prefix(length=2) can't merge into plain weights, so there is no checkpoint" in found
+    assert "spec.yaml:19:22: " in found
+    assert smoke(file, "export.checkpoint=false") == []
+
+
+CONFIGS = {
+    "llama": ("causal-lm", "CausalLM", lambda: hf.LlamaConfig(**{**LLAMA, "num_hidden_layers": 5}), "model.layers.*.self_attn.{q,v}_proj.weight"),
+    "gpt2": ("sequence-classification", "CausalLM", lambda: hf.GPT2Config(n_embd=32, n_layer=4, n_head=2, n_positions=64, vocab_size=50, eos_token_id=3), "transformer.h.3.attn.c_attn.weight"),
+    "t5": ("seq2seq-lm", "Seq2SeqLM", lambda: hf.T5Config(d_model=32, d_kv=16, d_ff=32, num_layers=3, num_heads=2, vocab_size=50, decoder_start_token_id=0), "**.SelfAttention.{q,v}.weight"),
+    "bart": ("sequence-classification", "Seq2SeqLM", lambda: hf.BartConfig(d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=50, eos_token_id=3, pad_token_id=0), "**.self_attn.{q_proj,v_proj}.weight"),
+    "modernbert": ("sequence-classification", "SequenceClassification", lambda: hf.ModernBertConfig(**{**SIZES, "num_hidden_layers": 3}, pad_token_id=0), "**.attn.Wqkv.weight"),
+}  # fmt: skip
+
+
+def spec_for(folder, name):
+    task, auto, config, target = CONFIGS[name]
+    saved(folder / "model", config(), auto)
+    words = ["good film plot", "bad the plot was bad", "fine film", "awful and poor"]
+    rows = ["text,label"] + [
+        f"{words[i % 4]},{words[(i + 1) % 4] if task == 'seq2seq-lm' else i % 2}" for i in range(40)
+    ]
+    (folder / "rows.csv").write_text("\n".join(rows) + "\n")
+    columns = {"text": "text"} | ({} if task == "causal-lm" else {"label": "label"})
+    return Spec.model_validate(
+        {
+            "version": 1,
+            "model": {"name": str(folder / "model"), "task": task},
+            "data": {
+                "format": "csv",
+                "files": str(folder / "rows.csv"),
+                "columns": columns,
+                "split": {"validation": 8},
+                "max_length": 12,
+            },
+            "rules": [{"target": target, "apply": [{"lora": {"rank": 2}}]}],
+            "train": {"batch_size": 4, "epochs": 3},
+        }
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_kind_of_model_has_a_small_copy(tmp_path, name):
+    """BART as a classifier among them, which looks for an end token that random ids lack (case 40)."""
+    report = Session(spec_for(tmp_path, name)).smoke()
+    assert {"merged", "checkpoint", "onnx"} == set(report["stages"])
+    assert report["rows"]["validation"] > 0
+    assert report["rows"]["random"] == 16 if name != "bart" else report["rows"]["random"] < 16
+
+
+def test_an_image_model_too(tmp_path):
+    spec = image_spec(tmp_path, vision("vit", 32), 32)
+    assert Session(spec).smoke()["rows"]["validation"] > 0
+
+
+def test_without_data_there_is_no_run(tmp_path):
+    spec = spec_for(tmp_path, "llama")
+    with pytest.raises(SpecError, match="'data' is missing"):
+        Session(spec.model_copy(update={"data": None})).smoke()
