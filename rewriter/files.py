@@ -1,6 +1,7 @@
 """Files: they appear only when finished (written aside, then renamed); tensors are safetensors, never pickle."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .errors import SubspanError
+from .errors import SubspanError, reason
 
 UNFINISHED = ".unfinished-"
 WHOLE = "whole.json"
@@ -33,6 +34,38 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, data: Any) -> None:
     """`write_text` of indented JSON."""
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(file: Path, constants: bool = False) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Args:
+        constants: whether NaN and Infinity, which Python writes beyond JSON, are read.
+
+    Raises:
+        SubspanError: there is none, or it is broken.
+    """
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"), parse_constant=None if constants else _refuse)
+    except FileNotFoundError:
+        raise SubspanError(f"{file}: no such file") from None
+    except json.JSONDecodeError as error:
+        raise SubspanError(f"{file}:{error.lineno}:{error.colno}: broken JSON: {error.msg}") from None
+    except (RecursionError, ValueError) as error:
+        raise SubspanError(f"{file}: broken JSON ({reason(error)})") from None
+    if not isinstance(data, dict):
+        raise SubspanError(f"{file}: holds no JSON object")
+    return data
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def digest(file: Path) -> str:
+    """SHA-256 of a file."""
+    with file.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

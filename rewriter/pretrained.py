@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import safetensors
 import torch
 import transformers
 from accelerate.utils import set_seed
@@ -287,9 +288,16 @@ def quiet() -> Iterator[None]:
 
 
 def save_model(pretrained: Pretrained, folder: str) -> None:
-    """Write the model as `from_pretrained` reads it: config and safetensors."""
+    """Write the model as `from_pretrained` reads it: config and safetensors.
+
+    Raises:
+        OSError: no space, no permission.
+    """
     with quiet():
-        pretrained.model.save_pretrained(folder)
+        try:
+            pretrained.model.save_pretrained(folder)
+        except safetensors.SafetensorError as error:
+            raise OSError(f"can't write {folder}: {error}") from None
 
 
 def for_onnx(model: nn.Module) -> nn.Module:

@@ -6,7 +6,6 @@ Mistakes leave with the spec's file, line and column.
 import contextlib
 import functools
 import io
-import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from .adapters.store import check_tied, save_adapter
 from .base import NAME, identity
 from .data import check_length, encode, load_rows
 from .errors import SpecError, SubspanError, raise_all
-from .files import write_json, write_text
+from .files import read_json, write_json, write_text
 from .folder import LOCK, MARKER, check_folder, claimed, clear, spec_of
 from .graph.traced import Inputs, TracedModel
 from .passes.base import Context
@@ -328,7 +327,7 @@ class Session:
                 # A checkpoint of a version that kept the sizes in plan.json alone.
                 pairs = (pair for site in found.sites for pair in site.schedules)
                 choosing = {name for name, one in pairs if type(one).choose is not Schedule.choose}
-                sites = json.loads((resumed / "plan.json").read_text(encoding="utf-8"))["sites"]
+                sites = read_json(resumed / "plan.json")["sites"]
                 given = {step: sizes for site in sites for step, sizes in site["settled"].items() if step in choosing}
             return plan(traced, self.spec.rules, job.pretrained.new, self.spec.strict, given), chosen
         return allocate(traced, found, job.train, job.collate, objective(self.spec.task))

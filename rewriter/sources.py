@@ -144,6 +144,8 @@ def bars() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _explained(data: Data) -> Iterator[None]:
+    level = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # What it says of a file is in the error.
     try:
         yield
     except (SubspanError, KeyboardInterrupt):
@@ -157,3 +159,5 @@ def _explained(data: Data) -> Iterator[None]:
         path = ("data", "name") if data.files is None else _FILES
         kind = UnreachableError if isinstance(error, ConnectionError) else SpecError
         raise kind(f"can't read the data: {reason(cause)}", path) from error
+    finally:
+        datasets.logging.set_verbosity(level)

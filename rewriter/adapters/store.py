@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ..errors import SpecError, SubspanError, reason
-from ..files import aside, load_into, load_tensors, save_tensors
+from ..errors import SpecError, SubspanError
+from ..files import aside, digest, load_into, load_tensors, read_json, save_tensors
 from ..graph.traced import TracedModel, assign
 from ..plan import Plan, plan
 from ..rewrite import rewrite
@@ -80,6 +80,7 @@ def save_adapter(
     with aside(folder) as (place,):
         place.mkdir()
         save_tensors(tensors, place / TENSORS)
+        manifest["tensors"] = digest(place / TENSORS)
         (place / MANIFEST).write_text(_text(manifest), encoding="utf-8")
 
 
@@ -100,7 +101,7 @@ def check_transforms(folder: str | Path) -> None:
         SubspanError: with the package, or the file, that they came from; or as `read_manifest`.
     """
     file = Path(folder) / MANIFEST
-    check_origins(file, _json(file).get("transforms", {}))
+    check_origins(file, _read(file).get("transforms", {}))
 
 
 def check_origins(file: Path, written: Any) -> None:
@@ -154,8 +155,8 @@ def check_tied(folder: str | Path, spec: Spec, files: Mapping[str, str]) -> None
     manifest, file = read_manifest(folder), Path(folder) / MANIFEST
     if manifest["spec"] is not None and (odd := _difference(*map(_decisive, (manifest["spec"], spec)))):
         raise SubspanError(f"{file}: tuned with another {odd} than the run's spec.yaml has now; set it back")
-    for name, digest in manifest["base_files"].items():
-        if files.get(name) != digest:
+    for name, then in manifest["base_files"].items():
+        if files.get(name) != then:
             raise SubspanError(f"{file}: tuned for a base model with another {name}")
     if manifest["base_files"] and (more := sorted(files.keys() - manifest["base_files"].keys())):
         raise SubspanError(f"{file}: tuned for a base model without {more[0]}")
@@ -182,7 +183,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         SubspanError: it is missing, broken, or of another format.
     """
     file = Path(folder) / MANIFEST
-    manifest = _json(file)
+    manifest = _read(file)
     try:
         if manifest["format"] != FORMAT:
             raise SubspanError(f"{file}: format {manifest['format']}, this version reads {FORMAT}")
@@ -199,22 +200,10 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse)
-    except FileNotFoundError:
-        raise SubspanError(f"{file}: no such file; is training finished?") from None
-    except json.JSONDecodeError as error:
-        raise SubspanError(f"{file}:{error.lineno}:{error.colno}: broken JSON: {error.msg}") from None
-    except (RecursionError, ValueError) as error:
-        raise SubspanError(f"{file}: not an adapter's manifest ({reason(error)})") from None
-    if not isinstance(data, dict):
-        raise SubspanError(f"{file}: not an adapter's manifest")
-    return data
-
-
-def _refuse(constant: str) -> float:
-    raise ValueError(f"{constant} is no number of JSON")
+def _read(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        raise SubspanError(f"{file}: no such file; is training finished?")
+    return read_json(file)
 
 
 def load_adapter(
@@ -262,6 +251,8 @@ def load_adapter(
     tuned = rewrite(model, found, values=chosen, without=without, also=also)
     load_into(_tensors(tuned), folder / TENSORS)
     _check_chosen(tuned, folder / TENSORS)
+    if manifest.get("tensors") not in (None, digest(folder / TENSORS)):
+        raise SubspanError(f"{folder / TENSORS}: not the file that its {MANIFEST} was written with")
     if other := other_constant(tuned, manifest["constants"]):
         said = f"tuned beside another {other} than is computed here from the base weights"
         raise SubspanError(f"{folder / MANIFEST}: {said}: it can be exported where it was tuned")

@@ -1,6 +1,5 @@
 """Ship: a run's adapter becomes merged/ and onnx/, each compared with the tuned model before it appears."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor
 from ..adapters.store import load_adapter, read_manifest
 from ..data import encode, load_rows
 from ..errors import SpecError, SubspanError, reason
-from ..files import aside, write_json
+from ..files import aside, read_json, write_json
 from ..graph.traced import Inputs, TracedModel
 from ..pretrained import Pretrained, collator, for_onnx, load_model, load_processor, save_model
 from ..spec import Spec
@@ -152,7 +151,9 @@ def _rows(
     except SpecError as error:
         return None, error.message
     collate = collator(spec, pretrained, tuned.input_names)
-    own = json.loads(file.read_text(encoding="utf-8"))["validation"]
+    own = read_json(file).get("validation")
+    if not isinstance(own, dict) or spec.metric not in own:
+        raise SubspanError(f"{file}: not the metrics of this run")
     return compare.Rows(encoded, collate, spec.train.batch_size, load_predictions(run), own), None
 
 

@@ -1,6 +1,5 @@
 """What a person looks at: the plan as a table, and the end of a run."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..files import read_json
 from ..plan import Plan, Site
 from ..plan.cost import StepCost, site_cost
 from ..spec import Spec
@@ -128,7 +128,7 @@ def shipped(spec: Spec, run: Path, report: Mapping[str, Any]) -> dict[str, Any]:
         run: its folder.
         report: the content of verify.json.
     """
-    plan, metrics = (json.loads((run / f"{name}.json").read_text(encoding="utf-8")) for name in ("plan", "metrics"))
+    plan, metrics = (read_json(run / f"{name}.json") for name in ("plan", "metrics"))
     share = f"{plan['trainable_thousandths']:.3f} thousandths of {plan['total_parameters']:,}"
     heads = f"{plan['head_parameters']:,} in new heads"
     facts = {

@@ -228,7 +228,7 @@ class Train(_Model):
     batch_size: Count = Field(32, le=2**16, description="rows per step, over all devices")
     gradient_accumulation: Count = Field(1, description="batches per optimiser step")
     optimiser: Literal["adamw", "sgd", "adafactor"] = Field("adamw", description="sgd has a momentum of 0.9")
-    learning_rate: float = Field(1e-3, gt=0, le=1e6, description="peak learning rate")
+    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
     schedule: Literal[SCHEDULES] = Field("linear", description="of the learning rate, after the warm-up")
     schedule_options: dict[str, Scalar] = Field(
         default_factory=dict, description="of that schedule, as transformers.get_scheduler takes them"

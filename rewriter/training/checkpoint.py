@@ -3,6 +3,7 @@
 Tensors are safetensors, all else is JSON; no pickle.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +19,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ..adapters.store import check_origins, origins
-from ..errors import SubspanError
-from ..files import aside, load_into, load_tensors, remove, save_tensors
+from ..errors import SubspanError, reason
+from ..files import aside, digest, load_into, load_tensors, read_json, remove, save_tensors
 from ..tuned import TunedModel, tuned_parameters
 from .parallel import each, processes
 from .schedules import NOW, Budget, Sizes
@@ -129,7 +130,8 @@ def save(tuning: Tuning, progress: Progress, folder: Path, keep: int, best: int 
             save_tensors(tuned_parameters(tuning.model), place / TUNED)
             save_tensors(tensors, place / OPTIMISER)
             save_tensors(tuning.budget.state(), place / BUDGET)
-            (place / STATE).write_text(json.dumps(state))
+            state["files"] = {name: digest(place / name) for name in (TUNED, OPTIMISER, BUDGET)}
+            (place / STATE).write_text(json.dumps(state | {"digest": _digest(state)}))
         for old in checkpoints(folder)[:-keep]:
             if best is None or old != place_of(folder, best):
                 remove(old)
@@ -142,8 +144,35 @@ def load(tuning: Tuning, place: Path) -> Progress:
     Raises:
         SubspanError: it is of another model, or not whole.
     """
+    try:
+        return _load(tuning, place, _state(place))
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        said = f"{place}: not a whole checkpoint ({reason(error)})"
+        raise SubspanError(f"{said}; delete it to go on before it") from error
+
+
+def _state(place: Path) -> dict[str, Any]:
+    """What a checkpoint says in JSON.
+
+    Raises:
+        SubspanError: it, or a file beside it, is not as it was written.
+    """
+    state = read_json(place / STATE, constants=True)  # A schedule may start from infinity.
+    changed = [name for name, was in dict(state.get("files", {})).items() if digest(place / name) != was]
+    if "digest" in state and state["digest"] != _digest(state):
+        changed.append(STATE)
+    if changed:
+        raise SubspanError(f"{place / changed[0]}: not as it was written; delete that checkpoint to go on before it")
+    return state
+
+
+def _digest(state: dict[str, Any]) -> str:
+    kept = {name: value for name, value in state.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _load(tuning: Tuning, place: Path, state: dict[str, Any]) -> Progress:
     load_weights(tuning, place)
-    state = json.loads((place / STATE).read_text(encoding="utf-8"))
     _load_optimiser(tuning, load_tensors(place / OPTIMISER), state.get("optimiser", {}))
     tuning.schedule.load_state_dict(state.get("schedule") or state["scheduler"])
     # The schedule's own state has the rates; the optimiser's groups were made anew.
@@ -152,7 +181,7 @@ def load(tuning: Tuning, place: Path) -> Progress:
     if state["scaler"]:
         tuning.scaler.load_state_dict(state["scaler"])
     if "step" not in state:
-        earlier = json.loads((place / EARLIER).read_text(encoding="utf-8"))
+        earlier = read_json(place / EARLIER)
         return Progress(earlier["global_step"], earlier["log_history"], random=_unhex(state["random"]))
     number = processes().process_index
     others = [state["random"], *state["others"]]
@@ -217,12 +246,6 @@ def resumed_choices(folder: Path) -> tuple[Sizes | None, dict[str, Tensor]] | No
     last = checkpoints(folder)[-1:]
     if not last:
         return None
-    state = load_tensors(last[0] / BUDGET)
-    try:
-        written = json.loads((last[0] / STATE).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SubspanError(
-            f"{last[0] / STATE}: broken JSON ({error}); delete that checkpoint to go on before it"
-        ) from None
+    written, state = _state(last[0]), load_tensors(last[0] / BUDGET)
     check_origins(last[0] / STATE, written.get("transforms", {}))
     return written.get("given"), {name.removesuffix(NOW): value for name, value in state.items() if name.endswith(NOW)}

@@ -131,8 +131,8 @@ def test_56_tensors_of_an_adapter_are_what_they_should_be(tmp_path, change, said
         (lambda data: data | {"rules": [{"target": 1}]}, "not an adapter's manifest"),
         (lambda data: data | {"constants": 3}, "not an adapter's manifest"),
         (lambda data: data | {"format": 99}, "format 99, this version reads 1"),
-        (lambda data: [data], "not an adapter's manifest"),
-        (lambda data: "[" * 100_000, "not an adapter's manifest"),
+        (lambda data: [data], "holds no JSON object"),
+        (lambda data: "[" * 100_000, "broken JSON"),
     ],
     ids=["56-infinity", "56-long", "56-new", "56-new-kind", "56-target", "56-rules", "56-rule", "56-constants", "56-format", "56-list", "56-deep"],
 )  # fmt: skip
