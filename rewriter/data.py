@@ -1,8 +1,9 @@
 """The data of a spec: read by `datasets`, checked against columns and labels, and encoded."""
 
+import contextlib
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,24 @@ def load_rows(spec: Spec, labels: list[str]) -> Rows:
     data = spec.data
     if data is None:
         raise SpecError("'data' is missing: training needs it")
-    parts = {name: _own(spec, _filter(part, data, name)) for name, part in read(data).items()}
+    with _decoded():
+        parts = {name: _own(spec, _filter(part, data, name)) for name, part in read(data).items()}
+        return _rows(spec, parts, labels)
+
+
+@contextlib.contextmanager
+def _decoded() -> Iterator[None]:
+    """Bytes that are no text are found when a cell is read."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        said = f"the data holds bytes that are not {error.encoding} ({error.reason})"
+        raise SpecError(f"{said}; set data.options: {{encoding: ...}}", ("data", "files")) from None
+
+
+def _rows(spec: Spec, parts: dict[str, datasets.Dataset], labels: list[str]) -> Rows:
+    """The parts, checked, split and limited."""
+    data = spec.data
     if "train" not in parts:
         raise SpecError(f"no split 'train', only {', '.join(parts)}", _DATA)
     # Before a split or a limit hides some of it, and while rows have the numbers that they have in the file.

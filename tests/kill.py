@@ -103,6 +103,7 @@ def exporting(folder: Path, kills: int, seed: int = 0) -> int:
             ends += 1
         if (run / "merged").exists():
             assert {file.name: file.read_bytes() for file in (run / "merged").iterdir() if file.is_file()} == expected
+    assert not killed(lambda: Session(run / "spec.yaml").export(run), 600) and (run / "verify.json").exists()
     assert not list(run.rglob(".unfinished-*"))
     return ends
 

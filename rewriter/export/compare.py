@@ -1,7 +1,7 @@
 """Compare: how far each stage is from a wider run of the tuned model, beside the tuned model's own rounding, and
 whether its decisions on the validation rows are those that the run kept."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,12 +90,54 @@ def sequences(graph: fx.Graph, names: Sequence[str]) -> list[str | None]:
     return [axes.get(str(shape[1])) if len(shape) > 1 else None for shape in shapes]
 
 
+class Tally:
+    """What every stage's metrics need of all validation rows, batch by batch.
+
+    Args:
+        spec: its task and metric are read.
+        model: the tuned one.
+        stages: names.
+    """
+
+    def __init__(self, spec: Spec, model: TracedModel, stages: Collection[str]):
+        self.spec, self.form = spec, model.signatures["eval"].outputs
+        self.sums: dict[str, Tensor] = {name: torch.zeros(2, dtype=torch.float64) for name in stages}
+        self.parts: dict[str, list[np.ndarray]] = {name: [] for name in stages}
+
+    def add(self, name: str, outputs: Sequence[np.ndarray], targets: Mapping[str, Tensor]) -> None:
+        """A stage's outputs on a batch."""
+        task = self.spec.task
+        out = pytree.tree_unflatten([torch.from_numpy(value) for value in outputs], self.form)
+        self.sums[name] += torch.stack([task.loss(out, targets).double(), task.count(targets).double()])
+        if self.spec.metric != "loss":
+            self.parts[name].append(task.summary(out, targets).double().numpy())
+
+    def measured(self, rows: Rows) -> dict[str, tuple[dict[str, float], float | None]]:
+        """For every stage its metrics, and the share of decisions that are the tuned run's.
+
+        The share is None where the run kept no decisions: its predictions are no whole numbers.
+        """
+        spec, found = self.spec, {}
+        for name, sums in self.sums.items():
+            loss, count = sums.tolist()
+            metrics, share = {"loss": loss / count if count else np.nan}, None
+            if spec.metric != "loss":
+                every = np.concatenate(self.parts[name])
+                metrics = {spec.metric: spec.task.measure(spec.metric, every, rows.encoded), **metrics}
+                if rows.kept is not None and (rows.kept == np.round(rows.kept)).all():
+                    same = every.shape == rows.kept.shape
+                    share = float((every == rows.kept).all(axis=1).mean()) if same else 0.0
+            found[name] = metrics, share
+        return found
+
+
 def distances(
     reference: Stage,
     wide: Stage | None,
     stages: Mapping[str, Stage],
     samples: Iterator[tuple[str, int, dict[str, Tensor], dict[str, Tensor]]],
     axes: Sequence[str | None],
+    tally: Tally | None = None,
 ) -> tuple[dict[str, Distance], dict[int, float]]:
     """Every stage's and the tuned model's own `Distance`, and the largest value of each output.
 
@@ -103,6 +145,7 @@ def distances(
         reference, wide: the tuned model, and its wider run; None where only the tuned model is compared with.
         samples: (what, number of the first row, inputs, targets).
         axes: from `sequences`; positions of padding are left out.
+        tally: gets every stage's outputs on samples that have targets.
     """
     found = {name: Distance() for name in ("tuned", *stages)}
     scale: dict[int, float] = {}
@@ -114,6 +157,8 @@ def distances(
             scale[i] = max(scale.get(i, 0.0), gap(value, np.zeros_like(value), mask)[0])
         for name, outputs in {"tuned": own, **{name: stage(inputs) for name, stage in stages.items()}}.items():
             one = found[name]
+            if tally and targets and name != "tuned":
+                tally.add(name, outputs, targets)
             if [x.shape for x in outputs] != [x.shape for x in exact]:
                 one.tuned, one.wide[0], one.where[0] = np.inf, np.inf, f"{what}: other shapes"
                 continue
@@ -160,42 +205,12 @@ def too_far(found: Mapping[str, Distance], scale: Mapping[int, float], eps: floa
     return None
 
 
-def measured(
-    spec: Spec, model: TracedModel, stages: Mapping[str, Stage], rows: Rows
-) -> dict[str, tuple[dict[str, float], float | None]]:
-    """For every stage its metrics on all validation rows, and the share of decisions that are the tuned run's.
-
-    The share is None where the run kept no decisions: its predictions are no whole numbers.
-    """
-    task, form, found = spec.task, model.signatures["eval"].outputs, {}
-    sums: dict[str, Tensor] = {name: torch.zeros(2, dtype=torch.float64) for name in stages}
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in stages}
-    for _, _, inputs, targets in batches_of(rows, model.input_names):
-        for name, stage in stages.items():
-            out = pytree.tree_unflatten([torch.from_numpy(value) for value in stage(inputs)], form)
-            sums[name] += torch.stack([task.loss(out, targets).double(), task.count(targets).double()])
-            if spec.metric != "loss":
-                parts[name].append(task.summary(out, targets).double().numpy())
-    for name in stages:
-        loss, count = sums[name].tolist()
-        metrics = {"loss": loss / count if count else np.nan}
-        share = None
-        if spec.metric != "loss":
-            every = np.concatenate(parts[name])
-            metrics = {spec.metric: task.measure(spec.metric, every, rows.encoded), **metrics}
-            if rows.kept is not None and (rows.kept == np.round(rows.kept)).all():
-                same = every.shape == rows.kept.shape
-                share = float((every == rows.kept).all(axis=1).mean()) if same else 0.0
-        found[name] = metrics, share
-    return found
-
-
 def batches_of(
-    rows: Rows, names: Sequence[str], most: int | None = None
+    rows: Rows, names: Sequence[str], start: int = 0, stop: int | None = None
 ) -> Iterator[tuple[str, int, dict[str, Tensor], dict[str, Tensor]]]:
-    """Samples of `distances` from validation rows, of the first `most` of them."""
-    count = min(len(rows.encoded), most or len(rows.encoded))
-    for first in range(0, count, rows.size):
+    """Samples of `distances` from validation rows, batches `start` to `stop`."""
+    count = len(rows.encoded)
+    for first in range(0, count, rows.size)[start:stop]:
         batch = rows.collate([rows.encoded[i] for i in range(first, min(first + rows.size, count))])
         inputs = {name: batch.pop(name) for name in names}
         yield "the validation data", first, inputs, batch

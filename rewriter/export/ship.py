@@ -91,11 +91,13 @@ def _compared(
     rows, why = _rows(spec, run, pretrained, processor, tuned)
     random = _usable(torch_stage(tuned), random, why)
     samples = [("the random inputs", 0, inputs, {}) for inputs in random]
-    samples += list(compare.batches_of(rows, tuned.input_names, compare.WIDE_ROWS)) if rows else []
+    wider = -(-compare.WIDE_ROWS // rows.size) if rows else 0
+    samples += list(compare.batches_of(rows, tuned.input_names, 0, wider)) if rows else []
+    tally = compare.Tally(spec, tuned, stages)
     axes = compare.sequences(traced.graphs["eval"], traced.input_names)
     atol = spec.export.verify.atol
     wide = compare.run_wide(torch_stage(compare.widened(tuned))) if atol is None else None
-    found, scale = compare.distances(torch_stage(tuned), wide, stages, samples, axes)
+    found, scale = compare.distances(torch_stage(tuned), wide, stages, samples, axes, tally)
     worst = {name: one.tuned for name, one in found.items() if name != "tuned"}
     if atol is not None and not max(worst.values(), default=0.0) <= atol:
         said = ", ".join(f"{name} {value:.2e}" for name, value in worst.items())
@@ -106,12 +108,16 @@ def _compared(
     eps = torch.finfo(next(tuned.parameters()).dtype).eps  # The pretrained model itself is float32 by now, for ONNX.
     if atol is None and (said := compare.too_far(found, scale, eps)):
         raise SubspanError(said)
-    measures = compare.measured(spec, tuned, stages, rows) if rows else {}
+    measures = {}
     if rows:
+        for _, _, inputs, targets in compare.batches_of(rows, tuned.input_names, wider):
+            for name, stage in stages.items():
+                tally.add(name, stage(inputs), targets)
+        measures = tally.measured(rows)
         compare.check_measured(spec, measures, rows, compare.is_half(tuned) or spec.train.precision != "float32")
     counts = {
         "random": sum(len(next(iter(inputs.values()))) for inputs in random),
-        "compared": min(len(rows.encoded), compare.WIDE_ROWS) if rows else 0,
+        "compared": min(len(rows.encoded), wider * rows.size) if rows else 0,
         "validation": len(rows.encoded) if rows else 0,
         "why": why,
     }
@@ -154,7 +160,9 @@ def _rows(
     own = read_json(file).get("validation")
     if not isinstance(own, dict) or spec.metric not in own:
         raise SubspanError(f"{file}: not the metrics of this run")
-    return compare.Rows(encoded, collate, spec.train.batch_size, load_predictions(run), own), None
+    return compare.Rows(
+        encoded, collate, min(spec.train.batch_size, compare.WIDE_ROWS), load_predictions(run), own
+    ), None
 
 
 def _reload(spec: Spec, folder: Path) -> Pretrained:
