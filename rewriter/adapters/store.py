@@ -16,7 +16,7 @@ from ..files import aside, digest, load_into, load_tensors, read_json, save_tens
 from ..graph.traced import TracedModel, assign
 from ..plan import Plan, plan
 from ..rewrite import rewrite
-from ..spec import Rule, Spec
+from ..spec import Rule, Spec, decisive
 from ..transforms import TRANSFORMS
 from ..tuned import TunedModel, chosen_tensors, tuned_parameters
 from .ties import fingerprint, other_constant, sketches
@@ -153,19 +153,13 @@ def check_tied(folder: str | Path, spec: Spec, files: Mapping[str, str]) -> None
         SubspanError: naming what differs.
     """
     manifest, file = read_manifest(folder), Path(folder) / MANIFEST
-    if manifest["spec"] is not None and (odd := _difference(*map(_decisive, (manifest["spec"], spec)))):
+    if manifest["spec"] is not None and (odd := _difference(*map(decisive, (manifest["spec"], spec)))):
         raise SubspanError(f"{file}: tuned with another {odd} than the run's spec.yaml has now; set it back")
     for name, then in manifest["base_files"].items():
         if files.get(name) != then:
             raise SubspanError(f"{file}: tuned for a base model with another {name}")
     if manifest["base_files"] and (more := sorted(files.keys() - manifest["base_files"].keys())):
         raise SubspanError(f"{file}: tuned for a base model without {more[0]}")
-
-
-def _decisive(spec: Spec) -> dict[str, Any]:
-    """What of a spec decides the result."""
-    left_out = {"export": True, "meta": True, "limits": True, "model": {"name", "revision"}, "data": {"files"}}
-    return spec.model_dump(mode="json", by_alias=True, exclude=left_out)
 
 
 def _difference(one: Any, other: Any, path: str = "") -> str | None:

@@ -1,7 +1,7 @@
 """Specs: their models, how they are read, and what is said of mistakes in them."""
 
 from .models import Data, Limits, Model, Passes, Rule, Spec, Train, link_model
-from .read import dump_spec, is_dump, load_spec, load_specs, located, warned
+from .read import decisive, dump_spec, is_dump, load_spec, load_specs, located, warned
 
 __all__ = [
     "Data",
@@ -11,6 +11,7 @@ __all__ = [
     "Rule",
     "Spec",
     "Train",
+    "decisive",
     "dump_spec",
     "is_dump",
     "link_model",

@@ -158,6 +158,12 @@ def dump_spec(spec: Spec) -> str:
     return _written(spec.model_dump(mode="json", by_alias=True, exclude_none=False))
 
 
+def decisive(spec: Spec) -> dict[str, Any]:
+    """What of a spec decides what is tuned: less where the model and the data lie, what is exported, and notes."""
+    left_out = {"export": True, "meta": True, "limits": True, "model": {"name", "revision"}, "data": {"files"}}
+    return spec.model_dump(mode="json", by_alias=True, exclude=left_out)
+
+
 def is_dump(text: str) -> bool:
     """Whether a text is what `dump_spec` writes, of this version or an earlier one."""
     try:

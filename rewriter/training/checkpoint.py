@@ -54,13 +54,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What a checkpoint is taken from, and what it is put back into."""
+    """What a checkpoint is taken from, and what it is put back into; of which spec."""
 
     model: TunedModel
     optimiser: torch.optim.Optimizer
     schedule: Any
     scaler: torch.amp.GradScaler
     budget: Budget
+    spec: dict[str, Any]
 
 
 def save_predictions(found: np.ndarray, folder: Path) -> None:
@@ -121,6 +122,7 @@ def save(tuning: Tuning, progress: Progress, folder: Path, keep: int, best: int 
             "scaler": tuning.scaler.state_dict(),
             "given": tuning.model.plan.given,
             "transforms": origins(tuning.model.plan),
+            "spec": _digest(tuning.spec),
         }
         flat = get_optimizer_state_dict(tuning.model, tuning.optimiser, options=_FLAT)
         tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
@@ -172,6 +174,8 @@ def _digest(state: dict[str, Any]) -> str:
 
 
 def _load(tuning: Tuning, place: Path, state: dict[str, Any]) -> Progress:
+    if state.get("spec") not in (None, _digest(tuning.spec)):
+        raise SubspanError(f"{place / STATE}: written by a run of another spec than spec.yaml has now; set it back")
     load_weights(tuning, place)
     _load_optimiser(tuning, load_tensors(place / OPTIMISER), state.get("optimiser", {}))
     tuning.schedule.load_state_dict(state.get("schedule") or state["scheduler"])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..errors import SpecError
-from ..spec import Spec, Train
+from ..spec import Spec, Train, decisive
 from ..tasks import Criterion, Task
 from ..tuned import TunedModel, tuned_parameters
 from . import checkpoint
@@ -163,7 +163,8 @@ def _begin(
     optimiser = make_optimiser(model, settings)
     schedule = make_schedule(settings, optimiser, steps, task.lower(spec.metric))
     scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "float16")
-    tuning = Tuning(model, optimiser, schedule, scaler, Budget(model, train, collate, objective(task), settings.seed))
+    budget = Budget(model, train, collate, objective(task), settings.seed)
+    tuning = Tuning(model, optimiser, schedule, scaler, budget, decisive(spec))
     progress, name = checkpoint.load(tuning, last) if last else Progress(), f"eval_{spec.metric}"
     return Run(
         spec,

@@ -216,6 +216,15 @@ def test_53_an_edited_spec_is_refused(run, old, new, place):
         export(run)
 
 
+def test_53_a_checkpoint_goes_on_with_its_own_spec_alone(run):
+    """Edited in both places, the spec of the run and the one that is given."""
+    (run / "metrics.json").unlink()
+    file = run / "spec.yaml"
+    file.write_text(file.read_text().replace("weight_decay: 0.0", "weight_decay: 0.5"))
+    with pytest.raises(SubspanError, match=r"state\.json: written by a run of another spec"):
+        Session(file).tune(run, resume=True)
+
+
 def test_53_what_is_exported_may_be_edited(run):
     file = run / "spec.yaml"
     file.write_text(file.read_text().replace("atol: null", "atol: 0.5"))

@@ -301,13 +301,13 @@ SLOWLY = {"deadline": None, "derandomize": True, "suppress_health_check": list(H
 
 
 def test_mutated_specs_always_get_an_answer(plain, tmp_path):
-    @settings(max_examples=2000, **SLOWLY)
+    @settings(max_examples=600, **SLOWLY)
     @given(st.data())
     def at_schema_level(data):
         content = json.dumps(data.draw(mutations(plain))).encode()
         answers(tmp_path, content, "schema", 5)
 
-    @settings(max_examples=250, **SLOWLY)
+    @settings(max_examples=80, **SLOWLY)
     @given(st.data())
     def at_plan_level(data):
         answers(tmp_path, json.dumps(data.draw(mutations(plain))).encode(), "plan", 30)
@@ -319,12 +319,12 @@ def test_mutated_specs_always_get_an_answer(plain, tmp_path):
 def test_bytes_always_get_an_answer(spec, tmp_path):
     whole = spec.read_bytes()
 
-    @settings(max_examples=1000, **SLOWLY)
+    @settings(max_examples=300, **SLOWLY)
     @given(st.one_of(st.binary(max_size=200), st.text(max_size=200).map(lambda text: text.encode("utf-8", "replace"))))
     def raw(content):
         answers(tmp_path, content, "schema", 5)
 
-    @settings(max_examples=500, **SLOWLY)
+    @settings(max_examples=200, **SLOWLY)
     @given(st.integers(0, len(whole)), st.integers(0, 40), st.binary(max_size=20))
     def spliced(at, cut, more):
         answers(tmp_path, whole[:at] + more + whole[at + cut :], "schema", 5)
