@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import inspect
+import operator
 from collections.abc import Collection, Iterator
 
 import torch
@@ -155,6 +156,7 @@ def trace(
         graph = copy_graph(module.graph)
         for node in graph.find_nodes(op="call_module"):  # torch.export's guards, which are in no module of ours.
             graph.erase_node(node)
+        _inline(graph, module)
         for node in graph.find_nodes(op="get_attr"):
             if node.target not in parameters and node.target not in buffers:
                 name = f"{node.target}" if mode == "eval" else f"{node.target}_train"
@@ -173,6 +175,44 @@ def trace(
     out.train(model.training)
     out.recompile()
     return out
+
+
+def _inline(graph: fx.Graph, module: nn.Module) -> None:
+    """Put what torch.export keeps as modules, regions without gradients or under autocast, into the graph. In place.
+
+    Raises:
+        SubspanError: a region computes in another type of its own.
+    """
+    for node in list(graph.nodes):
+        kind = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+        if kind not in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
+            continue
+        place = next(i for i, one in enumerate(node.args) if isinstance(one, fx.Node))
+        body, operands = node.args[place], node.args[place + 1 :]
+        if kind == "wrap_with_autocast" and node.args[2]:
+            raise SubspanError(f"a part of the model computes under autocast ({node.args[1]}); trace it without")
+        inner = module.get_submodule(body.target).graph
+        copies = dict(zip(inner.find_nodes(op="placeholder"), operands, strict=True))
+        with graph.inserting_before(node):
+            out = graph.graph_copy(inner, copies)
+            if kind == "wrap_with_set_grad_enabled" and not node.args[0]:
+                out = fx.map_arg(out, lambda one: _detached(graph, one))
+        for user in list(node.users):
+            if user.target is not operator.getitem:
+                raise SubspanError(
+                    f"the model uses the outputs of a region without gradients as a whole ({user.target})"
+                )
+            user.replace_all_uses_with(out[user.args[1]])
+            graph.erase_node(user)
+        graph.erase_node(node)
+        if not body.users:
+            graph.erase_node(body)
+
+
+def _detached(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    made = graph.call_function(aten.detach.default, (node,))
+    made.meta = dict(node.meta)
+    return made
 
 
 def _signature(program: ExportedProgram, module: nn.Module) -> Signature:

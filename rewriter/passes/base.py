@@ -95,5 +95,9 @@ def value_of(node: fx.Node, context: Context) -> Any:
     key = (node.target, str(fx.map_arg(call, lambda one: described(one.meta["val"]))))
     if key not in context.lowered:
         args, kwargs = fx.map_arg(call, lambda one: one.meta["val"])
-        context.lowered[key] = node.target(*args, **kwargs)
+        if node.target is torch.ops.aten.matmul.default and args[1].ndim == 2:
+            # torch 2.11 can't fold the product of symbolic sizes outside of a trace.
+            context.lowered[key] = args[0].new_empty((*args[0].shape[:-1], args[1].shape[-1]))
+        else:
+            context.lowered[key] = node.target(*args, **kwargs)
     return context.lowered[key]

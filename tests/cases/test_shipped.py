@@ -67,6 +67,10 @@ def spec_for(folder, name):
 def test_models_are_exported_with_defaults(tmp_path, name):
     """Or refused with the op's module and a way out: of what torch or ONNX Runtime can't do."""
     session = Session(spec_for(tmp_path, name))
+    if name == "40-bart" and torch.__version__ < "2.12":
+        with pytest.raises(SubspanError, match="can't trace BartForSequenceClassification"):
+            session.plan()
+        return
     session.tune(tmp_path / "run")
     try:
         report = session.export()

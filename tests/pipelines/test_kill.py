@@ -5,10 +5,13 @@ import resource
 import signal
 
 import pytest
+import torch
 
 from rewriter import Session
 from tests import kill
 from tests.tiny import project
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a fork can't use CUDA")
 
 
 def test_killed_at_random(tmp_path):
