@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import inspect
+import io
+import logging
 import operator
 from collections.abc import Collection, Iterator
 
@@ -41,7 +43,8 @@ def capture(model: nn.Module, inputs: Inputs, training: bool = False) -> Exporte
         try:
             # Copies, since one tensor given for two inputs would be traced as one input.
             args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (inputs.args, inputs.kwargs))
-            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            with _quiet():
+                program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
             raise SubspanError(f"torch.export can't trace {type(model).__name__}: {_useful(error)}") from error
     moved = _moved(program) if training else []
@@ -49,6 +52,18 @@ def capture(model: nn.Module, inputs: Inputs, training: bool = False) -> Exporte
         said = f"{type(model).__name__} changes its buffer {moved[0]} while it trains, which no adapter would hold"
         raise SubspanError(f"{said}; freeze it: the module that has it in eval mode, or without running statistics")
     return program
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Of what torch.export prints on a failure, whole graphs among it, the line that says what is wrong is enough."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _moved(program: ExportedProgram) -> list[str]:
