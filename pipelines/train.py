@@ -1,5 +1,6 @@
 """Tune a model as a spec says: spec -> trace -> plan -> rewrite -> tune -> adapter."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,14 +46,14 @@ def train(
             return
         name = session.spec.metric
         facts = {f"validation {name}": figure(metrics["validation"][name]), **kept(metrics, name)}
-        command = " ".join(["python pipelines/export.py", str(out), *_files(session.plan())])
+        command = " ".join(["python pipelines/export.py", shlex.quote(str(out)), *_files(session.plan())])
         print_summary("tuned", {**facts, "adapter": out / "adapter", "export it": command}, console)
 
 
 def _files(planned: "Plan") -> list[str]:
     """Options that name the files which a plan's transforms come from."""
     found = {one.origin.package for rule in planned.rules for one, _ in rule.chain if one.origin and one.origin.is_file}
-    return [f"--transforms {name}" for name in sorted(found)]
+    return [f"--transforms {shlex.quote(name)}" for name in sorted(found)]
 
 
 if __name__ == "__main__":

@@ -54,7 +54,9 @@ def load_spec(path: str | Path, overrides: list[str] | None = None) -> Spec:
     Raises:
         SubspanError: one line with file, line and column of the first mistake, or the file holds several variants.
     """
-    file, mark, row = str(path).partition("#")
+    file, mark, row = str(path).rpartition("#")
+    if not mark or Path(path).is_file():
+        file, mark, row = str(path), "", ""
     specs = load_specs(file, overrides)
     picked = [spec for spec in specs if str(spec.meta.get("row")) == row] if mark else specs
     if len(picked) != 1:
