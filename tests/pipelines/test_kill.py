@@ -38,7 +38,7 @@ def limited(work, size):
     return os.read(reading, 10_000).decode()
 
 
-@pytest.mark.parametrize("size", [0, 1_000, 9_000, 40_000])
+@pytest.mark.parametrize("size", [0, 9_000])
 def test_a_disk_that_fills(tmp_path, size):
     """Whatever can't be written any more: one error of the system, and the run goes on to the same bits."""
     spec, settings = project(tmp_path), kill.SETTINGS
