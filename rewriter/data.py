@@ -151,10 +151,11 @@ def _check_labels(spec: Spec, parts: Mapping[str, datasets.Dataset], labels: lis
     """Names or indices: that is decided for the column of all parts."""
     column = spec.data.columns.get("label")
     if spec.task.labelled and column:
+        values: set[Any] = set()
         for part in (part for part in parts.values() if len(part)):
             cells = part[column] if isinstance(part[0][column], list) else part.unique(column)
-            values = [one for cell in cells for one in (cell if isinstance(cell, list) else [cell])]
-            check_readings(set(values), part.features[column], labels)
+            values.update(one for cell in cells for one in (cell if isinstance(cell, list) else [cell]))
+            check_readings(values, part.features[column], labels)
 
 
 def _limit(part: datasets.Dataset, count: int | None, seed: int) -> datasets.Dataset:

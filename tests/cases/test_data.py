@@ -70,11 +70,10 @@ def test_labels_are_read_one_way_in_a_column(tmp_path, values, labels, said):
 
 def test_3_a_split_hides_no_mix(tmp_path):
     """Names alone in one part and places alone in the other are a mix all the same."""
-    files = {"train": str(written(tmp_path, texts([1, 2]), "a.jsonl")), "validation": str(written(tmp_path, texts([0, 0]), "b.jsonl"))}  # fmt: skip
-    with pytest.raises(SpecError, match="the column holds 0, which is no label's name"):
-        load_rows(
-            spec_of({"train": files["train"], "validation": files["train"]} | {"train": [*files.values()]}), STARS
-        )
+    names, places = (str(written(tmp_path, texts(some), f"{some[0]}.jsonl")) for some in ([1, 2], [0, 0]))
+    for files in ({"train": names, "validation": places}, {"train": [names, places], "validation": names}):
+        with pytest.raises(SpecError, match="the column holds 0, which is no label's name"):
+            load_rows(spec_of(files), STARS)
 
 
 def test_3_class_names_of_the_column_are_not_renamed(tmp_path):
