@@ -13,7 +13,8 @@ import transformers
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
 
-from .errors import SpecError
+from .errors import SpecError, SubspanError
+from .files import read_json
 from .resources import is_local
 
 NAME = ("model", "name")
@@ -137,8 +138,8 @@ def _files(location: str, revision: str) -> list[Path] | None:
 def _parts(index: Path) -> list[str]:
     """The files that an index names: safetensors beside it, and nothing else."""
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    except (AttributeError, KeyError, SubspanError, TypeError) as error:
         raise SpecError(f"{index}: no index of weights ({error})", NAME) from None
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):

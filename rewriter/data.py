@@ -68,11 +68,10 @@ def _rows(spec: Spec, parts: dict[str, datasets.Dataset], labels: list[str]) -> 
     _check_labels(spec, parts, labels)
     if data.split:
         held = data.split.validation
-        if held >= len(parts["train"]):
-            raise SpecError(f"can't hold out {held} of {len(parts['train'])} rows", ("data", "split", "validation"))
-        count = held if isinstance(held, int) else math.ceil(held * len(parts["train"]))
-        if count >= len(parts["train"]):
-            said = f"a share of {held} of {len(parts['train'])} rows leaves none to train on"
+        rows, share = len(parts["train"]), isinstance(held, float)
+        if (math.ceil(held * rows) if share else held) >= rows:
+            said = f"a share of {held} of {rows} rows leaves none to train on"
+            said = said if share else f"can't hold out {held} of {rows} rows"
             raise SpecError(said, ("data", "split", "validation"))
         halves = parts["train"].train_test_split(test_size=held, seed=data.split.seed, shuffle=True)
         parts = {"train": halves["train"], "validation": halves["test"]}
@@ -125,8 +124,8 @@ def _own(spec: Spec, part: datasets.Dataset) -> datasets.Dataset:
             held = None
             if image is None or (image["bytes"] is None and data.format != "imagefolder" and data.files is not None):
                 held = "no image" if image is None else f"a path, {image['path']!r}, and no image"
-            elif reason := _broken(image):
-                held = f"no picture that can be read: {reason}"
+            elif why := _broken(image):
+                held = f"no picture that can be read: {why}"
             if held:
                 raise SpecError(f"row {row} of column {column!r} holds {held}", ("data", "columns", role))
     return part

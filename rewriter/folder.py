@@ -144,8 +144,9 @@ def claimed(out: Path, main: bool = True, made: bool = True) -> Iterator[None]:
         lock.release()
         if not (out / MARKER).exists():
             remove(out / LOCK)
-            with contextlib.suppress(OSError):
-                out.rmdir() if new else None
+            if new:
+                with contextlib.suppress(OSError):
+                    out.rmdir()
 
 
 def _holder(out: Path) -> str:

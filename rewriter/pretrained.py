@@ -175,6 +175,15 @@ def _processor(spec: Spec, location: str) -> Any:
     return load_processor(spec)
 
 
+def processor_of(spec: Spec, pretrained: Pretrained) -> Any:
+    """The processor that a model was loaded with, or else the one that a run would load.
+
+    Raises:
+        SpecError: as `load_processor`.
+    """
+    return pretrained.processor if pretrained.processor is not None else load_processor(spec)
+
+
 def load_processor(spec: Spec, folder: str | None = None):
     """The tokenizer of the spec's model, or what else its task reads inputs by, set as the task reads.
 

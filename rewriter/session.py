@@ -28,7 +28,7 @@ from .passes.manager import check_names
 from .passes.manager import run as run_passes
 from .plan import Plan, plan
 from .plan.cost import StepCost, exceeded, step_cost
-from .pretrained import Pretrained, check_missing, collator, load_model, load_processor, positions
+from .pretrained import Pretrained, check_missing, collator, load_model, positions, processor_of
 from .resources import resolve
 from .rewrite import rewrite
 from .smoke import small_model, small_spec
@@ -229,7 +229,7 @@ class Session:
         if spec.data is None:
             raise SpecError("'data' is missing: training needs it")
         shapes, location = self.shapes()[1], resolve(spec.model.name, NAME)
-        processor = shapes.processor or load_processor(spec)
+        processor = processor_of(spec, shapes)
         with tempfile.TemporaryDirectory(prefix="subspan-smoke-") as place, _aside(Path(place)):
             small_model(spec, shapes, processor, location, Path(place) / "model")
             session = Session(small_spec(spec, Path(place) / "model"))
@@ -241,10 +241,9 @@ class Session:
         """Encode the data, then load the model's weights: what is wrong with rows is said first."""
         spec, task, notes = self.spec, self.spec.task, []
         shapes = self.shapes()[1]
-        rows, parts = load_rows(spec, shapes.labels), {}
+        rows, parts, processor = load_rows(spec, shapes.labels), {}, processor_of(spec, shapes)
         for name in ("train", "validation"):
             said: list[str] = []
-            processor = shapes.processor or load_processor(spec)
             parts[name] = encode(spec, getattr(rows, name), processor, shapes.labels, said)
             notes += [f"{name}: {one}" for one in said]
         pretrained = load_model(spec)

@@ -12,7 +12,7 @@ from ..data import encode, load_rows
 from ..errors import SpecError, SubspanError, reason
 from ..files import aside, read_json, write_json
 from ..graph.traced import Inputs, TracedModel
-from ..pretrained import Pretrained, collator, for_onnx, load_model, load_processor, save_model
+from ..pretrained import Pretrained, collator, for_onnx, load_model, processor_of, save_model
 from ..spec import Spec
 from ..trace import trace
 from ..training.checkpoint import load_predictions
@@ -38,7 +38,7 @@ def ship(spec: Spec, run: Path) -> dict[str, Any]:
             by more than the tuned model's own rounding explains.
     """
     pretrained, task = load_model(spec), spec.task
-    processor = pretrained.processor or load_processor(spec)
+    processor = processor_of(spec, pretrained)
     inputs, passes = task.inputs(pretrained.model, processor=processor), spec.train.passes
     traced = trace(pretrained.module, inputs, ("eval",), passes.off)
     tuned = load_adapter(traced, run / "adapter", without=passes.off, also=passes.on)
@@ -67,7 +67,7 @@ def ship(spec: Spec, run: Path) -> dict[str, Any]:
             )
             stages["onnx"] = onnx_stage(onnx / "model.onnx")
         samples = list(_samples(spec, pretrained, inputs, tuned))
-        report = _compared(spec, run, pretrained, processor, traced, tuned, stages, samples)
+        report = _compared(spec, run, pretrained, traced, tuned, stages, samples)
         report["stored_weights"] = stored
         write_json(verify, report)
     return report
@@ -77,7 +77,6 @@ def _compared(
     spec: Spec,
     run: Path,
     pretrained: Pretrained,
-    processor: Any,
     traced: TracedModel,
     tuned: TunedModel,
     stages: Mapping[str, Stage],
@@ -88,8 +87,9 @@ def _compared(
     Raises:
         SubspanError: a stage is too far from the tuned model, or decides otherwise.
     """
-    rows, why = _rows(spec, run, pretrained, processor, tuned)
-    random = _usable(torch_stage(tuned), random, why)
+    rows, why = _rows(spec, run, pretrained, tuned)
+    reference = torch_stage(tuned)
+    random = _usable(reference, random, why)
     samples = [("the random inputs", 0, inputs, {}) for inputs in random]
     wider = -(-compare.WIDE_ROWS // rows.size) if rows else 0
     samples += list(compare.batches_of(rows, tuned.input_names, 0, wider)) if rows else []
@@ -97,7 +97,7 @@ def _compared(
     axes = compare.sequences(traced.graphs["eval"], traced.input_names)
     atol = spec.export.verify.atol
     wide = compare.run_wide(torch_stage(compare.widened(tuned))) if atol is None else None
-    found, scale = compare.distances(torch_stage(tuned), wide, stages, samples, axes, tally)
+    found, scale = compare.distances(reference, wide, stages, samples, axes, tally)
     worst = {name: one.tuned for name, one in found.items() if name != "tuned"}
     if atol is not None and not max(worst.values(), default=0.0) <= atol:
         said = ", ".join(f"{name} {value:.2e}" for name, value in worst.items())
@@ -145,15 +145,14 @@ def _usable(stage: Stage, random: list[dict[str, Tensor]], why: str | None) -> l
     return usable
 
 
-def _rows(
-    spec: Spec, run: Path, pretrained: Pretrained, processor: Any, tuned: TunedModel
-) -> tuple[compare.Rows | None, str | None]:
+def _rows(spec: Spec, run: Path, pretrained: Pretrained, tuned: TunedModel) -> tuple[compare.Rows | None, str | None]:
     """The validation rows of a run, or why there are none."""
     file = run / "metrics.json"
     if spec.data is None or not file.is_file():
         return None, "the run has no data, or no metrics.json"
     try:
-        encoded = encode(spec, load_rows(spec, pretrained.labels).validation, processor, pretrained.labels)
+        rows = load_rows(spec, pretrained.labels).validation
+        encoded = encode(spec, rows, pretrained.processor, pretrained.labels)
     except SpecError as error:
         return None, error.message
     collate = collator(spec, pretrained, tuned.input_names)

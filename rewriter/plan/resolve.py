@@ -414,9 +414,9 @@ def _cut(rule: Rule, r: int, weight: str, layout: Layout, flipped: bool) -> tupl
     return (axis, start, stop), shape
 
 
-def _plain(of: str = "vector") -> str:
+def _plain() -> str:
     """The methods without options that work on any vector."""
-    plain = [other for other in TRANSFORMS.values() if of in other.on and not other.options.model_fields]
+    plain = [other for other in TRANSFORMS.values() if "vector" in other.on and not other.options.model_fields]
     return " or ".join(other.name for other in sorted(plain, key=lambda other: -len(other.on)))
 
 

@@ -319,20 +319,21 @@ def token_inputs(model: nn.Module, lengths: Mapping[str, int], batch: int) -> In
     return Inputs(kwargs=kwargs, dynamic=axes)
 
 
-def tokenised(batch: dict[str, list], reading: Reading) -> dict[str, Any]:
+def tokenised(batch: dict[str, list], reading: Reading) -> Any:
     """The token ids of a text column, and of its pair if there is one."""
     columns = reading.columns
     pair = words(batch[columns["text_pair"]]) if "text_pair" in columns else None
     return cut_off(reading, words(batch[columns["text"]]), pair)
 
 
-def cut_off(reading: Reading, *texts: Any, **options: Any) -> dict[str, Any]:
+def cut_off(reading: Reading, *texts: Any, **options: Any) -> Any:
     """What the tokenizer makes of texts, cut to the length that is read; `WHOLE`: their tokens before that."""
     out = reading.processor(*texts, verbose=False, **options)
     whole = [len(ids) for ids in out["input_ids"]]
     if max(whole, default=0) > reading.length:
         out = reading.processor(*texts, truncation=True, max_length=reading.length, **options)
-    return {**out, WHOLE: whole}
+    out[WHOLE] = whole
+    return out
 
 
 def padded(processor: Any, rows: list[dict[str, Any]]) -> dict[str, Tensor]:

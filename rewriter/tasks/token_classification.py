@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SpecError
-from .base import IGNORED, WHOLE, Batch, Reading, Role, Task, agreement, cut_off, guesses, name_labels, padded_lists
+from .base import IGNORED, Batch, Reading, Role, Task, agreement, cut_off, guesses, name_labels, padded_lists
 from .cells import check_labels
 
 
@@ -55,16 +55,13 @@ class TokenClassification(Task):
 
     def tokens(self, batch: dict[str, list], index: list[int], reading: Reading) -> dict[str, Any]:
         columns = reading.columns
-        options = {"is_split_into_words": True, "truncation": True, "max_length": reading.length}
-        some = batch[columns["tokens"]]
-        out = reading.processor(some, **options)
+        out = cut_off(reading, batch[columns["tokens"]], is_split_into_words=True)
         read = self.reader(reading.features[columns["label"]], reading.labels)
-        labels = [
+        out["labels"] = [
             _first_of_word(out.word_ids(i), [read(tag) for tag in tags])
             for i, tags in enumerate(batch[columns["label"]])
         ]
-        whole = cut_off(reading, some, is_split_into_words=True)[WHOLE]
-        return {**out, "labels": labels, WHOLE: whole}
+        return out
 
     def padded_labels(self, labels: list[Any]) -> Tensor:
         return padded_lists(labels)
