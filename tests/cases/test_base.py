@@ -9,39 +9,14 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
-from rewriter import Session, Spec, SpecError, SubspanError
+from rewriter import Rule, Session, SpecError, SubspanError
 from rewriter.pretrained import load_model, load_processor
-from tests.tiny import make_tokenizer, save_csv
-
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
-BERT = {**SIZES, "pad_token_id": 0}
-LLAMA = {**SIZES, "num_key_value_heads": 2, "max_position_embeddings": 64, "eos_token_id": 3, "pad_token_id": None}
-
-
-def saved(folder, config, task="SequenceClassification", tokenizer=True, dtype=torch.float32):
-    torch.manual_seed(0)
-    model = getattr(hf, f"AutoModelFor{task}" if task else "AutoModel").from_config(config)
-    model.to(dtype).save_pretrained(folder)
-    if tokenizer:
-        make_tokenizer().save_pretrained(folder)
-    return folder
+from tests.cases.tiny import BART, BERT, GPT2, LLAMA, T5, image_spec, saved, spec_of, vision
+from tests.tiny import make_tokenizer
 
 
 def bert(folder, **more):
     return saved(folder, hf.BertConfig(**BERT), **more)
-
-
-def spec_of(folder, task="sequence-classification", target="**", data=True, **model):
-    file = save_csv(folder / "rows.csv") if data else None
-    columns = {"text": "text"} if task == "causal-lm" else {"text": "text", "label": "label"}
-    return Spec(
-        version=1,
-        model={"name": str(folder), "task": task, **model},
-        data={"format": "csv", "files": str(file), "columns": columns, "split": {"validation": 8}, "max_length": 12}
-        if data
-        else None,
-        rules=[{"target": target, "apply": ["full"]}],
-    )
 
 
 def refused(spec, said, **options):
@@ -100,12 +75,7 @@ def test_2_a_wrapped_base_without_a_head(tmp_path, lead):
 def test_2_what_no_forward_reads_may_be_missing(tmp_path):
     saved(tmp_path, hf.BertConfig(**BERT), task="")
     rename(tmp_path, lambda name: None if "pooler" in name else name)
-    file = tmp_path / "pairs.csv"
-    file.write_text("text,text_pair\n" + "good,fine\n" * 12)
-    spec = spec_of(tmp_path, "causal-lm", data=False).model_copy(
-        update={"model": spec_of(tmp_path, data=False).model.model_copy(update={"task": "sentence-embedding"})}
-    )
-    assert Session(spec).plan()
+    assert Session(spec_of(tmp_path, "sentence-embedding", data=False)).plan()
 
 
 def test_2_a_checkpoint_of_more_layers_is_refused(tmp_path):
@@ -163,17 +133,8 @@ def test_11_words_are_the_tokens_of_running_text(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["t5", "bart"], ids="15-{}".format)
 def test_15_a_decoder_s_start_is_known(tmp_path, kind):
     config = {
-        "t5": lambda: hf.T5Config(d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2, vocab_size=50),
-        "bart": lambda: hf.BartConfig(
-            d_model=32,
-            encoder_layers=1,
-            decoder_layers=1,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-            encoder_ffn_dim=32,
-            decoder_ffn_dim=32,
-            vocab_size=50,
-        ),
+        "t5": lambda: hf.T5Config(**T5),
+        "bart": lambda: hf.BartConfig(**BART),
     }[kind]()
     saved(tmp_path, config, "Seq2SeqLM")
     written = json.loads((tmp_path / "config.json").read_text())
@@ -216,7 +177,7 @@ def test_18_quantised_weights_are_told_by_their_type(tmp_path, dtype):
 @pytest.mark.parametrize("kind", ["gpt2", "opt"], ids="19-{}".format)
 def test_19_padding_moves_no_position(tmp_path, kind):
     config = {
-        "gpt2": lambda: hf.GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=64, vocab_size=50),
+        "gpt2": lambda: hf.GPT2Config(**GPT2),
         "opt": lambda: hf.OPTConfig(
             hidden_size=32,
             num_hidden_layers=1,
@@ -301,73 +262,11 @@ def test_68_a_tokenizer_without_padding_and_end(tmp_path):
 
 def test_68_rotations_on_a_half_base(tmp_path):
     bert(tmp_path, dtype=torch.float16)
-    spec = spec_of(tmp_path, target="bert.encoder.layer.*.attention.self.query.weight")
-    spec = spec.model_copy(
-        update={
-            "rules": Spec.model_validate(
-                {
-                    **spec.model_dump(by_alias=True),
-                    "rules": [{"target": "bert.encoder.layer.*.attention.self.query.weight", "apply": ["oft"]}],
-                }
-            ).rules
-        }
-    )
+    spec = spec_of(tmp_path)
+    rule = Rule(target="bert.encoder.layer.*.attention.self.query.weight", apply=["oft"])
+    spec = spec.model_copy(update={"rules": [rule]})
     tuned = Session(spec).rewritten()
     assert tuned.plan.trainable_parameters > 0
-
-
-IMAGE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-
-
-def vision(kind, size, channels=3):
-    return {
-        "vit": lambda: hf.ViTConfig(**IMAGE, image_size=size, patch_size=8, num_channels=channels),
-        "resnet": lambda: hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_channels=channels),
-        "segformer": lambda: hf.SegformerConfig(
-            num_encoder_blocks=2,
-            depths=[1, 1],
-            sr_ratios=[2, 1],
-            hidden_sizes=[8, 16],
-            patch_sizes=[7, 3],
-            strides=[4, 2],
-            num_attention_heads=[1, 2],
-            mlp_ratios=[2, 2],
-            decoder_hidden_size=16,
-            num_channels=channels,
-        ),
-        "clip": lambda: hf.CLIPConfig(
-            vision_config={**IMAGE, "image_size": size, "patch_size": 8, "num_channels": channels},
-            text_config={**IMAGE, "vocab_size": 50},
-        ),
-        "siglip": lambda: hf.SiglipConfig(
-            vision_config={**IMAGE, "image_size": size, "patch_size": 8, "num_channels": channels},
-            text_config={**IMAGE, "vocab_size": 50},
-        ),
-        "convnext": lambda: hf.ConvNextConfig(
-            num_stages=2, hidden_sizes=[8, 16], depths=[1, 1], image_size=size, num_channels=channels
-        ),
-    }[kind]()
-
-
-def image_spec(folder, config, size, mean=(0.5, 0.5, 0.5)):
-    saved(folder, config, "ImageClassification", tokenizer=False)
-    hf.ViTImageProcessor(
-        size={"height": size, "width": size}, image_mean=list(mean), image_std=list(mean)
-    ).save_pretrained(folder)
-    from tests.cases.test_data import pictures
-
-    return Spec(
-        version=1,
-        model={"name": str(folder), "task": "image-classification", "labels": ["cat", "dog"]},
-        data={
-            "format": "imagefolder",
-            "files": str(pictures(folder / "pictures", 8)),
-            "columns": {"image": "image", "label": "label"},
-            "split": {"validation": 2},
-        },
-        rules=[{"target": "**", "apply": ["full"]}],
-        train={"max_steps": 1, "batch_size": 2},
-    )
 
 
 @pytest.mark.parametrize("kind", ["resnet", "segformer", "clip", "siglip", "convnext"], ids="16-{}".format)

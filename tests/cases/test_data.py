@@ -14,7 +14,8 @@ from PIL import Image
 
 from rewriter import Spec, SpecError, encode, load_rows, task_of
 from rewriter.data import check_length
-from tests.tiny import make_tokenizer
+from tests.cases.tiny import pictures
+from tests.tiny import make_tokenizer, project
 
 COLUMNS = {"text": "text", "label": "label"}
 
@@ -251,14 +252,6 @@ def test_62_pictures_in_a_table_open_no_file(tmp_path):
         load_rows(spec_of(file, format="parquet", split={"validation": 1}), ["0", "1"])
 
 
-def pictures(folder, count=4):
-    for i in range(count):
-        place = folder / ("cat", "dog")[i % 2] / f"{i}.png"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8), (i, 0, 0)).save(place)
-    return folder
-
-
 @pytest.mark.parametrize("name", ["pictures", "[v2] #3"], ids=["62-readme", "20-pictures"])
 def test_a_folder_of_pictures_is_that_folder(tmp_path, name):
     folder = pictures(tmp_path / name)
@@ -296,9 +289,8 @@ typer.run(validate)
 
 
 def test_60_local_names_make_no_connection_and_validate_writes_nothing(tmp_path):
-    from tests.tiny import project
-
-    spec = project(tmp_path / "p") if (tmp_path / "p").mkdir() is None else None
+    (tmp_path / "p").mkdir()
+    spec = project(tmp_path / "p")
     home = tmp_path / "home"
     home.mkdir()
     before = sorted(str(file) for file in (tmp_path / "p").rglob("*"))

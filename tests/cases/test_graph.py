@@ -22,7 +22,7 @@ from rewriter import (
     tuned_parameters,
 )
 from rewriter.graph.globs import find
-from tests.cases.test_base import SIZES, image_spec, saved, spec_of, vision
+from tests.cases.tiny import SIZES, image_spec, saved, spec_of, vision
 
 NAMES = [f"layer.{i}.{name}.weight" for i in range(2) for name in ("query", "key", "value", "cross.query")]
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 import transformers as hf
 
-from rewriter import Session, Spec, SubspanError, task_of
-from tests.cases.test_base import LLAMA, SIZES, saved
+from rewriter import Session, SubspanError, task_of
+from tests.cases.tiny import BART, LLAMA, SIZES, T5, task_spec
 from tests.tiny import project
 
 FALCON = {**SIZES, "new_decoder_architecture": False, "multi_query": True, "parallel_attn": True, "eos_token_id": 3}
@@ -17,22 +17,12 @@ GEMMA = {
     "pad_token_id": 0,
     "layer_types": ["sliding_attention", "full_attention"],
 }
-SIZES_BART = {
-    "d_model": 32,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 32,
-    "decoder_ffn_dim": 32,
-    "vocab_size": 50,
-}
 CASES = {
     "37-llama": ("causal-lm", "CausalLM", lambda: hf.LlamaConfig(**LLAMA), "**.{self_attn.{q,k,v,o}_proj,mlp.{gate,up,down}_proj}.weight", torch.float32),
     "38-bfloat16": ("causal-lm", "CausalLM", lambda: hf.LlamaConfig(**LLAMA), "**.{q,v}_proj.weight", torch.bfloat16),
     "38-float16": ("sequence-classification", "SequenceClassification", lambda: hf.BertConfig(**SIZES, pad_token_id=0), "**.{query,value}.weight", torch.float16),
-    "40-bart": ("sequence-classification", "Seq2SeqLM", lambda: hf.BartConfig(**SIZES_BART, eos_token_id=3, pad_token_id=0), "**.self_attn.{q_proj,v_proj}.weight", torch.float32),
-    "40-t5": ("sequence-classification", "Seq2SeqLM", lambda: hf.T5Config(d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2, vocab_size=50, decoder_start_token_id=0, eos_token_id=3), "**.SelfAttention.{q,v}.weight", torch.float32),
+    "40-bart": ("sequence-classification", "Seq2SeqLM", lambda: hf.BartConfig(**BART, eos_token_id=3, pad_token_id=0), "**.self_attn.{q_proj,v_proj}.weight", torch.float32),
+    "40-t5": ("sequence-classification", "Seq2SeqLM", lambda: hf.T5Config(**T5, decoder_start_token_id=0, eos_token_id=3), "**.SelfAttention.{q,v}.weight", torch.float32),
     "41-gemma3": ("causal-lm", "CausalLM", lambda: hf.Gemma3TextConfig(**GEMMA), "**.{q,v}_proj.weight", torch.float32),
     "41-mistral": ("causal-lm", "CausalLM", lambda: hf.MistralConfig(**{**LLAMA, "sliding_window": 4}), "**.{q,v}_proj.weight", torch.float32),
     "42-falcon-alibi": ("causal-lm", "CausalLM", lambda: hf.FalconConfig(**FALCON, alibi=True), "**.query_key_value.weight", torch.float32),
@@ -42,25 +32,7 @@ CASES = {
 
 def spec_for(folder, name):
     task, auto, config, target, dtype = CASES[name]
-    saved(folder / "model", config(), auto, dtype=dtype)
-    words = ["good film plot", "bad the plot was bad", "fine film", "awful and poor was the film"]
-    (folder / "rows.csv").write_text("text,label\n" + "".join(f"{words[i % 4]},{i % 2}\n" for i in range(40)))
-    columns = {"text": "text"} | ({} if task == "causal-lm" else {"label": "label"})
-    return Spec.model_validate(
-        {
-            "version": 1,
-            "model": {"name": str(folder / "model"), "task": task},
-            "data": {
-                "format": "csv",
-                "files": str(folder / "rows.csv"),
-                "columns": columns,
-                "split": {"validation": 8},
-                "max_length": 12,
-            },
-            "rules": [{"target": target, "apply": [{"lora": {"rank": 2}}]}],
-            "train": {"max_steps": 3, "batch_size": 4},
-        }
-    )
+    return task_spec(folder, config(), auto, task, target, dtype, train={"max_steps": 3, "batch_size": 4})
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -5,31 +5,13 @@ import torch
 import transformers as hf
 
 from rewriter import Rule, Session, SpecError
-from tests.cases.test_base import saved, spec_of
+from tests.cases.tiny import GPT2, T5, saved, spec_of
 
 
 def tied(folder, kind="gpt2"):
     config = {
-        "gpt2": lambda: hf.GPT2Config(
-            n_embd=32,
-            n_layer=1,
-            n_head=2,
-            n_positions=64,
-            vocab_size=50,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-        ),
-        "t5": lambda: hf.T5Config(
-            d_model=32,
-            d_kv=16,
-            d_ff=32,
-            num_layers=1,
-            num_heads=2,
-            vocab_size=50,
-            decoder_start_token_id=0,
-            dropout_rate=0.0,
-        ),
+        "gpt2": lambda: hf.GPT2Config(**GPT2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+        "t5": lambda: hf.T5Config(**T5, decoder_start_token_id=0, dropout_rate=0.0),
     }[kind]()
     return saved(folder, config, "CausalLM" if kind == "gpt2" else "Seq2SeqLM")
 

@@ -6,8 +6,8 @@ import pytest
 import transformers as hf
 
 from pipelines.validate import Format, Level, check_all
-from rewriter import Session, Spec, SpecError
-from tests.cases.test_base import image_spec, saved, vision
+from rewriter import Session, SpecError
+from tests.cases.tiny import GPT2, T5, image_spec, task_spec, vision
 from tests.tiny import project
 
 
@@ -53,35 +53,14 @@ def test_what_can_t_merge_is_no_checkpoint(tmp_path):
 
 
 CONFIGS = {
-    "gpt2": ("sequence-classification", "CausalLM", lambda: hf.GPT2Config(n_embd=32, n_layer=4, n_head=2, n_positions=64, vocab_size=50, eos_token_id=3), "transformer.h.3.attn.c_attn.weight"),
-    "t5": ("seq2seq-lm", "Seq2SeqLM", lambda: hf.T5Config(d_model=32, d_kv=16, d_ff=32, num_layers=3, num_heads=2, vocab_size=50, decoder_start_token_id=0), "**.SelfAttention.{q,v}.weight"),
+    "gpt2": ("sequence-classification", "CausalLM", lambda: hf.GPT2Config(**{**GPT2, "n_layer": 4}, eos_token_id=3), "transformer.h.3.attn.c_attn.weight"),
+    "t5": ("seq2seq-lm", "Seq2SeqLM", lambda: hf.T5Config(**{**T5, "num_layers": 3}, decoder_start_token_id=0), "**.SelfAttention.{q,v}.weight"),
 }  # fmt: skip
 
 
 def spec_for(folder, name):
     task, auto, config, target = CONFIGS[name]
-    saved(folder / "model", config(), auto)
-    words = ["good film plot", "bad the plot was bad", "fine film", "awful and poor"]
-    rows = ["text,label"] + [
-        f"{words[i % 4]},{words[(i + 1) % 4] if task == 'seq2seq-lm' else i % 2}" for i in range(40)
-    ]
-    (folder / "rows.csv").write_text("\n".join(rows) + "\n")
-    columns = {"text": "text"} | ({} if task == "causal-lm" else {"label": "label"})
-    return Spec.model_validate(
-        {
-            "version": 1,
-            "model": {"name": str(folder / "model"), "task": task},
-            "data": {
-                "format": "csv",
-                "files": str(folder / "rows.csv"),
-                "columns": columns,
-                "split": {"validation": 8},
-                "max_length": 12,
-            },
-            "rules": [{"target": target, "apply": [{"lora": {"rank": 2}}]}],
-            "train": {"batch_size": 4, "epochs": 3},
-        }
-    )
+    return task_spec(folder, config(), auto, task, target, train={"batch_size": 4, "epochs": 3})
 
 
 @pytest.mark.parametrize("name", CONFIGS)
