@@ -86,8 +86,8 @@ def _matches(pattern: tuple[str, ...], name: tuple[str, ...]) -> bool:
 @lru_cache(maxsize=4096)
 def _part(pattern: str) -> Callable[[str], bool]:
     """Matcher of one part; only * is special. fnmatch's own expressions do not backtrack."""
-    expression = fnmatch.translate(re.sub(r"([\[?])", r"[\1]", pattern))
-    return lambda text: re.match(expression, text) is not None
+    expression = re.compile(fnmatch.translate(re.sub(r"([\[?])", r"[\1]", pattern)))
+    return lambda text: expression.match(text) is not None
 
 
 def find(patterns: list[str], names: list[str], path: tuple[str | int, ...], what: str = "parameter") -> list[str]:

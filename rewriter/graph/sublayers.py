@@ -26,12 +26,13 @@ from .ops import (
     aten,
 )
 
+_CALL = re.compile(r"@\d+")
 _SDPA_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 def paths(node: fx.Node) -> list[str]:
     """The modules that a node belongs to, outermost first; a module's second call counts as the module."""
-    return [re.sub(r"@\d+", "", entry[0]) for entry in (node.meta.get("nn_module_stack") or {}).values()]
+    return [_CALL.sub("", entry[0]) for entry in (node.meta.get("nn_module_stack") or {}).values()]
 
 
 def call_of(node: fx.Node, depth: int = -1) -> str:

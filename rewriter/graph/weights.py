@@ -97,6 +97,5 @@ def factored(user: fx.Node, weight: fx.Node, layout: Layout) -> tuple[fx.Node, f
 def uses(graph: fx.Graph, names: Iterable[str]) -> list[tuple[fx.Node, fx.Node]]:
     """(get_attr node, reading node) for a parameter under any of its names, in the graph's order."""
     wanted = set(names)
-    order = {node: i for i, node in enumerate(graph.nodes)}
     pairs = [(node, user) for node in graph.find_nodes(op="get_attr") if node.target in wanted for user in node.users]
-    return sorted(pairs, key=lambda pair: order[pair[1]])
+    return sorted(pairs, key=lambda pair: pair[1])

@@ -128,7 +128,7 @@ class _Found:
     composed: dict[tuple, tuple] = field(default_factory=dict)  # what sites that are alike share
 
     def __post_init__(self):
-        self.modules = modules(self.graph)
+        self.modules, self.tied = modules(self.graph), self.model.tied
         self.crossing = {one.module for one in attentions(self.graph) if one.cross}
         self.dtypes = {name: p.dtype for name, p in self.model.named_parameters(remove_duplicate=False)}
         self.used = {node.target for node in self.graph.find_nodes(op="get_attr")}
@@ -175,7 +175,7 @@ def _why_none(graph: fx.Graph, hits: list[str], kinds: set[str]) -> str:
 
 
 def _add_parameter(found: _Found, r: int, rule: Rule, weight: str, named: list[str]) -> None:
-    aliases = found.model.tied.get(weight, [weight])
+    aliases = found.tied.get(weight, [weight])
     if not found.dtypes[weight].is_floating_point:
         said = f"{weight} is stored in {str(found.dtypes[weight]).removeprefix('torch.')}; floating weights are tuned"
         raise SpecError(said, ("rules", r, "target"))

@@ -16,14 +16,13 @@ def tied(folder, kind="gpt2"):
     return saved(folder, config, "CausalLM" if kind == "gpt2" else "Seq2SeqLM")
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "t5"])
 @pytest.mark.parametrize(
-    ("target", "apply", "cut"),
+    ("kind", "target", "apply", "cut"),
     [
-        ("**", ["full"], None),
-        ("@", ["full"], None),
-        ("@", [{"lora": {"rank": 2}}], {"in": [3, 9]}),
-        ("@", ["full"], {"in": [0, 10]}),
+        ("gpt2", "**", ["full"], None),
+        ("gpt2", "@", ["full"], None),
+        ("t5", "@", [{"lora": {"rank": 2}}], {"in": [3, 9]}),
+        ("gpt2", "@", ["full"], {"in": [0, 10]}),
     ],
     ids=["35-all", "35-table", "35-slice", "36-tokens"],
 )

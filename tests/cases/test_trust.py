@@ -225,9 +225,8 @@ def test_53_a_checkpoint_goes_on_with_its_own_spec_alone(run):
         Session(file).tune(run, resume=True)
 
 
-@pytest.mark.parametrize("name", ["lora #3", "[v2]*?", "a b/ü"], ids=["20-hash", "20-glob", "20-space"])
-def test_20_any_character_in_the_path_of_a_run(tuned, tmp_path, name):
-    out = tmp_path / name
+def test_20_any_character_in_the_path_of_a_run(tuned, tmp_path):
+    out = tmp_path / "lora #3 [v2]*?" / "a b {c,d}$HOME 'ü"
     shutil.copytree(tuned / "run", out)
     assert Session(out / "spec.yaml").export(out) and (out / "merged" / "model.safetensors").is_file()
     (out / "metrics.json").unlink()

@@ -7,7 +7,7 @@ import transformers as hf
 
 from pipelines.validate import Format, Level, check_all
 from rewriter import Session, SpecError
-from tests.cases.tiny import GPT2, T5, image_spec, task_spec, vision
+from tests.cases.tiny import BART, GPT2, image_spec, task_spec, vision
 from tests.tiny import project
 
 
@@ -54,7 +54,7 @@ def test_what_can_t_merge_is_no_checkpoint(tmp_path):
 
 CONFIGS = {
     "gpt2": ("sequence-classification", "CausalLM", lambda: hf.GPT2Config(**{**GPT2, "n_layer": 4}, eos_token_id=3), "transformer.h.3.attn.c_attn.weight"),
-    "t5": ("seq2seq-lm", "Seq2SeqLM", lambda: hf.T5Config(**{**T5, "num_layers": 3}, decoder_start_token_id=0), "**.SelfAttention.{q,v}.weight"),
+    "bart": ("seq2seq-lm", "Seq2SeqLM", lambda: hf.BartConfig(**{**BART, "encoder_layers": 3, "decoder_layers": 3}), "**.self_attn.{q,v}_proj.weight"),
 }  # fmt: skip
 
 
