@@ -1,3 +1,4 @@
+import gc
 import os
 import tempfile
 
@@ -10,6 +11,9 @@ os.environ["SUBSPAN_CACHE"] = tempfile.mkdtemp(prefix="subspan-cache-")
 
 import pytest
 import torch
+
+# A trace makes millions of small objects that live: looking through them for garbage was a tenth of the time.
+gc.set_threshold(200_000, 20, 100)
 
 
 def pytest_collection_modifyitems(items):
