@@ -21,6 +21,7 @@ NAME = ("model", "name")
 _INDEX = "model.safetensors.index.json"
 _OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".pkl", ".npz")
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_WHOLE = ("BOOL", "I16", "U16", "I32", "U32", "I64", "U64")
 _QUANTISED = ("I8", "U8", "F8", "F4", "F6", "U4", "I4")
 _MOST_LAYERS = 4096
 _MEANING = (
@@ -67,31 +68,60 @@ def config_of(location: str, revision: str) -> dict[str, Any]:
     return transformers.PreTrainedConfig.get_config_dict(location, revision=revision)[0]
 
 
-def own_type(location: str, revision: str) -> str | None:
-    """The type that most of a base model's weights are stored in; None where its folder holds a config alone, "auto"
-    (what transformers finds) for a hub id.
+def stored(location: str, revision: str) -> dict[str, tuple[str, int]] | None:
+    """Name -> type, as safetensors calls it, and number of entries of a base model's weights; empty where its folder
+    holds a config alone, None for a hub id.
 
     Raises:
         SpecError: its weights are no safetensors, lie elsewhere, are broken or quantised.
     """
     files = _files(location, revision)
     if files is None:
-        return "auto"
-    sizes: dict[str, int] = {}
+        return None
+    found: dict[str, tuple[str, int]] = {}
     for file in files:
         try:
             with safetensors.safe_open(file, "pt") as held:
                 for name in held.keys():  # noqa: SIM118 - no mapping
                     part = held.get_slice(name)
                     dtype = part.get_dtype()
-                    if dtype.startswith(_QUANTISED):
+                    if dtype.startswith(_QUANTISED) and dtype not in _DTYPES and dtype not in _WHOLE:
                         said = f"{name} of the base model is stored in {dtype}: quantised weights are not supported yet"
                         raise SpecError(said, NAME)
-                    sizes[dtype] = sizes.get(dtype, 0) + math.prod(part.get_shape())
+                    found[name] = dtype, math.prod(part.get_shape())
         except (OSError, safetensors.SafetensorError) as error:
             raise SpecError(f"{file}: truncated, or not a safetensors file ({error})", NAME) from None
-    real = {dtype: size for dtype, size in sizes.items() if dtype in _DTYPES}
-    return _DTYPES[max(real, key=real.__getitem__)] if real else None
+    return found
+
+
+def own_type(held: Mapping[str, tuple[str, int]] | None) -> str | None:
+    """The type that most of a base model's weights have; None where there are none, "auto" (what transformers finds)
+    for a hub id.
+
+    Args:
+        held: from `stored`.
+    """
+    if held is None:
+        return "auto"
+    sizes: dict[str, int] = {}
+    for dtype, size in held.values():
+        if dtype in _DTYPES:
+            sizes[dtype] = sizes.get(dtype, 0) + size
+    return _DTYPES[max(sizes, key=sizes.__getitem__)] if sizes else None
+
+
+def others(held: Mapping[str, tuple[str, int]] | None, dtype: str) -> dict[str, int]:
+    """Type -> how many weights have it, of those that are stored in another floating type than `dtype`."""
+    found: dict[str, int] = {}
+    for one, _ in (held or {}).values():
+        if _DTYPES.get(one, dtype) != dtype:
+            found[_DTYPES[one]] = found.get(_DTYPES[one], 0) + 1
+    return found
+
+
+def whole_numbers(held: Mapping[str, tuple[str, int]] | None) -> list[str]:
+    """Names of what is stored in whole numbers or truth values; from `stored`."""
+    return [name for name, (dtype, _) in (held or {}).items() if dtype in _WHOLE]
 
 
 def identity(location: str, revision: str) -> dict[str, str]:

@@ -41,8 +41,9 @@ def load_rows(spec: Spec, labels: list[str]) -> Rows:
     data = spec.data
     if data is None:
         raise SpecError("'data' is missing: training needs it")
+    texts = [column for role, column in data.columns.items() if spec.task.roles[role].kind in ("text", "label")]
     with _decoded():
-        parts = {name: _own(spec, _filter(part, data, name)) for name, part in read(data).items()}
+        parts = {name: _own(spec, _filter(part, data, name)) for name, part in read(data, texts).items()}
         return _rows(spec, parts, labels)
 
 
@@ -100,7 +101,9 @@ def _filter(part: datasets.Dataset, data: Data, name: str) -> datasets.Dataset:
     for column, wanted in data.where.items():
         allowed = wanted if isinstance(wanted, list) else [wanted]
         values = part[column]
-        keep = [i for i in keep if values[i] in allowed]
+        written = {str(one).lower() if isinstance(one, bool) else str(one) for one in allowed}
+        # A csv file's own texts: 1 is written 1, and true in any case.
+        keep = [i for i in keep if values[i] in allowed or (values[i] in written and data.format == "csv")]
     if not keep:
         seen = sorted({str(value) for value in part.unique(column)})
         shown = ", ".join(seen[:_SHOWN]) + (", ..." if len(seen) > _SHOWN else "")
@@ -207,7 +210,12 @@ def encode(
     check_length(spec, getattr(processor, "model_max_length", None))
     reading = Reading(spec.data.columns, rows.features, processor, labels, spec.data.max_length)
     with bars():
-        found = spec.task.encode(rows, reading, [] if notes is None else notes)
+        try:
+            found = spec.task.encode(rows, reading, [] if notes is None else notes)
+        except Exception as error:
+            if type(error) is not Exception:  # As tokenizers raises, of an unknown word, say.
+                raise
+            raise SpecError(f"its tokenizer can't read the rows: {reason(error)}", ("model", "name")) from None
     if len(found) == 0:
         raise SpecError(f"none of {len(rows)} rows has anything to learn from", _DATA)
     return found

@@ -16,7 +16,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 from transformers.utils import logging as hf_logging
 
-from .base import NAME, check_config, config_of, own_type
+from .base import NAME, check_config, config_of, others, own_type, stored, whole_numbers
 from .errors import SpecError, SubspanError, UnreachableError, reason
 from .graph.traced import Inputs
 from .resources import is_local, resolve
@@ -36,6 +36,7 @@ class Pretrained:
         labels: class names in order; empty for tasks without classes.
         module: what is traced and exported, with the same parameters.
         processor: the tokenizer or the image processor; None where a spec names a config alone.
+        notes: what there is to say of its weights.
     """
 
     model: nn.Module
@@ -44,6 +45,7 @@ class Pretrained:
     labels: list[str]
     module: nn.Module
     processor: Any
+    notes: tuple[str, ...] = ()
 
 
 def load_model(spec: Spec, meta: bool = False) -> Pretrained:
@@ -71,9 +73,11 @@ def load_model(spec: Spec, meta: bool = False) -> Pretrained:
         else:
             check_config(written.config, ("model", "config"))
             config = transformers.AutoConfig.for_model(**written.config)
+        named = spec.task.labels(config)
         spec.task.configure(config, written.labels)
         set_seed(spec.train.seed)
-        own = None if written_out else own_type(location, revision)
+        held = {} if written_out else stored(location, revision)
+        own = own_type(held)
         if meta and own is None:
             return _shapes(spec, config)
         processor = _processor(spec, location)
@@ -92,17 +96,63 @@ def load_model(spec: Spec, meta: bool = False) -> Pretrained:
             **options,
         )
     model.eval()
-    new, missing = _made(spec, model, info)
+    new, missing = _made(spec, model, info, whole_numbers(held))
+    if spec.task.headed and not new - missing:
+        check_order(written, named)
+    if not meta:
+        check_finite(written.name, model)
     if processor is not None:
         check_processor(model, processor, before)
-    return _pretrained(spec, model, new, missing, processor)
+    found = _pretrained(spec, model, new, missing, processor)
+    found.notes = _cast(written, held, str(dtype).removeprefix("torch."))
+    return found
 
 
-def _made(spec: Spec, model: nn.Module, info: Mapping[str, Any]) -> tuple[frozenset[str], frozenset[str]]:
-    """Newly made parameters, and those of the base model among them.
+def _cast(written: Model, held: Mapping[str, tuple[str, int]] | None, dtype: str) -> tuple[str, ...]:
+    """A sentence for each type of stored weights that become another one though nobody asked for it."""
+    found = others(held, dtype) if written.dtype is None else {}
+    said = f"weights of {written.name} are stored in"
+    return tuple(f"{n} {said} {one} and become {dtype}; model.dtype: {one} keeps them" for one, n in found.items())
+
+
+def check_order(written: Model, own: Sequence[str]) -> None:
+    """Refuse names of labels in another order than a head that was trained has them.
+
+    Args:
+        own: class names of the checkpoint's config, in order.
 
     Raises:
-        SpecError: a weight of the checkpoint has another shape or another name, or is of a layer that the config lacks.
+        SpecError: at `model.labels`.
+    """
+    given = [label.lower() for label in written.labels or ()]
+    trained = [str(label).lower() for label in own]
+    if given != trained and sorted(given) == sorted(trained):
+        said = f"the head of {written.name} was trained with the labels in another order, {', '.join(map(str, own))}"
+        raise SpecError(f"{said}; write them so", ("model", "labels"))
+
+
+def check_finite(name: str, model: nn.Module) -> None:
+    """Refuse a base model with a weight that is not finite.
+
+    Raises:
+        SpecError: with the first of them.
+    """
+    for one, value in model.state_dict().items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise SpecError(f"{one} of {name} is not finite: the checkpoint is broken", NAME)
+
+
+def _made(
+    spec: Spec, model: nn.Module, info: Mapping[str, Any], whole: Collection[str]
+) -> tuple[frozenset[str], frozenset[str]]:
+    """Newly made parameters, and those of the base model among them.
+
+    Args:
+        whole: what the checkpoint stores in whole numbers.
+
+    Raises:
+        SpecError: a weight of the checkpoint has another shape or another name, is no floating one, or is of a layer
+            that the config lacks; or it lacks statistics that the model keeps.
     """
     name, base = spec.model.name, f"{model.base_model_prefix}."
     mismatched, names = {entry[0] for entry in info["mismatched_keys"]}, {name for name, _ in model.named_parameters()}
@@ -117,6 +167,14 @@ def _made(spec: Spec, model: nn.Module, info: Mapping[str, Any]) -> tuple[frozen
             said = f"{len(new & own)} of {len(own)} weights of {name} are missing"
             lead = wrapped[0].removesuffix(one) if wrapped[0].endswith(f".{one}") else wrapped[0].removesuffix(end[1:])
             raise SpecError(f"{said}: its names start with {lead!r}; save it without that", NAME)
+    for key in whole:
+        if names & {key, f"{base}{key}", key.removeprefix(base)}:
+            said = f"{key} of {name} is stored in whole numbers"
+            raise SpecError(f"{said}; give it in float32, bfloat16 or float16", NAME)
+    kept = {key for key, value in model.state_dict().items() if value.is_floating_point()} - names
+    if lacking := sorted(kept & set(info["missing_keys"])):
+        said = f"{len(lacking)} statistics of {name} are missing, e.g. {lacking[0]}: they would not be its own"
+        raise SpecError(f"{said}; give a checkpoint that holds them", NAME)
     numbered = {_NUMBER.sub("#", one) for one in names}
     for key in info["unexpected_keys"]:
         more = _NUMBER.sub("#", key)
@@ -200,6 +258,8 @@ def load_processor(spec: Spec, folder: str | None = None):
         processor = auto.from_pretrained(place, **options)
     if hasattr(processor, "pad_token"):
         check_vocabulary(processor, place, spec.model.name)
+        if "attention_mask" not in processor.model_input_names:
+            processor.model_input_names = [*processor.model_input_names, "attention_mask"]
         if processor.pad_token is None:
             processor.pad_token = processor.eos_token
         if processor.pad_token is None:
@@ -242,7 +302,10 @@ def check_processor(model: nn.Module, processor: Any, before: int | None) -> Non
     """
     if not hasattr(processor, "get_vocab"):
         return
-    rows = model.get_input_embeddings().weight.shape[0]
+    try:
+        rows = model.get_input_embeddings().weight.shape[0]
+    except NotImplementedError:  # Of characters, that have no table.
+        return
     over = sorted((number, token) for token, number in processor.get_vocab().items() if number >= rows)
     if over:
         shown = ", ".join(f"{number} ({token})" for number, token in over[:3])

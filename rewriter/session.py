@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+import torch
 from datasets import Dataset
 from torch import Tensor
 
@@ -152,6 +153,7 @@ class Session:
         if spec.task.sequences:
             bounds = (positions(pretrained.model), traced.longest)
             check_length(spec, min((most for most in bounds if most is not None), default=None), found.rows)
+            _check_sizes(spec, traced, pretrained)
         raise_all(exceeded(spec.limits, found))
         _check_training(spec, found, pretrained.labels)
         return found
@@ -247,6 +249,7 @@ class Session:
             parts[name] = encode(spec, getattr(rows, name), processor, shapes.labels, said)
             notes += [f"{name}: {one}" for one in said]
         pretrained = load_model(spec)
+        notes += pretrained.notes
         inputs = task.inputs(pretrained.model, processor=pretrained.processor)
         counts = task.label_counts(rows.train, spec.data.columns, pretrained.labels) if spec.train.class_weights else []
         weights = label_weights(spec, pretrained.labels, counts)
@@ -367,6 +370,22 @@ def _aside(place: Path) -> Iterator[None]:
             yield
     finally:
         os.environ.pop("SUBSPAN_CACHE") if before is None else os.environ.update(SUBSPAN_CACHE=before)
+
+
+def _check_sizes(spec: Spec, traced: TracedModel, pretrained: Pretrained) -> None:
+    """Refuse batches of the longest rows that a trace is not valid for.
+
+    Raises:
+        SpecError: at `data.max_length`.
+    """
+    if spec.data:
+        longest = spec.task.inputs(pretrained.model, spec.train.batch_size, spec.data.max_length, pretrained.processor)
+        leaves = [torch.zeros(value.shape, dtype=value.dtype) for value in longest.kwargs.values()]
+        for name in traced.graphs:
+            try:
+                traced.check_valid(name, leaves)
+            except SubspanError as error:
+                raise SpecError(str(error), ("data", "max_length")) from None
 
 
 def _check_training(spec: Spec, found: Plan, labels: list[str]) -> None:

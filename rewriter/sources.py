@@ -7,11 +7,13 @@ import importlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import datasets
+import pandas
 from datasets.data_files import DataFilesDict, DataFilesList
 
 from .errors import SpecError, SubspanError, UnreachableError, reason
@@ -28,20 +30,27 @@ BUILDERS = {
     "imagefolder": "ImageFolder",
 }
 _FILES = ("data", "files")
+_MISSING = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "None"]  # in columns of numbers
 _ODD = set("[]*?:#!{}")
 
 
-def read(data: Data) -> dict[str, datasets.Dataset]:
+def read(data: Data, texts: Collection[str] = ()) -> dict[str, datasets.Dataset]:
     """The parts of a data section, by name.
 
     Files are read alone: what is prepared from them lies in a temporary folder for as long as the process lives.
 
+    Args:
+        texts: columns of csv files that are read as they are written: 01 is no number, NA is no missing value.
+
     Raises:
-        SpecError: they can't be read, or an option is none of the format's reader.
+        SpecError: they can't be read, an option is none of the format's reader, or a csv file has two columns of a
+            name that is read.
         UnreachableError: the data set of a hub can't be reached.
     """
     with _explained(data), bars():
         if data.files is None:
+            if os.path.exists(data.name):  # What its README says to fetch would be fetched.
+                raise SpecError(f"{data.name} is on this disk: name its files in data.files", ("data", "name"))
             found = datasets.load_dataset(data.name, data.config)
             return {name: part for name, part in found.items() if name in ("train", "validation")} or dict(found)
         given = data.files if isinstance(data.files, dict) else {"train": data.files}
@@ -50,7 +59,7 @@ def read(data: Data) -> dict[str, datasets.Dataset]:
             for name, some in given.items()
         }
         _check_options(data)
-        return {name: _part(data, some) for name, some in files.items()}
+        return {name: _part(data, some, texts) for name, some in files.items()}
 
 
 def _builder(format: str) -> type[datasets.DatasetBuilder]:
@@ -60,28 +69,64 @@ def _builder(format: str) -> type[datasets.DatasetBuilder]:
 def _check_options(data: Data) -> None:
     """Refuse what is no option of the format itself: where to cache, how to fetch, with which token."""
     own = {field.name for field in dataclasses.fields(_builder(data.format).BUILDER_CONFIG_CLASS)}
-    own -= {field.name for field in dataclasses.fields(datasets.BuilderConfig)} | {"features"}
+    own -= {field.name for field in dataclasses.fields(datasets.BuilderConfig)} | {"features", "converters"}
     for option in data.options:
         if option not in own:
             known = ", ".join(sorted(own))
             raise SpecError(f"{data.format} has no option {option!r}, only {known}", ("data", "options", option), True)
 
 
-def _part(data: Data, files: Sequence[str]) -> datasets.Dataset:
+def _part(data: Data, files: Sequence[str], texts: Collection[str]) -> datasets.Dataset:
     folder = _folder()
     if data.format == "imagefolder":
         for file in files:
             if not os.path.isdir(file):
                 raise SpecError(f"{file} is no folder of images", _FILES)
         files = [name for file in files for name in _inside(file)]
+    options = {**_as_written(data, texts), **data.options}
     for file in files:
         _check_file(file, data)
+        if data.format == "csv":
+            _check_fields(file, options)
     plain = [_plain(file, folder, i) for i, file in enumerate(files)]
     stamps = [(str(os.stat(file).st_mtime_ns), str(os.stat(file).st_size)) for file in files]
     found = DataFilesDict({"train": DataFilesList(plain, stamps)})
-    builder = _builder(data.format)(cache_dir=str(folder), data_files=found, **data.options)
+    builder = _builder(data.format)(cache_dir=str(folder), data_files=found, **options)
     builder.download_and_prepare()
-    return builder.as_dataset(split="train")
+    part = builder.as_dataset(split="train")
+    _check_twice(data, part.column_names)
+    return part
+
+
+def _as_written(data: Data, texts: Collection[str]) -> dict[str, Any]:
+    """Options of the csv reader with which cells of texts stay what they are, but for empty ones, which are missing."""
+    if data.format != "csv":
+        return {}
+    given = {"converters": dict.fromkeys(texts, str)}
+    if {"keep_default_na", "na_values"} & data.options.keys():
+        return given
+    others = {column: _MISSING for column in (*data.columns.values(), *data.where) if column not in texts}
+    return given | {"keep_default_na": False, "na_values": {**others, **dict.fromkeys(texts, [""])}}
+
+
+def _check_fields(file: str, options: Mapping[str, Any]) -> None:
+    """Refuse rows with more fields than the header names: pandas takes the first for a number of the row.
+
+    Raises:
+        SpecError: at `data.files`.
+    """
+    given = _builder("csv").BUILDER_CONFIG_CLASS(name="fields", **options).pd_read_csv_kwargs
+    start = pandas.read_csv(file, **(given | {"nrows": 100, "chunksize": None, "iterator": False}))
+    if not isinstance(start.index, pandas.RangeIndex) and given.get("index_col") is None:
+        raise SpecError(f"{file}: rows have more fields than the header has names; quote what holds commas", _FILES)
+
+
+def _check_twice(data: Data, names: Sequence[str]) -> None:
+    """Refuse a csv file with two columns of a name that is read: pandas calls the second one `name.1`."""
+    for role, column in data.columns.items():
+        if data.format == "csv" and f"{column}.1" in names:
+            said = f"two columns are called {column!r}, or one {column + '.1'!r}: which one is meant? Rename one"
+            raise SpecError(said, ("data", "columns", role))
 
 
 @cache

@@ -72,7 +72,7 @@ def test_refused(table, data, labels, message, path):
 
 @pytest.mark.parametrize(
     ("value", "labels", "index"),
-    [(0, ["no", "yes"], 0), (1.0, ["no", "yes"], 1), ("yes", ["no", "yes"], 1), (5, ["1", "5"], 1), ("1", ["no", "yes"], None),
+    [(0, ["no", "yes"], 0), (1.0, ["no", "yes"], 1), ("yes", ["no", "yes"], 1), (5, ["1", "5"], 1), ("1", ["no", "yes"], 1), ("01", ["no", "yes"], None), (True, ["no", "yes"], None),
      (2, ["no", "yes"], None), (-1, ["no", "yes"], None), (None, ["no", "yes"], None), (float("nan"), ["no", "yes"], None)],
 )  # fmt: skip
 def test_labels(value, labels, index):

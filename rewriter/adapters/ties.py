@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..graph.traced import TracedModel
+from ..passes.base import PREFIX
 from ..tuned import TunedModel, adapter_tensors
 
 _SKETCHES = 4
@@ -16,11 +17,14 @@ _NEAR = 1e-3
 
 
 def fingerprint(model: TracedModel, new: tuple[str, ...] = ()) -> str:
-    """SHA-256 over names, types, shapes and bytes of the frozen parameters; newly made ones apart, tied ones once."""
+    """SHA-256 over names, types, shapes and bytes of the frozen parameters, newly made ones apart, tied ones once, and
+    of the statistics that are kept with them."""
     digest = hashlib.sha256()
-    named = dict(model.named_parameters(remove_duplicate=False))
-    for name in sorted(set(model.aliases.values()) - set(new)):
-        tensor = named[name].detach().cpu().contiguous()
+    kept = model.state_dict()
+    others = {name for name in kept.keys() - model.aliases.keys() if not name.startswith(PREFIX)}
+    statistics = {name for name in others if kept[name].is_floating_point()}
+    for name in sorted(set(model.aliases.values()) - set(new) | statistics):
+        tensor = kept[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -27,6 +27,7 @@ WIDE_ROWS = 64
 # something was computed in half precision: there near ties fall either way.
 AGREEMENT = {False: 0.99, True: 0.95}
 CHANGE = {False: 0.01, True: 0.05}
+_SAME = 1e-4  # What rounding a prediction that is kept to its type changes in a metric.
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Tally:
     def measured(self, rows: Rows) -> dict[str, tuple[dict[str, float], float | None]]:
         """For every stage its metrics, and the share of decisions that are the tuned run's.
 
-        The share is None where the run kept no decisions: its predictions are no whole numbers.
+        The share is None where the run kept nothing, or predictions are no decisions: no whole numbers.
         """
         spec, found = self.spec, {}
         for name, sums in self.sums.items():
@@ -124,7 +125,7 @@ class Tally:
             if spec.metric != "loss":
                 every = np.concatenate(self.parts[name])
                 metrics = {spec.metric: spec.task.measure(spec.metric, every, rows.encoded), **metrics}
-                if rows.kept is not None and (rows.kept == np.round(rows.kept)).all():
+                if rows.kept is not None and (every == np.round(every)).all():
                     same = every.shape == rows.kept.shape
                     share = float((every == rows.kept).all(axis=1).mean()) if same else 0.0
             found[name] = metrics, share
@@ -230,6 +231,11 @@ def check_measured(
     if own is None:
         said = f"{spec.metric} of the run's metrics.json is no number (null): the tuned model gave none"
         raise SubspanError(f"{said} on its validation rows; nothing is written. Tune again, at a lower rate")
+    if rows.kept is not None and spec.metric != "loss":
+        kept = spec.task.measure(spec.metric, rows.kept, rows.encoded)
+        if not abs(kept - own) <= _SAME * max(abs(own), 1.0):
+            said = f"the run's metrics.json says {spec.metric} {own:.4f}, its predictions on the validation rows"
+            raise SubspanError(f"{said} {kept:.4f}; nothing is written. One of the two, or the data, has changed since")
     for name, (metrics, share) in found.items():
         value = metrics[spec.metric]
         said = f"{name} has {spec.metric} {value:.4f} on the validation rows, the tuned run had {own:.4f}"

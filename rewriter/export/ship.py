@@ -157,7 +157,7 @@ def _rows(spec: Spec, run: Path, pretrained: Pretrained, tuned: TunedModel) -> t
         return None, error.message
     collate = collator(spec, pretrained, tuned.input_names)
     own = read_json(file).get("validation")
-    if not isinstance(own, dict) or spec.metric not in own:
+    if not isinstance(own, dict) or not isinstance(own.get(spec.metric, ""), int | float | None):
         raise SubspanError(f"{file}: not the metrics of this run")
     return compare.Rows(
         encoded, collate, min(spec.train.batch_size, compare.WIDE_ROWS), load_predictions(run), own

@@ -195,7 +195,7 @@ class TracedModel(nn.Module):
             kwargs = {name: kwargs[name] for name in names}
         leaves = pytree.tree_leaves((args, kwargs))
         if not torch.compiler.is_compiling():
-            self._check_valid(self.signatures[name], leaves)
+            self.check_valid(name, leaves)
         return list(self._forwards[name](self, *leaves))
 
     @property
@@ -203,12 +203,17 @@ class TracedModel(nn.Module):
         """Rows that are put before the tokens inside."""
         return 0
 
-    def _check_valid(self, signature: Signature, leaves: list[Any]) -> None:
-        """Refuse inputs that the trace is not valid for.
+    def check_valid(self, name: str, leaves: list[Any]) -> None:
+        """Refuse inputs that the trace of a graph is not valid for.
+
+        Args:
+            name: of the graph.
+            leaves: its flat inputs.
 
         Raises:
             SubspanError: with the size that it took another turn at.
         """
+        signature = self.signatures[name]
         for one in signature.ranges:
             size = leaves[one.place].shape[one.dimension] + (self.rows if one.dimension == 1 else 0)
             if one.most is not None and size > one.most:

@@ -234,9 +234,9 @@ class Train(_Model):
         default_factory=dict, description="of that schedule, as transformers.get_scheduler takes them"
     )
     warmup: float = Field(0.0, ge=0, lt=1, description="share of the steps that warm up")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay; added to the gradient by sgd")
+    weight_decay: float = Field(0.0, ge=0, le=1e6, description="decoupled weight decay; added to the gradient by sgd")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of a label's mass spread over all labels")
-    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0)]] | None = Field(
+    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0, le=1e6)]] | None = Field(
         None, description="weight of each label in the training loss; balanced: by how rare it is"
     )
     group_by_length: bool = Field(False, description="batches of rows of like lengths")

@@ -1,5 +1,7 @@
 """Cells of columns: what a role reads, and which cells are none of that."""
 
+import contextlib
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -8,6 +10,8 @@ from ..errors import SpecError
 _SHOWN = 40
 _GENERIC = "LABEL_"
 _LABEL = ("data", "columns", "label")
+_WHOLE = re.compile(r"\s*(0|[1-9]\d{0,8})(?:\.0+)?\s*")
+_LARGEST = 1e18  # Its square is a float32 still.
 
 
 def words(values: Sequence[Any]) -> list[str]:
@@ -17,7 +21,7 @@ def words(values: Sequence[Any]) -> list[str]:
 
 def class_reader(feature: Any, labels: Sequence[str]) -> Callable[[Any], int]:
     """A function from a label as written to its class index: a class name, or else an index into the names. A column
-    that mixes both is refused before (`check_readings`).
+    that mixes both is refused before (`check_readings`). A truth value is the name `true` or `false`, and no index.
 
     Args:
         feature: of `datasets`, of the column; a ClassLabel's own names stand for its numbers.
@@ -25,19 +29,44 @@ def class_reader(feature: Any, labels: Sequence[str]) -> Callable[[Any], int]:
     index = {label: i for i, label in enumerate(labels)}
     names = _own_names(feature)
     names = names if names and set(names) <= set(labels) else None
+    truths = {label.lower(): i for i, label in enumerate(labels)}
+    numbers = _numbers(labels)
 
     def read(value: Any) -> int:
+        if isinstance(value, bool) and set(truths) == {"true", "false"}:
+            return truths[str(value).lower()]
+        if value is None or isinstance(value, bool):
+            raise ValueError(value)
         if names and isinstance(value, int):
             value = names[value]
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
         if str(value) in index:
             return index[str(value)]
-        if isinstance(value, int) and 0 <= value < len(labels):
-            return int(value)
+        place = _whole(value)
+        if place in numbers:
+            return numbers[place]
+        if place is not None and 0 <= place < len(labels):
+            return place
         raise ValueError(value)
 
     return read
+
+
+def _numbers(labels: Sequence[str]) -> dict[int | None, int]:
+    """The whole numbers that labels are called, 01 and 1.0 among them -> index."""
+    found: dict[int | None, int] = {}
+    for i, label in enumerate(labels):
+        with contextlib.suppress(ValueError, OverflowError):
+            if number(label) % 1 == 0:
+                found[int(float(label))] = i
+    return found
+
+
+def _whole(value: Any) -> int | None:
+    """The whole number that a cell is, or that its text is as anyone writes it: 1, or 1.0, but not 01."""
+    if isinstance(value, str) and (found := _WHOLE.fullmatch(value)):
+        return int(found[1])
+    whole = isinstance(value, int | float) and not isinstance(value, bool) and value % 1 == 0
+    return int(value) if whole else None
 
 
 def _own_names(feature: Any) -> list[str] | None:
@@ -62,11 +91,14 @@ def check_readings(values: Iterable[Any], feature: Any, labels: Sequence[str]) -
             said = f"the column's own names are {', '.join(own)}, the labels are {', '.join(labels)}: which is which?"
             raise SpecError(f"{said} Give model.labels: [{', '.join(own)}]", _LABEL)
         return
-    numbers = {int(value) for value in values if isinstance(value, int | float) and value == value and value % 1 == 0}
-    named = {value for value in numbers if str(value) in labels}
-    alone = {value for value in numbers - named if 0 <= value < len(labels)}
-    if named and alone:
-        one, other = min(named), min(alone)
+    names, numbers = set(), set()
+    for value in values:
+        place = None if value in labels else _whole(value)
+        named = value in labels or place in _numbers(labels)
+        (names if named else numbers).add(value if place is None else place)
+    alone = {place for place in numbers if isinstance(place, int) and 0 <= place < len(labels)}
+    if names and alone:
+        one, other = min(names, key=str), min(alone)
         raise SpecError(
             f"the column holds {other}, which is no label's name but the place of {labels[other]!r} (the first is 0), "
             f"and {one}, which is a label's name: write names alone, or places alone with labels that are no numbers",
@@ -75,9 +107,11 @@ def check_readings(values: Iterable[Any], feature: Any, labels: Sequence[str]) -
 
 
 def number(value: Any) -> float:
-    """A finite number; ValueError for anything else."""
+    """A number whose square is finite; ValueError for anything else."""
+    if isinstance(value, str) and "_" in value:
+        raise ValueError(value)
     found = float(value)
-    if found != found or abs(found) == float("inf"):
+    if not abs(found) <= _LARGEST:
         raise ValueError(value)
     return found
 
@@ -106,7 +140,10 @@ def check_cells(rows: Any, columns: Mapping[str, str], role: str, read: Callable
 
 def check_labels(rows: Any, columns: Mapping[str, str], read: Callable[[Any], Any], labels: Sequence[str]) -> None:
     """`check_cells` of class labels."""
-    check_cells(rows, columns, "label", read, f"one of the labels {', '.join(labels)}")
+    wanted, cells = f"one of the labels {', '.join(labels)}", rows.features[columns["label"]]
+    if getattr(cells, "dtype", None) == "bool":
+        wanted += "; which of them is true? Call them 'false' and 'true', in either order"
+    check_cells(rows, columns, "label", read, wanted)
 
 
 def check_texts(values: Iterable[Any], role: str, column: str) -> None:

@@ -41,8 +41,8 @@ class MultiLabelClassification(Task):
                 said = f"row {row} holds {value}; not zeros and ones, but the labels that hold are read, each once"
                 raise SpecError(said, ("data", "columns", "label"))
 
-    def example_batch(self, model: nn.Module, batch: int, length: int) -> dict[str, Tensor]:
-        example = super().example_batch(model, batch, length)
+    def example_batch(self, model: nn.Module, batch: int, length: int, processor: Any = None) -> dict[str, Tensor]:
+        example = super().example_batch(model, batch, length, processor)
         size = (batch, model.config.num_labels)
         return {**example, "labels": torch.zeros(size, device=example["labels"].device)}
 

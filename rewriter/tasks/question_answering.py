@@ -55,6 +55,8 @@ class QuestionAnswering(Task):
             if len(texts) != len(starts):
                 raise SpecError(f"row {row} has {len(texts)} answers and {len(starts)} starts", path)
             for text, start in zip(texts, starts, strict=True):
+                if not isinstance(start, int) or not isinstance(text, str):
+                    raise SpecError(f"row {row} holds {answers!r}: answers are texts, and starts whole numbers", path)
                 there = (context or "")[start : start + len(text)] if start >= 0 else None
                 if not text or there != text:
                     raise SpecError(f"row {row}: the context has {there!r} at {start}, not the answer {text!r}", path)

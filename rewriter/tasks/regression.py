@@ -23,13 +23,13 @@ class Regression(Task):
         config.num_labels, config.problem_type = 1, "regression"
 
     def check(self, rows: Any, columns: Mapping[str, str], labels: Sequence[str]) -> None:
-        check_cells(rows, columns, "label", number, "a finite number")
+        check_cells(rows, columns, "label", number, "a finite number, of 1e18 at most")
 
     def reader(self, feature: Any, labels: Sequence[str]) -> Callable[[Any], Any]:
         return number
 
-    def example_batch(self, model: nn.Module, batch: int, length: int) -> dict[str, Tensor]:
-        example = super().example_batch(model, batch, length)
+    def example_batch(self, model: nn.Module, batch: int, length: int, processor: Any = None) -> dict[str, Tensor]:
+        example = super().example_batch(model, batch, length, processor)
         return {**example, "labels": example["labels"].float()}
 
     def count(self, targets: Batch, criterion: Criterion = PLAIN) -> Tensor:

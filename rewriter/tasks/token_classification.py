@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import SpecError
 from .base import IGNORED, Batch, Reading, Role, Task, agreement, cut_off, guesses, name_labels, padded_lists
-from .cells import check_labels
+from .cells import check_labels, words
 
 
 class TokenClassification(Task):
@@ -41,8 +41,10 @@ class TokenClassification(Task):
     def check(self, rows: Any, columns: Mapping[str, str], labels: Sequence[str]) -> None:
         for role in ("tokens", "label"):
             for row, some in enumerate(rows[columns[role]]):
-                if some is None or None in some:
-                    what = "no list" if some is None else "a word that is null" if role == "tokens" else "a null label"
+                empty = some is not None and role == "tokens" and "" in some
+                if some is None or None in some or empty:
+                    word = "a word that is empty" if empty else "a word that is null"
+                    what = "no list" if some is None else word if role == "tokens" else "a null label"
                     raise SpecError(f"row {row} holds {what} in {columns[role]!r}", ("data", "columns", role))
         check_labels(rows, columns, self.reader(rows.features[columns["label"]], labels), labels)
         for row, (some, tags) in enumerate(zip(rows[columns["tokens"]], rows[columns["label"]], strict=True)):
@@ -55,7 +57,7 @@ class TokenClassification(Task):
 
     def tokens(self, batch: dict[str, list], index: list[int], reading: Reading) -> dict[str, Any]:
         columns = reading.columns
-        out = cut_off(reading, batch[columns["tokens"]], is_split_into_words=True)
+        out = cut_off(reading, [words(some) for some in batch[columns["tokens"]]], is_split_into_words=True)
         read = self.reader(reading.features[columns["label"]], reading.labels)
         out["labels"] = [
             _first_of_word(out.word_ids(i), [read(tag) for tag in tags])

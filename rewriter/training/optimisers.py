@@ -87,7 +87,7 @@ def make_schedule(settings: Train, optimiser: torch.optim.Optimizer, steps: int,
     name = "constant_with_warmup" if warm else settings.schedule
     try:
         return get_scheduler(name, optimiser, math.ceil(settings.warmup * steps), steps, options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise SpecError(f"{settings.schedule}: {reason(error)}", ("train", "schedule_options")) from None
 
 
@@ -99,8 +99,9 @@ def check_schedule(settings: Train, lower: bool) -> None:
     """
     optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=settings.learning_rate)
     schedule = make_schedule(settings, optimiser, 10, lower)
-    optimiser.step()
     try:
-        schedule.step(*([0.0] if settings.schedule == PLATEAU else []))
+        for _ in range(10):  # Some divide by what is left of the steps.
+            optimiser.step()
+            schedule.step(*([0.0] if settings.schedule == PLATEAU else []))
     except Exception as error:
         raise SpecError(f"{settings.schedule}: {reason(error)}", ("train", "schedule_options")) from None

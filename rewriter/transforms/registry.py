@@ -13,7 +13,7 @@ from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, create_model
+from pydantic import BaseModel, ConfigDict, create_model, field_validator
 from torch import Tensor
 
 from ..algebra import Operator
@@ -25,7 +25,21 @@ from .scope import KINDS, Scope
 GROUP = "subspan.transforms"
 METHODS = "rewriter.methods"
 CLASSES = ("reconstruction", "extension", "combination")
+_LARGEST = 1e18
 Chain = Sequence[tuple["Transform", BaseModel]]
+
+
+class _Options(BaseModel):
+    """Options of any transform."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _bounded(cls, value: Any) -> Any:
+        if isinstance(value, float) and abs(value) > _LARGEST:
+            raise ValueError(f"{value:g} is no number to compute with; {_LARGEST:g} at most")
+        return value
 
 
 @dataclass(frozen=True)
@@ -212,8 +226,7 @@ def transform(kind: str, *, on: tuple[str, ...] = ("matrix",)) -> Callable[[Call
             if p.kind is p.KEYWORD_ONLY
         }
         doc = inspect.cleandoc(function.__doc__ or "")
-        config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-        options: Any = create_model(f"{function.__name__}_options", __config__=config, __doc__=doc, **fields)
+        options: Any = create_model(f"{function.__name__}_options", __base__=_Options, __doc__=doc, **fields)
         own = Origin("subspan", _version("subspan")) if function.__module__.startswith(f"{METHODS}.") else None
         origin = TRANSFORMS.origin or own
         TRANSFORMS.add(Transform(function.__name__, kind, function, options, tuple(on), doc, origin))

@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
-from rewriter import Rule, Session, SpecError, SubspanError
+from rewriter import Inputs, Rule, Session, SpecError, SubspanError, fingerprint, trace
 from rewriter.pretrained import load_model, load_processor
 from tests.cases.tiny import BART, BERT, GPT2, LLAMA, T5, image_spec, saved, spec_of, vision
 from tests.tiny import make_tokenizer
@@ -296,3 +296,88 @@ def test_16_a_broken_picture_is_named(tmp_path):
     next((tmp_path / "pictures" / "cat").iterdir()).write_bytes(b"no picture")
     with pytest.raises(SpecError, match=r"row \d of column 'image' holds no picture that can be read"):
         Session(spec).check_data()
+
+
+def retype(folder, name, dtype):
+    file = folder / "model.safetensors"
+    held = load_file(file)
+    save_file(held | {name: held[name].to(dtype)}, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.int64])
+def test_2_weights_in_whole_numbers(tmp_path, dtype):
+    bert(tmp_path)
+    retype(tmp_path, "bert.pooler.dense.weight", dtype)
+    refused(spec_of(tmp_path), "bert.pooler.dense.weight of .* is stored in whole numbers")
+
+
+def test_2_a_wider_type_is_no_quantised_one(tmp_path):
+    bert(tmp_path, dtype=torch.float64)
+    assert next(load_model(spec_of(tmp_path)).model.parameters()).dtype == torch.float64
+
+
+def test_2_other_types_in_a_checkpoint_are_said(tmp_path):
+    bert(tmp_path, dtype=torch.bfloat16)
+    retype(tmp_path, "bert.embeddings.LayerNorm.weight", torch.float32)
+    (said,) = load_model(spec_of(tmp_path)).notes
+    assert said.startswith("1 weights of ") and said.endswith("model.dtype: float32 keeps them")
+
+
+def test_2_a_weight_that_is_not_finite(tmp_path):
+    bert(tmp_path)
+    retype(tmp_path, "bert.pooler.dense.bias", torch.float32)
+    file = tmp_path / "model.safetensors"
+    held = load_file(file)
+    held["bert.pooler.dense.bias"][3] = float("nan")
+    save_file(held, file, metadata={"format": "pt"})
+    with pytest.raises(SpecError, match=r"bert\.pooler\.dense\.bias of .* is not finite"):
+        load_model(spec_of(tmp_path))
+
+
+def resnet(folder):
+    config = hf.ResNetConfig(num_channels=3, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=2)
+    return saved(folder, config, "ImageClassification", tokenizer=False)
+
+
+def test_2_statistics_that_a_checkpoint_lacks(tmp_path):
+    resnet(tmp_path)
+    rename(tmp_path, lambda name: None if name.endswith("embedder.normalization.running_var") else name)
+    refused(spec_of(tmp_path, "image-classification", data=False), "1 statistics of .* are missing, e.g. .*running_var")
+
+
+def test_52_statistics_are_part_of_a_base(tmp_path):
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    inputs = Inputs((torch.randn(3, 4),), dynamic={0: {0: "batch"}})
+    before = fingerprint(trace(module, inputs))
+    module[1].running_var.mul_(2)
+    assert fingerprint(trace(module, inputs)) != before
+
+
+def test_labels_of_a_trained_head_in_another_order(tmp_path):
+    saved(tmp_path, hf.BertConfig(**BERT, id2label={0: "negative", 1: "positive"}))
+    refused(
+        spec_of(tmp_path, labels=["positive", "negative"]),
+        "trained with the labels in another order, negative, positive",
+    )
+    assert Session(spec_of(tmp_path, labels=["negative", "positive"])).plan()
+    assert Session(spec_of(tmp_path, labels=["bad", "good"])).plan()
+
+
+def test_8_a_tokenizer_without_masks(tmp_path):
+    bert(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_input_names": ["input_ids"]}))
+    session = Session(spec_of(tmp_path))
+    assert "attention_mask" in session.prepare().train.column_names
+
+
+def test_8_a_tokenizer_that_has_no_token_for_a_word(tmp_path):
+    bert(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["unk_token"] = "[NONE]"
+    file.write_text(json.dumps(content))
+    spec = spec_of(tmp_path)
+    (tmp_path / "rows.csv").write_text("text,label\n" + "word,0\nother,1\n" * 10)
+    with pytest.raises(SpecError, match="its tokenizer can't read the rows"):
+        Session(spec).prepare()

@@ -54,9 +54,13 @@ STARS = ["1", "2", "3", "4", "5"]
         ([0.0, 1.0], ["0", "1"], [0, 1]),
         (["1", "5"], STARS, [0, 4]),
         ([0, 7], ["bad", "good"], "column 'label' holds 7 "),
-        ([True, False], ["no", "yes"], [1, 0]),
+        ([True, False], ["yes", "no"], "holds True .* which of them is true. Call them 'false' and 'true'"),
+        ([True, False], ["True", "False"], [0, 1]),
+        ([None, "Some"], ["None", "Some"], "column 'label' holds None "),
+        (["01", "02"], ["01", "02", "03"], [0, 1]),
+        (["01", "02"], ["a", "b", "c"], "column 'label' holds '01'"),
     ],
-    ids=["3-mixed", "3-mixed-tens", "3-names", "3-places", "3-floats", "3-strings", "3-outside", "3-booleans"],
+    ids=["3-mixed", "3-mixed-tens", "3-names", "3-places", "3-floats", "3-strings", "3-outside", "3-booleans", "3-truth", "3-null", "3-zeros", "3-zero-places"],
 )  # fmt: skip
 def test_labels_are_read_one_way_in_a_column(tmp_path, values, labels, said):
     file = written(tmp_path, texts(values))
@@ -75,6 +79,59 @@ def test_3_a_split_hides_no_mix(tmp_path):
     for files in ({"train": names, "validation": places}, {"train": [names, places], "validation": names}):
         with pytest.raises(SpecError, match="the column holds 0, which is no label's name"):
             load_rows(spec_of(files), STARS)
+
+
+def test_3_names_in_one_part_and_places_in_another(tmp_path):
+    names, places = (str(written(tmp_path, texts(some), f"{some[0]}.jsonl")) for some in (["a", "b"], [0, 1]))
+    with pytest.raises(SpecError, match="the column holds 0, which is no label's name but the place of 'a'"):
+        load_rows(spec_of({"train": names, "validation": places}), ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("cells", "labels", "said"),
+    [
+        (["true", "True"], ["true", "false"], "column 'label' holds 'True'"),
+        (["01", "02"], ["01", "02", "03"], [0, 1]),
+        (["NA", "None"], ["None", "NA"], [1, 0]),
+        (["1", ""], ["no", "yes"], "column 'label' holds None"),
+        (["1.0", "2.0"], ["1.0", "2.0", "3.0"], [0, 1]),
+        (["1", "0"], ["no", "yes"], [1, 0]),
+    ],
+    ids=["3-truth", "3-zeros", "3-not-missing", "3-missing", "3-floats", "3-places"],
+)
+def test_labels_of_a_csv_file_are_as_they_are_written(tmp_path, cells, labels, said):
+    file = tmp_path / "rows.csv"
+    file.write_text("text,label\n" + "".join(f"00{i},{cell}\n" for i, cell in enumerate(cells)))
+    spec = spec_of({"train": str(file), "validation": str(file)}, format="csv")
+    if isinstance(said, str):
+        with pytest.raises(SpecError, match=said):
+            load_rows(spec, labels)
+        return
+    rows = load_rows(spec, labels).train
+    assert encode(spec, rows, make_tokenizer(), labels)["labels"] == said
+    assert rows["text"][0] == "000"
+
+
+def test_a_filter_of_a_csv_file_reads_its_numbers(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("text,label\nbad,0\ngood,1\ngreat,1\n")
+    both = {"train": str(file), "validation": str(file)}
+    assert len(load_rows(spec_of(both, format="csv", where={"label": 1}), ["no", "yes"]).train) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("text,label,label\ngood,1,0\nbad,0,1\n", "two columns are called 'label'"),
+        ("text,label\ngood,very,1\nbad,very,0\n", "rows have more fields than the header has names"),
+    ],
+    ids=["twice", "ragged"],
+)
+def test_a_csv_file_that_can_be_read_two_ways(tmp_path, content, said):
+    file = tmp_path / "rows.csv"
+    file.write_text(content)
+    with pytest.raises(SpecError, match=said):
+        load_rows(spec_of(file, format="csv", split={"validation": 1}), ["0", "1"])
 
 
 def test_3_class_names_of_the_column_are_not_renamed(tmp_path):
@@ -307,3 +364,18 @@ def test_a_length_is_bounded():
     spec = spec_of("x", max_length=65)
     with pytest.raises(SpecError, match="at most 64 tokens"):
         check_length(spec, 64)
+
+
+@pytest.mark.parametrize("value", [1e300, "1_0", "nan"])
+def test_a_number_that_nothing_can_be_learnt_from(tmp_path, value):
+    file = written(tmp_path, texts([value, value]))
+    with pytest.raises(SpecError, match="expected a finite number, of 1e18 at most"):
+        load_rows(spec_of(file, task="regression", split={"validation": 1}), [])
+
+
+def test_a_folder_by_the_name_of_a_data_set(tmp_path):
+    """Its README may say to read what lies elsewhere."""
+    spec = spec_of(tmp_path)
+    data = spec.data.model_copy(update={"files": None, "format": None, "name": str(tmp_path)})
+    with pytest.raises(SpecError, match=r"is on this disk: name its files in data\.files"):
+        load_rows(spec.model_copy(update={"data": data}), ["no", "yes"])

@@ -241,6 +241,31 @@ def test_53_what_is_exported_may_be_edited(run):
     assert export(run) and (run / "merged").is_dir()
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (0.1, r"says accuracy 0\.1000, its predictions"),
+        ("0.5", "not the metrics of this run"),
+        ({}, "not the metrics of this run"),
+    ],
+    ids=["53-other", "53-text", "53-mapping"],
+)
+def test_53_an_edited_metric_is_seen(run, value, said):
+    file = run / "metrics.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"validation": {**content["validation"], "accuracy": value}}))
+    with pytest.raises(SubspanError, match=said):
+        export(run)
+
+
+@pytest.mark.parametrize("change", [lambda x: x * float("nan"), lambda x: x + 0.25], ids=["53-nan", "53-moved"])
+def test_53_edited_predictions_are_seen(run, change):
+    file = run / "predictions.safetensors"
+    save_file({name: change(value.float()) for name, value in load_file(file).items()}, file)
+    with pytest.raises(SubspanError, match=r"its predictions on the validation rows|0\.0% of its decisions"):
+        export(run)
+
+
 def test_47_a_folder_is_one_process_s(tmp_path):
     out = tmp_path / "run"
     with claimed(out):

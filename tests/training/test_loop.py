@@ -215,6 +215,8 @@ def batched(values, size):
     ("settings", "said"),
     [
         (["train.schedule_options.num_cycles=2"], "linear"),
+        (["train.schedule=polynomial", "train.schedule_options.power=-5"], "polynomial: "),
+        (["train.schedule=inverse_sqrt", "train.schedule_options.timescale=0"], "inverse_sqrt: "),
         (["train.schedule=constant", "train.schedule_options.power=2"], "constant has no options"),
         (["train.schedule=cosine_with_min_lr"], "train.schedule_options"),
         (["train.schedule=reduce_lr_on_plateau", "train.warmup=0.1"], "no warm-up"),
