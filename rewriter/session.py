@@ -18,8 +18,9 @@ from datasets import Dataset
 from torch import Tensor
 
 from .adapters.store import check_tied, save_adapter
+from .adapters.ties import fingerprint
 from .base import NAME, identity
-from .data import check_length, encode, load_rows
+from .data import check_length, digest_of, encode, load_rows
 from .errors import SpecError, SubspanError, raise_all
 from .files import read_json, write_json, write_text
 from .folder import LOCK, MARKER, check_folder, claimed, clear, spec_of
@@ -308,7 +309,13 @@ class Session:
             write_text(out / "spec.yaml", dump_spec(spec))
             write_json(out / "plan.json", planned.to_dict())
         processes().wait_for_everyone()
-        model, metrics = tune(model, spec, job.train, job.validation, job.collate, out, resume, job.weights)
+        tied = {
+            **self._files(),
+            "base model's weights": fingerprint(model, model.plan.new),
+            "training data": digest_of(job.train),
+            "validation data": digest_of(job.validation),
+        }
+        model, metrics = tune(model, spec, job.train, job.validation, job.collate, out, resume, job.weights, tied)
         if main:
             save_adapter(model, out / "adapter", spec, metrics, self._files())
             write_json(out / "plan.json", model.plan.to_dict())

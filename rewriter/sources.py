@@ -53,13 +53,25 @@ def read(data: Data, texts: Collection[str] = ()) -> dict[str, datasets.Dataset]
                 raise SpecError(f"{data.name} is on this disk: name its files in data.files", ("data", "name"))
             found = datasets.load_dataset(data.name, data.config)
             return {name: part for name, part in found.items() if name in ("train", "validation")} or dict(found)
-        given = data.files if isinstance(data.files, dict) else {"train": data.files}
-        files = {
-            name: [existing(file, _FILES) for file in ([some] if isinstance(some, str) else some)]
-            for name, some in given.items()
-        }
+        files = {name: [existing(file, _FILES) for file in some] for name, some in _named(data).items()}
         _check_options(data)
         return {name: _part(data, some, texts) for name, some in files.items()}
+
+
+def absent(data: Data) -> str | None:
+    """What to say of the first file of a data section that is not on this disk; None where all are, or a hub has it."""
+    for file in (file for some in _named(data).values() for file in some):
+        try:
+            existing(file, _FILES)
+        except SpecError as error:
+            return error.message
+    return None
+
+
+def _named(data: Data) -> dict[str, list[str]]:
+    """Part -> its files, as they are written; empty for a hub's data set."""
+    given = data.files if isinstance(data.files, dict) else {"train": data.files}
+    return {name: [some] if isinstance(some, str) else some for name, some in given.items() if some is not None}
 
 
 def _builder(format: str) -> type[datasets.DatasetBuilder]:
@@ -106,7 +118,7 @@ def _as_written(data: Data, texts: Collection[str]) -> dict[str, Any]:
     if {"keep_default_na", "na_values"} & data.options.keys():
         return given
     others = {column: _MISSING for column in (*data.columns.values(), *data.where) if column not in texts}
-    return given | {"keep_default_na": False, "na_values": {**others, **dict.fromkeys(texts, [""])}}
+    return given | {"keep_default_na": False, "na_values": {**others, **{column: [""] for column in texts}}}
 
 
 def _check_fields(file: str, options: Mapping[str, Any]) -> None:
@@ -202,6 +214,8 @@ def _explained(data: Data) -> Iterator[None]:
         if isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, FileNotFoundError):
             raise cause from None
         path = ("data", "name") if data.files is None else _FILES
+        if "corresponds to no data" in str(cause):
+            raise SpecError("the data has no rows", path) from None
         kind = UnreachableError if isinstance(error, ConnectionError) else SpecError
         raise kind(f"can't read the data: {reason(cause)}", path) from error
     finally:

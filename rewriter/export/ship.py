@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ..adapters.store import load_adapter, read_manifest
 from ..data import encode, load_rows
-from ..errors import SpecError, SubspanError, reason
+from ..errors import SpecError, SubspanError, UnreachableError, reason
 from ..files import aside, read_json, write_json
 from ..graph.traced import Inputs, TracedModel
 from ..pretrained import Pretrained, collator, for_onnx, load_model, processor_of, save_model
+from ..sources import absent
 from ..spec import Spec
 from ..trace import trace
 from ..training.checkpoint import load_predictions
@@ -148,13 +149,19 @@ def _usable(stage: Stage, random: list[dict[str, Tensor]], why: str | None) -> l
 def _rows(spec: Spec, run: Path, pretrained: Pretrained, tuned: TunedModel) -> tuple[compare.Rows | None, str | None]:
     """The validation rows of a run, or why there are none."""
     file = run / "metrics.json"
-    if spec.data is None or not file.is_file():
-        return None, "the run has no data, or no metrics.json"
+    if spec.data is None:
+        return None, "the run has no data"
+    if not file.is_file():
+        raise SubspanError(f"{file} is missing: the run has not ended; train with --resume ends it")
+    if (lacking := absent(spec.data)) is not None:
+        return None, lacking
     try:
         rows = load_rows(spec, pretrained.labels).validation
         encoded = encode(spec, rows, pretrained.processor, pretrained.labels)
-    except SpecError as error:
+    except UnreachableError as error:
         return None, error.message
+    except SpecError as error:
+        raise SubspanError(f"the data has changed since the run was tuned: {error.message}; put it back") from error
     collate = collator(spec, pretrained, tuned.input_names)
     own = read_json(file).get("validation")
     if not isinstance(own, dict) or not isinstance(own.get(spec.metric, ""), int | float | None):

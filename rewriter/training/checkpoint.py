@@ -5,6 +5,7 @@ Tensors are safetensors, all else is JSON; no pickle.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What a checkpoint is taken from, and what it is put back into; of which spec."""
+    """What a checkpoint is taken from, and what it is put back into; of which spec, and what else it is tied to."""
 
     model: TunedModel
     optimiser: torch.optim.Optimizer
@@ -62,6 +63,7 @@ class Tuning:
     scaler: torch.amp.GradScaler
     budget: Budget
     spec: dict[str, Any]
+    tied: Mapping[str, str]
 
 
 def save_predictions(found: np.ndarray, folder: Path) -> None:
@@ -123,6 +125,7 @@ def save(tuning: Tuning, progress: Progress, folder: Path, keep: int, best: int 
             "given": tuning.model.plan.given,
             "transforms": origins(tuning.model.plan),
             "spec": _digest(tuning.spec),
+            "tied": dict(tuning.tied),
         }
         flat = get_optimizer_state_dict(tuning.model, tuning.optimiser, options=_FLAT)
         tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
@@ -160,7 +163,10 @@ def _state(place: Path) -> dict[str, Any]:
         SubspanError: it, or a file beside it, is not as it was written.
     """
     state = read_json(place / STATE, constants=True)  # A schedule may start from infinity.
-    changed = [name for name, was in dict(state.get("files", {})).items() if digest(place / name) != was]
+    files = state.get("files", {})
+    if not isinstance(files, dict):
+        raise SubspanError(f"{place / STATE}: not as it was written; delete that checkpoint to go on before it")
+    changed = [name for name, was in files.items() if digest(place / name) != was]
     if "digest" in state and state["digest"] != _digest(state):
         changed.append(STATE)
     if changed:
@@ -176,6 +182,9 @@ def _digest(state: dict[str, Any]) -> str:
 def _load(tuning: Tuning, place: Path, state: dict[str, Any]) -> Progress:
     if state.get("spec") not in (None, _digest(tuning.spec)):
         raise SubspanError(f"{place / STATE}: written by a run of another spec than spec.yaml has now; set it back")
+    if changed := [name for name, was in state.get("tied", {}).items() if tuning.tied.get(name, was) != was]:
+        said = f"{place / STATE}: the run had another {changed[0]} until now"
+        raise SubspanError(f"{said}; put it back, or start anew with --overwrite")
     load_weights(tuning, place)
     _load_optimiser(tuning, load_tensors(place / OPTIMISER), state.get("optimiser", {}))
     tuning.schedule.load_state_dict(state.get("schedule") or state["scheduler"])

@@ -109,6 +109,7 @@ def tune(
     folder: Path,
     resume: bool = False,
     weights: Tensor | None = None,
+    tied: Mapping[str, str] | None = None,
 ) -> tuple[TunedModel, dict[str, dict[str, Any]]]:
     """Tune a rewritten model, settle what its budgets left, and measure it.
 
@@ -123,6 +124,7 @@ def tune(
         folder: must exist.
         resume: continue from the newest checkpoint in `folder`, if there is one.
         weights: (labels,) weight of each label's terms in the training loss, for a spec with `class_weights`.
+        tied: what else a run can't go on without, name -> digest: a checkpoint with another one is refused.
 
     Returns:
         The tuned model (another one where a budget took something away), and
@@ -135,7 +137,7 @@ def tune(
     """
     places, started = folder / "checkpoints", time.perf_counter()
     last = checkpoint.checkpoints(places)[-1:] if resume else []
-    run = _begin(model, spec, train, collate, weights, last[0] if last else None)
+    run = _begin(model, spec, train, collate, weights, tied or {}, last[0] if last else None)
     before = run.progress.seconds
     with signals() as stop, Report(spec, folder, run.steps, run.progress.history) as report:
         for batches in _batches(run):
@@ -149,7 +151,13 @@ def tune(
 
 
 def _begin(
-    model: TunedModel, spec: Spec, train: Rows, collate: Collate, weights: Tensor | None, last: Path | None
+    model: TunedModel,
+    spec: Spec,
+    train: Rows,
+    collate: Collate,
+    weights: Tensor | None,
+    tied: Mapping[str, str],
+    last: Path | None,
 ) -> Run:
     settings, task, device = spec.train, spec.task, device_of(spec)
     if settings.class_weights is not None and weights is None:
@@ -164,7 +172,7 @@ def _begin(
     schedule = make_schedule(settings, optimiser, steps, task.lower(spec.metric))
     scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "float16")
     budget = Budget(model, train, collate, objective(task), settings.seed)
-    tuning = Tuning(model, optimiser, schedule, scaler, budget, decisive(spec))
+    tuning = Tuning(model, optimiser, schedule, scaler, budget, decisive(spec), tied)
     progress, name = checkpoint.load(tuning, last) if last else Progress(), f"eval_{spec.metric}"
     return Run(
         spec,

@@ -402,3 +402,52 @@ def test_43_a_bare_nan_is_never_written(tmp_path, monkeypatch):
         json.loads(line, parse_constant=lambda constant: pytest.fail(constant))
     with pytest.raises(SubspanError, match=r"loss of the run's metrics\.json is no number"):
         session.export()
+
+
+def other_labels(folder):
+    (file,) = folder.glob("*.csv")
+    head, *rows = file.read_text().splitlines()
+    file.write_text("\n".join([head, *reversed(rows)]) + "\n")
+
+
+def other_weights(folder):
+    file = folder / "model" / "model.safetensors"
+    held = load_file(file)
+    name = next(name for name in held if name.endswith("query.weight"))
+    save_file(held | {name: held[name] * 2}, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (other_labels, "training data"),
+        (other_weights, "base model's weights"),
+        (lambda folder: change_json(folder / "model" / "config.json", hidden_act="relu"), r"config\.json"),
+    ],
+    ids=["53-rows", "53-weights", "53-config"],
+)
+def test_53_a_run_goes_on_with_what_it_began_with(run, change, said):
+    (run / "metrics.json").unlink()
+    change(run.parent)
+    with pytest.raises(SubspanError, match=f"the run had another {said} until now; put it back, or start anew"):
+        Session(run / "spec.yaml").tune(run, resume=True)
+
+
+def test_53_data_that_fits_no_more_is_no_missing_data(run):
+    (data,) = run.parent.glob("*.csv")
+    data.write_text("text,other\ngood,1\n")
+    with pytest.raises(SubspanError, match="the data has changed since the run was tuned: no column 'label'"):
+        export(run)
+    data.unlink()
+    assert export(run)["rows"]["why"].startswith("no such file")
+    (run / "metrics.json").unlink()
+    with pytest.raises(SubspanError, match="the run has not ended"):
+        export(run)
+
+
+@pytest.mark.parametrize("files", [None, -1, "x"])
+def test_56_a_checkpoint_s_list_of_files(run, files):
+    (run / "metrics.json").unlink()
+    change_json(next((run / "checkpoints").iterdir()) / "state.json", files=files)
+    with pytest.raises(SubspanError, match="not as it was written"):
+        Session(run / "spec.yaml").tune(run, resume=True)

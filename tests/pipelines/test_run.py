@@ -143,7 +143,7 @@ def test_a_difference_over_atol_fails_and_leaves_nothing(spec, run, tmp_path):
         ("max_length: 16", "max_lenght: 16", "11:3", "did you mean 'max_length'"),
         ("rank: 4", "rank: 400", "14:27", "rank 400 is larger than bert.encoder.layer.0.attention.self.query.weight allows: it is 16 x 16"),
         ("text: text", "text: body", "10:19", "no column 'body'; the data has text, label"),
-        ("[negative, positive]", "[negative]", "10:32", "holds 1"),
+        ("[negative, positive]", "[negative]", "10:32", "holds '1'"),
         ("files: ", "files: /nowhere", "8:10", "no such file"),
         ("name: ", "name: /nowhere", "3:9", "no such folder"),
         ("apply: [full]", "apply: [ssb]", "16:13", "ssb needs a matrix"),

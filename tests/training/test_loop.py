@@ -199,7 +199,7 @@ def test_weights_of_labels(made, tmp_path):
 
 def test_batches_of_like_lengths_have_every_row_once(made, tmp_path, monkeypatch):
     spec, model, job = made("train.group_by_length=true", "train.batch_size=8")
-    found = loop._begin(model, spec, job.train, job.collate, None, None)
+    found = loop._begin(model, spec, job.train, job.collate, None, {}, None)
     orders = [loop._order(found, epoch) for epoch in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2] and sorted(orders[0]) == list(range(len(job.train)))
     spread = [max(some) - min(some) for some in batched([found.lengths[i] for i in orders[0]], 8)]
