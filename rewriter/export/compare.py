@@ -68,7 +68,11 @@ def is_half(model: TracedModel) -> bool:
 
 def widened(model: TracedModel) -> TracedModel:
     """The eval graph of a model in float64; in float32 for half types, whose rounding is far above."""
-    dtype = torch.float32 if is_half(model) else torch.float64
+    return retyped(model, torch.float32 if is_half(model) else torch.float64)
+
+
+def retyped(model: TracedModel, dtype: torch.dtype) -> TracedModel:
+    """The eval graph of a model in another floating type."""
     out = model.clone("eval").to(dtype)
     for node in out.graphs["eval"].nodes:
         wide = lambda value: dtype if isinstance(value, torch.dtype) and value.is_floating_point else value  # noqa: E731

@@ -21,6 +21,7 @@ CASES = {
     "37-llama": ("causal-lm", "CausalLM", lambda: hf.LlamaConfig(**LLAMA), "**.{self_attn.{q,k,v,o}_proj,mlp.{gate,up,down}_proj}.weight", torch.float32),
     "38-bfloat16": ("causal-lm", "CausalLM", lambda: hf.LlamaConfig(**LLAMA), "**.{q,v}_proj.weight", torch.bfloat16),
     "38-float16": ("sequence-classification", "SequenceClassification", lambda: hf.BertConfig(**SIZES, pad_token_id=0), "**.{query,value}.weight", torch.float16),
+    "38-float64": ("sequence-classification", "SequenceClassification", lambda: hf.BertConfig(**SIZES, pad_token_id=0), "**.{query,value}.weight", torch.float64),
     "40-bart": ("sequence-classification", "Seq2SeqLM", lambda: hf.BartConfig(**BART, eos_token_id=3, pad_token_id=0), "**.self_attn.{q_proj,v_proj}.weight", torch.float32),
     "40-t5": ("sequence-classification", "Seq2SeqLM", lambda: hf.T5Config(**T5, decoder_start_token_id=0, eos_token_id=3), "**.SelfAttention.{q,v}.weight", torch.float32),
     "41-gemma3": ("causal-lm", "CausalLM", lambda: hf.Gemma3TextConfig(**GEMMA), "**.{q,v}_proj.weight", torch.float32),
