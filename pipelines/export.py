@@ -1,5 +1,6 @@
 """Ship a tuned run: adapter -> merge -> checkpoint + ONNX -> verify -> report."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -8,26 +9,42 @@ import typer
 from pipelines.console import Transforms, console, failures
 
 
+class Target(StrEnum):
+    """What files are for."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)],
+    target: Annotated[Target, typer.Option(help="What the ONNX files are for.")] = Target.cpu,
+    measure: Annotated[
+        bool, typer.Option(help="Make and time all variants, and ship the fastest that holds; else float32 alone.")
+    ] = True,
     transforms: Transforms = None,
 ) -> None:
     """Merge a run's adapter, write merged/ and onnx/, and compare every stage's outputs with the tuned model's.
 
     A difference over export.verify.atol is an error, and then nothing is written. What can't merge (prefixes, prompts,
-    adapters with a nonlinearity) stays in the ONNX graph, and there is no merged/ then.
+    adapters with a nonlinearity) stays in the ONNX graph, and there is no merged/ then. Of the ONNX files that can be
+    made of the model, the fastest that decides as the tuned run did becomes onnx/model.onnx; export.json lists all.
     """
     with failures(run):
         from rewriter import Session, print_summary
         from rewriter.adapters.store import check_transforms
         from rewriter.folder import spec_of
         from rewriter.report.table import shipped
+        from rewriter.report.variants import print_variants
 
         if (run / "adapter").is_dir():
             check_transforms(run / "adapter")
         session = Session(spec_of(run))
-        report = session.export(run)
+        with console.status(f"merging, exporting and comparing {run}"):
+            report = session.export(run, str(target), measure)
         print_summary(f"exported {run}", shipped(session.spec, run, report), console)
+        if session.spec.export.onnx:
+            print_variants(run, console)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ FOLDERS = ("checkpoints", "adapter", "merged/1_Pooling", "merged/2_Normalize", "
 _NOTE = "This folder is a run of subspan. --overwrite removes what a run writes, and nothing else.\n"
 # What training and export write, file by file: nothing else in these folders is touched.
 WRITTEN = (
-    "spec.yaml", "plan.json", "log.jsonl", "metrics.json", PREDICTIONS, "verify.json", MARKER, LOCK,
+    "spec.yaml", "plan.json", "log.jsonl", "metrics.json", PREDICTIONS, "verify.json", "export.json", MARKER, LOCK,
     "adapter/adapter.json", "adapter/adapter.safetensors",
     "trackers/**/events.out.tfevents.*", "trackers/**/hparams.yml",
     *(f"checkpoints/checkpoint-*/{name}" for name in (TUNED, OPTIMISER, BUDGET, STATE, EARLIER)),

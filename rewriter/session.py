@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from datasets import Dataset
@@ -342,11 +342,16 @@ class Session:
         return allocate(traced, found, job.train, job.collate, objective(self.spec.task))
 
     @_placed
-    def export(self, run: str | Path | None = None) -> dict[str, Any]:
+    def export(
+        self, run: str | Path | None = None, target: Literal["cpu", "cuda"] = "cpu", measure: bool = False
+    ) -> dict[str, Any]:
         """Merge a run's adapter, write merged/ and onnx/, and compare every stage's outputs with the tuned model's.
 
         Args:
             run: its folder; default: of the run that this session tuned.
+            target: what the ONNX files are for.
+            measure: make all variants that make sense there, time them, and ship the fastest that holds as
+                onnx/model.onnx; else it is the one in float32. export.json lists them.
 
         Returns:
             The content of verify.json.
@@ -364,7 +369,7 @@ class Session:
 
         with claimed(run, made=False):
             check_tied(run / "adapter", self.spec, self._files())
-            return ship(self.spec, run)
+            return ship(self.spec, run, target, measure)
 
 
 @contextlib.contextmanager

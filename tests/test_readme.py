@@ -40,6 +40,7 @@ def test_the_library_s_quickstart_is_five_statements(tmp_path):
     run, space = tmp_path / "run", {}
     exec(quickstart(tiny.project(tmp_path), run), space)
     written = {"spec.yaml", "plan.json", "log.jsonl", "metrics.json", "predictions.safetensors", "verify.json"}
+    written |= {"export.json"}
     written |= {"checkpoints", ".subspan-run", ".subspan-lock"}
     assert {file.name for file in run.iterdir()} == written | {"adapter", "merged", "onnx"}
     assert space["session"].run == run

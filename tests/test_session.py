@@ -42,7 +42,7 @@ def test_each_is_one_call(file, tmp_path):
         ("rank: 4", "rank: 400", "14:27", "rank 400 is larger than"),
         ("text: text", "text: body", "10:19", "no column 'body'"),
         ("epochs: 2", "epoch: 2", "17:9", "did you mean 'epochs'"),
-        ("[negative, positive]", "[negative]", "10:32", "holds 1"),
+        ("[negative, positive]", "[negative]", "10:32", "holds '1'"),
         ("epochs: 2", "class_weights: {a: 1.0}, epochs: 2", "17:25", "'a' is none of the labels negative, positive"),
     ],
 )

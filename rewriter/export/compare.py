@@ -19,7 +19,7 @@ from ..spec import Spec
 from ..tasks import IGNORED
 from ..tasks.base import Collate
 from ..training.loop import HALVES
-from .verify import Stage, gap
+from .verify import Stage, gap, mean_gap
 
 FACTOR = 4.0
 WIDE_ROWS = 64
@@ -47,16 +47,63 @@ class Rows:
     metrics: Mapping[str, float]
 
 
+@dataclass(frozen=True)
+class Truth:
+    """What every stage and every file is compared with.
+
+    Attributes:
+        spec, tuned: the run's, and its model.
+        reference, wide: the tuned model, and its wider run; None where `export.verify.atol` says how far is near.
+        rows, why: validation rows, or why there are none.
+        random: inputs that the model takes beside them.
+        axes: from `sequences`.
+        eps: of the type that rounding is counted in.
+    """
+
+    spec: Spec
+    tuned: TracedModel
+    reference: Stage
+    wide: Stage | None
+    rows: Rows | None
+    why: str | None
+    random: list[dict[str, Tensor]]
+    axes: list[str | None]
+    eps: float
+
+    @property
+    def wider(self) -> int:
+        """How many batches of rows are compared with the wider run."""
+        return -(-WIDE_ROWS // self.rows.size) if self.rows else 0
+
+    def distances(self, stages: Mapping[str, Stage], tally: "Tally") -> tuple[dict[str, "Distance"], dict[int, float]]:
+        """As the function, on the random inputs and the first rows."""
+        samples = [("the random inputs", 0, inputs, {}) for inputs in self.random]
+        samples += list(batches_of(self.rows, self.tuned.input_names, 0, self.wider)) if self.rows else []
+        return distances(self.reference, self.wide, stages, samples, self.axes, tally)
+
+    def measured(self, stages: Mapping[str, Stage], tally: "Tally") -> dict[str, tuple[dict[str, float], float | None]]:
+        """Every stage's metrics on all rows, and its share of the run's decisions; after `distances`."""
+        if self.rows is None:
+            return {}
+        for _, _, inputs, targets in batches_of(self.rows, self.tuned.input_names, self.wider):
+            for name, stage in stages.items():
+                tally.add(name, stage(inputs), targets)
+        return tally.measured(self.rows)
+
+
 @dataclass
 class Distance:
     """How far a stage is from the tuned model and from its wider run: the largest difference of real positions.
 
     Attributes:
         tuned: over all outputs.
+        total, count: the sum of all differences to the tuned model, and how many there are.
         wide, where: of each output, and the row it is in.
     """
 
     tuned: float = 0.0
+    total: float = 0.0
+    count: int = 0
     wide: dict[int, float] = field(default_factory=dict)
     where: dict[int, str] = field(default_factory=dict)
 
@@ -169,6 +216,8 @@ def distances(
                 continue
             for i, (value, truth, tuned, mask) in enumerate(zip(outputs, exact, own, masks, strict=True)):
                 one.tuned = max(one.tuned, gap(value, tuned, mask)[0])
+                total, count = mean_gap(value, tuned, mask)
+                one.total, one.count = one.total + total, one.count + count
                 distance, row = gap(value, truth, mask)
                 if distance >= one.wide.get(i, 0.0):
                     one.wide[i], one.where[i] = distance, f"row {first + row} of {what}"

@@ -11,6 +11,7 @@ from ..adapters.store import load_adapter, read_manifest
 from ..data import encode, load_rows
 from ..errors import SpecError, SubspanError, UnreachableError, reason
 from ..files import aside, read_json, write_json
+from ..graph.sublayers import attentions
 from ..graph.traced import Inputs, TracedModel
 from ..pretrained import Pretrained, collator, for_onnx, load_model, processor_of, save_model
 from ..sources import absent
@@ -19,17 +20,23 @@ from ..trace import trace
 from ..training.checkpoint import load_predictions
 from ..tuned import TunedModel
 from . import compare
+from .choose import offer, settle, timed
+from .latency import shapes_of
 from .merge import merge, rest
 from .onnx import export_onnx
+from .variants import PLAIN, VARIANTS, wanted
 from .verify import Stage, batches, onnx_stage, torch_stage
 
 
-def ship(spec: Spec, run: Path) -> dict[str, Any]:
-    """Write merged/, onnx/ and verify.json into a run's folder, all or none.
+def ship(spec: Spec, run: Path, target: str = "cpu", measure: bool = False) -> dict[str, Any]:
+    """Write merged/, onnx/, verify.json and export.json into a run's folder, all or none.
 
     Args:
         spec: of the run.
         run: its folder, with an adapter.
+        target: what the files are for.
+        measure: build all variants that make sense there, time them, and take the fastest that holds; else the one in
+            float32 is taken.
 
     Returns:
         The content of verify.json.
@@ -43,11 +50,15 @@ def ship(spec: Spec, run: Path) -> dict[str, Any]:
     inputs, passes = task.inputs(pretrained.model, processor=processor), spec.train.passes
     traced = trace(pretrained.module, inputs, ("eval",), passes.off)
     tuned = load_adapter(traced, run / "adapter", without=passes.off, also=passes.on)
+    shapes = shapes_of(spec.export.latency, tuned.longest, tuned.varies) if measure else []
+    count = len(attentions(traced.graphs["eval"]))
+    truth = _truth(spec, run, pretrained, traced, tuned, inputs)
     whole = tuned.plan.merges
     stored = merge(tuned, traced, partly=True)
     merge(tuned, pretrained.model, partly=True)
     stages = {"merged": torch_stage(traced if whole else rest(tuned, traced))}
-    with aside(run / "merged", run / "onnx", run / "verify.json") as (merged, onnx, verify):
+    targets = (run / "merged", run / "onnx", run / "verify.json", run / "export.json")
+    with aside(*targets) as (merged, onnx, verify, export):
         if spec.export.checkpoint and whole:
             save_model(pretrained, str(merged))
             processor.save_pretrained(merged)
@@ -56,51 +67,51 @@ def ship(spec: Spec, run: Path) -> dict[str, Any]:
         if spec.export.onnx:
             onnx.mkdir()
             processor.save_pretrained(onnx)
+            pretrained.model.config.save_pretrained(onnx)
             for_onnx(pretrained.model)
             module = pretrained.module
-            export_onnx(
-                module if whole else rest(tuned, trace(module, inputs, modes=("eval",))),
-                inputs,
-                onnx / "model.onnx",
-                spec.export.onnx.opset,
-                _metadata(spec, pretrained, run),
-                passes.off,
-            )
-            stages["onnx"] = onnx_stage(onnx / "model.onnx")
-        samples = list(_samples(spec, pretrained, inputs, tuned))
-        report = _compared(spec, run, pretrained, traced, tuned, stages, samples)
+            shipped = module if whole else rest(tuned, trace(module, inputs, modes=("eval",)))
+            plain = onnx / VARIANTS[PLAIN].file
+            export_onnx(shipped, inputs, plain, spec.export.onnx.opset, _metadata(spec, pretrained, run), passes.off)
+            stages["onnx"] = onnx_stage(plain)
+        report = _compared(truth, stages)
         report["stored_weights"] = stored
         write_json(verify, report)
+        if spec.export.onnx:
+            names = wanted(spec.export.variants, target, measure)
+            offered = offer(truth, names, plain, count)
+            batches = {shape: task.inputs(pretrained.model, *shape, processor).kwargs for shape in shapes}
+            beside = timed(offered, shipped, batches)
+            chosen = settle(offered, plain)
+            write_json(export, {"target": target, "chosen": chosen, "variants": offered, "beside": beside})
     return report
 
 
-def _compared(
-    spec: Spec,
-    run: Path,
-    pretrained: Pretrained,
-    traced: TracedModel,
-    tuned: TunedModel,
-    stages: Mapping[str, Stage],
-    random: list[dict[str, Tensor]],
-) -> dict[str, Any]:
+def _truth(
+    spec: Spec, run: Path, pretrained: Pretrained, traced: TracedModel, tuned: TunedModel, inputs: Inputs
+) -> compare.Truth:
+    """What the run's stages are compared with."""
+    # Nothing is shipped wider than float32: the rounding that counts is that of float32.
+    wide64 = next(tuned.parameters()).dtype == torch.float64
+    reference = torch_stage(compare.retyped(tuned, torch.float32) if wide64 else tuned)
+    rows, why = _rows(spec, run, pretrained, tuned)
+    random = _usable(reference, list(_samples(spec, pretrained, inputs, tuned)), why)
+    set_by_hand = spec.export.verify.atol is not None
+    wide = None if set_by_hand else compare.run_wide(torch_stage(compare.widened(tuned)))
+    axes = compare.sequences(traced.graphs["eval"], traced.input_names)
+    eps = torch.finfo(torch.float32 if wide64 else next(tuned.parameters()).dtype).eps
+    return compare.Truth(spec, tuned, reference, wide, rows, why, random, axes, eps)
+
+
+def _compared(truth: compare.Truth, stages: Mapping[str, Stage]) -> dict[str, Any]:
     """The content of verify.json, less what merging says.
 
     Raises:
         SubspanError: a stage is too far from the tuned model, or decides otherwise.
     """
-    rows, why = _rows(spec, run, pretrained, tuned)
-    # Nothing is shipped wider than float32: the rounding that counts is that of float32.
-    wide64 = next(tuned.parameters()).dtype == torch.float64
-    reference = torch_stage(compare.retyped(tuned, torch.float32) if wide64 else tuned)
-    random = _usable(reference, random, why)
-    samples = [("the random inputs", 0, inputs, {}) for inputs in random]
-    wider = -(-compare.WIDE_ROWS // rows.size) if rows else 0
-    samples += list(compare.batches_of(rows, tuned.input_names, 0, wider)) if rows else []
-    tally = compare.Tally(spec, tuned, stages)
-    axes = compare.sequences(traced.graphs["eval"], traced.input_names)
-    atol = spec.export.verify.atol
-    wide = compare.run_wide(torch_stage(compare.widened(tuned))) if atol is None else None
-    found, scale = compare.distances(reference, wide, stages, samples, axes, tally)
+    spec, rows, atol = truth.spec, truth.rows, truth.spec.export.verify.atol
+    tally = compare.Tally(spec, truth.tuned, stages)
+    found, scale = truth.distances(stages, tally)
     worst = {name: one.tuned for name, one in found.items() if name != "tuned"}
     if atol is not None and not max(worst.values(), default=0.0) <= atol:
         said = ", ".join(f"{name} {value:.2e}" for name, value in worst.items())
@@ -108,23 +119,17 @@ def _compared(
             f"outputs differ from the tuned model's by more than export.verify.atol = {atol:g}: {said}; nothing is "
             "written"
         )
-    eps = torch.finfo(
-        torch.float32 if wide64 else next(tuned.parameters()).dtype
-    ).eps  # The pretrained model itself is float32 by now, for ONNX.
-    if atol is None and (said := compare.too_far(found, scale, eps)):
+    if atol is None and (said := compare.too_far(found, scale, truth.eps)):
         raise SubspanError(said)
-    measures = {}
+    measures = truth.measured(stages, tally)
     if rows:
-        for _, _, inputs, targets in compare.batches_of(rows, tuned.input_names, wider):
-            for name, stage in stages.items():
-                tally.add(name, stage(inputs), targets)
-        measures = tally.measured(rows)
-        compare.check_measured(spec, measures, rows, compare.is_half(tuned) or spec.train.precision != "float32")
+        half = compare.is_half(truth.tuned) or spec.train.precision != "float32"
+        compare.check_measured(spec, measures, rows, half)
     counts = {
-        "random": sum(len(next(iter(inputs.values()))) for inputs in random),
-        "compared": min(len(rows.encoded), wider * rows.size) if rows else 0,
+        "random": sum(len(next(iter(inputs.values()))) for inputs in truth.random),
+        "compared": min(len(rows.encoded), truth.wider * rows.size) if rows else 0,
         "validation": len(rows.encoded) if rows else 0,
-        "why": why,
+        "why": truth.why,
     }
     return compare.report(spec, found, counts, measures, atol is None)
 

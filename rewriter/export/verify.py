@@ -79,23 +79,39 @@ def torch_stage(module: nn.Module) -> Stage:
     return run
 
 
-def onnx_stage(file: str | Path) -> Stage:
-    """The outputs of an ONNX file under ONNX Runtime on the CPU; inputs that are no integers are cast to float32.
+def open_file(file: str | Path) -> onnxruntime.InferenceSession:
+    """An ONNX file under ONNX Runtime on the CPU.
 
     Raises:
-        SubspanError: ONNX Runtime can't load it, or, when it is run, can't run it; naming the op and its module.
+        SubspanError: ONNX Runtime can't load it; naming the op and its module.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     with _named(file):
-        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def fed(session: onnxruntime.InferenceSession, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """A batch as a session reads it: the inputs that it has; those that are no integers in float32."""
     names = {value.name for value in session.get_inputs()}
+    cast = {name: value.float() if value.is_floating_point() else value for name, value in batch.items()}
+    return {name: value.numpy() for name, value in cast.items() if name in names}
+
+
+def onnx_stage(file: str | Path, session: onnxruntime.InferenceSession | None = None) -> Stage:
+    """The outputs of an ONNX file under ONNX Runtime on the CPU.
+
+    Args:
+        session: the file, opened.
+
+    Raises:
+        SubspanError: ONNX Runtime can't load it, or, when it is run, can't run it; naming the op and its module.
+    """
+    session = session or open_file(file)
 
     def run(batch: dict[str, Tensor]) -> list[np.ndarray]:
-        cast = {name: value.float() if value.is_floating_point() else value for name, value in batch.items()}
-        feed = {name: value.numpy() for name, value in cast.items() if name in names}
         with _named(file):
-            return [np.asarray(value, dtype=np.float32) for value in session.run(None, feed)]
+            return [np.asarray(value, dtype=np.float32) for value in session.run(None, fed(session, batch))]
 
     return run
 
@@ -161,3 +177,11 @@ def gap(one: np.ndarray, other: np.ndarray, mask: np.ndarray | None = None) -> t
         return 0.0, 0
     rows = np.nan_to_num(found, nan=np.inf, posinf=np.inf).reshape(len(found) if found.ndim else 1, -1).max(1)
     return float(rows.max()), int(rows.argmax())
+
+
+def mean_gap(one: np.ndarray, other: np.ndarray, mask: np.ndarray | None = None) -> tuple[float, int]:
+    """The sum of the absolute differences, and how many there are; arguments as of `gap`."""
+    found = np.abs(one.astype(np.float64) - other)
+    if mask is not None:
+        found = found[mask]
+    return float(found.sum()), found.size

@@ -341,6 +341,12 @@ class Export(_Model):
     checkpoint: bool = Field(True, description="write merged/, which from_pretrained loads")
     onnx: Onnx | None = Field(Onnx(), description="write onnx/; null: don't")
     verify: Verify = Field(Verify(), description="the comparison of all stages")
+    variants: list[Literal["float32", "float32-fused", "float16", "int8", "int8-dynamic", "int4"]] | None = Field(
+        None, min_length=1, description="ONNX files to make; default: all that make sense on the target, if measured"
+    )
+    latency: list[Annotated[list[Annotated[int, Field(ge=1, le=2**20)]], Field(min_length=2, max_length=2)]] | None = (
+        Field(None, description="[batch size, length] of the inputs to time files with; default: [[1, 32], [8, 128]]")
+    )
 
 
 class Spec(_Model):

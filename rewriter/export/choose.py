@@ -1,0 +1,154 @@
+"""Choose: every variant is compared with the tuned run and timed, and the fastest that holds is what is shipped."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SubspanError
+from . import compare
+from .latency import Run, interleaved, products
+from .variants import PLAIN, VARIANTS, Variant, attention_nodes, build, files_of
+from .verify import fed, onnx_stage, open_file
+
+SHIPPED = "model.onnx"
+Shape = tuple[int, int]
+
+
+def offer(truth: compare.Truth, names: Sequence[str], plain: Path, attentions: int) -> list[dict[str, Any]]:
+    """Build the variants and compare each with the tuned run; one that fails does not stop the others.
+
+    Args:
+        names: of the variants.
+        plain: the float32 file.
+        attentions: how many there are in the traced graph.
+
+    Returns:
+        An entry of export.json for each: its name, file, bytes, whether it holds and why not, metric, agreement,
+        largest and mean difference from the tuned model, and how many attentions are one node.
+    """
+    offered = []
+    for name in names:
+        entry = {"name": name, "file": None, "bytes": None, "holds": False, "reason": None, "metric": None}
+        entry |= {"agreement": None, "max_abs_diff": None, "mean_abs_diff": None, "fused_attention": None}
+        entry |= {"latency_ms": {}}
+        try:
+            file = build(name, plain)
+            entry |= {"file": str(file), "bytes": sum(one.stat().st_size for one in files_of(file))}
+            entry["fused_attention"] = attention_nodes(file)
+            entry |= _judged(truth, VARIANTS[name], name, file)
+            lacking = attentions - entry["fused_attention"]
+            if VARIANTS[name].fuses and lacking > 0:
+                entry["reason"] = f"{lacking} of {attentions} attentions are not one node"
+            entry["holds"] = entry["reason"] is None
+        except SubspanError as error:
+            entry["reason"] = str(error)
+        offered.append(entry)
+    return offered
+
+
+def _judged(truth: compare.Truth, variant: Variant, name: str, file: Path) -> dict[str, Any]:
+    """How a file does beside the tuned run, and why it does not hold, if so."""
+    stage, spec = onnx_stage(file), truth.spec
+    tally = compare.Tally(spec, truth.tuned, [name])
+    found, scale = truth.distances({name: stage}, tally)
+    one = found[name]
+    metrics, share = truth.measured({name: stage}, tally).get(name, ({}, None))
+    value, why = metrics.get(spec.metric), None
+    if variant.change is None and truth.wide is not None:
+        why = compare.too_far(found, scale, truth.eps)
+    elif variant.change is None and not one.tuned <= spec.export.verify.atol:
+        why = f"it is {one.tuned:.2e} from the tuned model, more than export.verify.atol"
+    elif truth.rows is None and variant.change is not None:
+        why = f"nothing says what it costs: {truth.why}"
+    own = truth.rows.metrics[spec.metric] if truth.rows else None
+    if why is None and share is not None and share < variant.agreement:
+        why = f"{share:.2%} of its decisions are the tuned run's; {variant.agreement:.1%} at least"
+    if why is None and share is None and variant.change is not None:
+        far = abs(value - own) > variant.change * max(abs(own), 1e-3)
+        why = f"{spec.metric} {value:.4f}, the tuned run's {own:.4f}: over {variant.change:.0%} apart" if far else None
+    mean = one.total / one.count if one.count else 0.0
+    return {"metric": value, "agreement": share, "max_abs_diff": one.tuned, "mean_abs_diff": mean, "reason": why}
+
+
+def timed(
+    offered: Sequence[dict[str, Any]], module: nn.Module, batches: Mapping[Shape, Mapping[str, Tensor]]
+) -> dict[str, dict[str, float]]:
+    """Time what holds in turn with the module itself; each entry gets its `latency_ms`, in place.
+
+    Args:
+        offered: from `offer`.
+        module: what the files were made of.
+        batches: batch size and length -> inputs.
+
+    Returns:
+        Milliseconds of the module (`eager`), of it under `torch.compile` where that works (`compile`), and of its
+        matrix products alone (`products`), by shape.
+    """
+    beside: dict[str, dict[str, float]] = {"eager": {}, "compile": {}, "products": {}}
+    places = beside | {entry["name"]: entry["latency_ms"] for entry in offered}
+    sessions = {entry["name"]: open_file(entry["file"]) for entry in offered if entry["holds"] and batches}
+    compiled = torch.compile(module.eval())
+    for (size, length), batch in batches.items():
+        runs = {name: partial(one.run, None, fed(one, batch)) for name, one in sessions.items()}
+        runs |= {"eager": _forward(module, batch), "products": products(module, batch)}
+        with contextlib.suppress(Exception):  # Of any of its back ends, and of compilers that are not there.
+            (forward := _forward(compiled, batch))()
+            runs["compile"] = forward
+        for name, found in interleaved(runs).items():
+            places[name][f"{size}x{length}"] = round(found, 3)
+    return beside
+
+
+def _forward(module: nn.Module, batch: Mapping[str, Tensor]) -> Run:
+    @torch.inference_mode()
+    def run() -> None:
+        module(**batch)
+
+    return run
+
+
+def settle(offered: Sequence[dict[str, Any]], plain: Path) -> str:
+    """Put the fastest file that holds in the place of `model.onnx`, and remove those that do not hold. In place.
+
+    Fastest is what is least behind the best at any shape; where nothing was timed, the first that holds. Where nothing
+    holds it is the float32 file.
+
+    Args:
+        offered: from `offer`; files are named within their folder afterwards.
+        plain: the float32 file.
+
+    Returns:
+        The name of the chosen one.
+    """
+    held = [entry for entry in offered if entry["holds"]]
+    best = {
+        shape: min(entry["latency_ms"][shape] for entry in held) for shape in (held[0]["latency_ms"] if held else ())
+    }
+    behind = lambda entry: max((entry["latency_ms"][shape] / least for shape, least in best.items()), default=1.0)  # noqa: E731
+    chosen = min(held, key=behind)["name"] if held else PLAIN
+    file = next((Path(entry["file"]) for entry in held if entry["name"] == chosen), plain)
+    try:
+        os.link(file, plain.with_name(SHIPPED))
+    except OSError:  # Of file systems without links.
+        shutil.copyfile(file, plain.with_name(SHIPPED))
+    for entry in offered:
+        if entry["file"] and not entry["holds"]:
+            _remove(Path(entry["file"]))
+            entry["file"] = None
+        elif entry["file"]:
+            entry["file"] = Path(entry["file"]).name
+    if all(entry["name"] != PLAIN for entry in held) and chosen != PLAIN:
+        _remove(plain)
+    return chosen
+
+
+def _remove(file: Path) -> None:
+    for one in files_of(file):
+        one.unlink()

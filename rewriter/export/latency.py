@@ -1,0 +1,94 @@
+"""Latency: the same batch through several runs in turn, and the least that a model's matrix products take."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..errors import SpecError
+from ..graph.ops import aten
+
+SHAPES = ((1, 32), (8, 128))
+_AGAIN = 3
+_ROUNDS = (3, 25)
+_PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.convolution.default)
+
+Run = Callable[[], Any]
+
+
+def shapes_of(given: Sequence[Sequence[int]] | None, longest: int | None, sequences: bool) -> list[tuple[int, int]]:
+    """Batch sizes and lengths to time; without sequences the batch sizes alone, with length 1.
+
+    Args:
+        given: of the spec; None: `SHAPES`, as far as the model takes them.
+        longest: sequence that the model takes.
+
+    Raises:
+        SpecError: a length that is given is longer.
+    """
+    made = []
+    for i, (batch, length) in enumerate(SHAPES if given is None else given):
+        if sequences and longest is not None and length > longest and given is not None:
+            raise SpecError(f"the model takes at most {longest} tokens", ("export", "latency", i))
+        made.append((batch, min(length, longest or length) if sequences else 1))
+    return list(dict.fromkeys(made))
+
+
+def interleaved(runs: Mapping[str, Run], seconds: float = 3.0) -> dict[str, float]:
+    """Median milliseconds of each run, all of them in turn on the same machine.
+
+    Each has its turn several times in a row, and the first does not count: threads of the run before may still spin.
+
+    Args:
+        seconds: about how long all of it may take.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    started = time.perf_counter()
+    for run in runs.values():
+        run()
+    once = time.perf_counter() - started
+    least, most = _ROUNDS
+    for _ in range(max(least, min(most, int(seconds / (once * (_AGAIN + 1)))))):
+        for name, run in runs.items():
+            run()
+            for _ in range(_AGAIN):
+                begun = time.perf_counter()
+                run()
+                times[name].append(time.perf_counter() - begun)
+    return {name: 1000 * statistics.median(found) for name, found in times.items()}
+
+
+class _Products(TorchDispatchMode):
+    """Keeps every matrix product that runs under it, as a function that does it again on tensors of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Run] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func in _PRODUCTS or "scaled_dot_product" in str(func):
+            copies = torch.utils._pytree.tree_map_only(Tensor, torch.clone, (args, kwargs or {}))
+            self.found.append(lambda: func(*copies[0], **copies[1]))
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def products(module: nn.Module, batch: Mapping[str, Tensor]) -> Run:
+    """A run of the matrix products of a module on a batch and of nothing else, as PyTorch computes them.
+
+    Args:
+        module: in eval mode, with its inputs on the same device.
+    """
+    with _Products() as mode:
+        module(**batch)
+
+    @torch.no_grad()
+    def run() -> None:
+        for one in mode.found:
+            one()
+
+    return run

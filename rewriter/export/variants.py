@@ -1,0 +1,208 @@
+"""Variants: shippable files made of the float32 one, each with the most that it may differ from the tuned run."""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir
+from onnx import ModelProto
+
+from ..errors import SubspanError, reason
+
+TARGETS = ("cpu", "cuda")
+PLAIN = "float32"
+ATTENTIONS = ("Attention", "MultiHeadAttention", "GroupQueryAttention")
+_WIDE = ("Softmax", "LayerNormalization", "SkipLayerNormalization", "RMSNormalization", "ReduceMean", "Pow", "Sqrt")
+_BLOCK = 32
+_INT8 = 4  # ONNX Runtime's level of accuracy that computes in int8.
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to write a model as a file.
+
+    Attributes:
+        file: its name, as consumers look for it.
+        make: writes it: (the float32 file, the file to write); None: it is that file.
+        targets: what it makes sense on.
+        agreement: least share of decisions that are the tuned run's.
+        change: most that a metric without decisions may differ by, relative; None: no more than float32 rounds.
+        fuses: whether its attentions have to be one node each.
+    """
+
+    file: str
+    make: Callable[[Path, Path], None] | None
+    targets: tuple[str, ...]
+    agreement: float
+    change: float | None
+    fuses: bool = False
+
+
+def fused(source: Path, file: Path) -> None:
+    """ONNX Runtime's own attention, normalisation and GELU nodes, by onnxscript's rules."""
+    from onnxscript.rewriter.ort_fusions import optimize_for_ort
+
+    model, _ = optimize_for_ort(onnx_ir.load(source))
+    large = sum(value.const_value.nbytes for value in model.graph.initializers.values()) > LIMIT
+    onnx_ir.save(model, file, external_data=f"{file.name}.data" if large else None)
+
+
+def int8(source: Path, file: Path) -> None:
+    """Weights in int8, asymmetric in blocks of 32 inputs; activations in int8 by row and block, as they come."""
+    _save(_blocks(onnx.load(_bare(source)), 8), file)
+
+
+def int8_dynamic(source: Path, file: Path) -> None:
+    """Weights in int8, symmetric per output; activations in uint8 by tensor, as they come; tables of ids too."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(
+        _bare(source),
+        file,
+        per_channel=True,
+        weight_type=QuantType.QInt8,
+        use_external_data_format=_bytes(source) > 4 * LIMIT,
+        extra_options={"WeightSymmetric": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
+    )
+
+
+def int4(source: Path, file: Path) -> None:
+    """Weights in int4, asymmetric in blocks of 32 inputs; those that make an output of the model in int8."""
+    model = onnx.load(_bare(source))
+    heads = _heads(model)
+    model = _blocks(model, 4, nodes_to_exclude=heads)
+    _save(_blocks(model, 8, nodes_to_include=heads) if heads else model, file)
+
+
+def _blocks(model: ModelProto, bits: int, **which: list[str]) -> ModelProto:
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    made = MatMulNBitsQuantizer(model, bits, _BLOCK, accuracy_level=_INT8, **which)
+    made.process()
+    return made.model.model
+
+
+def float16(source: Path, file: Path) -> None:
+    """Half precision; softmax, normalisation, inputs and outputs in float32."""
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+
+    large = _bytes(source) > LIMIT
+    wide = [*DEFAULT_OP_BLOCK_LIST, *_WIDE]
+    model = onnx.load(_bare(source))
+    _part(model)
+    _save(convert_float_to_float16(model, keep_io_types=True, disable_shape_infer=large, op_block_list=wide), file)
+
+
+LIMIT = 2_000_000_000  # bytes, about what a file of protobuf holds
+VARIANTS = {
+    PLAIN: Variant("model_fp32.onnx", None, TARGETS, 0.99, None),
+    "float32-fused": Variant("model_fused.onnx", fused, TARGETS, 0.999, None, fuses=True),
+    "float16": Variant("model_fp16.onnx", float16, ("cuda",), 0.999, 0.01),
+    "int8": Variant("model_int8.onnx", int8, ("cpu",), 0.995, 0.03),
+    "int8-dynamic": Variant("model_quantized.onnx", int8_dynamic, ("cpu",), 0.995, 0.03),
+    "int4": Variant("model_q4.onnx", int4, TARGETS, 0.98, 0.03),
+}
+
+
+def build(name: str, source: Path) -> Path:
+    """Write a variant of the float32 file beside it.
+
+    Raises:
+        SubspanError: it can't be made of this model.
+        OSError: no space, no permission.
+    """
+    one, file = VARIANTS[name], source.with_name(VARIANTS[name].file)
+    if one.make is None:
+        return source
+    try:
+        with _quiet():
+            one.make(source, file)
+    except OSError:
+        raise
+    except Exception as error:  # Of several libraries.
+        raise SubspanError(f"can't be made: {reason(error)}") from error
+    finally:
+        _bare(source, made=False).unlink(missing_ok=True)
+    return file
+
+
+def files_of(file: Path) -> list[Path]:
+    """An ONNX file and, if there is one, the file of its weights."""
+    return [one for one in (file, file.with_name(f"{file.name}.data")) if one.exists()]
+
+
+def attention_nodes(file: Path) -> int:
+    """How many attentions of a file are one node."""
+    nodes = onnx.load(file, load_external_data=False).graph.node
+    return sum(node.op_type in ATTENTIONS for node in nodes)
+
+
+def _bytes(source: Path) -> int:
+    return sum(one.stat().st_size for one in files_of(source))
+
+
+def _bare(source: Path, made: bool = True) -> Path:
+    """The file without shapes of values inside, which quantisation takes for those of what it writes."""
+    place = source.with_name(f"{source.stem}-bare.onnx")
+    if made:
+        model = onnx.load(source, load_external_data=False)
+        del model.graph.value_info[:]
+        onnx.save(model, place)
+    return place
+
+
+def _heads(model: ModelProto) -> list[str]:
+    """Names of the products that an output of the model is made of alone: by views and sums."""
+    makers = {value: node for node in model.graph.node for value in node.output}
+    found = []
+    for output in model.graph.output:
+        node = makers.get(output.name)
+        while node is not None and node.op_type in ("Add", "Cast", "Identity", "Reshape"):
+            node = makers.get(node.input[0])
+        if node is not None and node.op_type == "MatMul":
+            found.append(node.name)
+    return found
+
+
+def _part(model: ModelProto) -> None:
+    """Weights that several wide nodes share, once for each: the converter names its casts by the weight. In place."""
+    held = {one.name: one for one in model.graph.initializer}
+    seen: set[str] = set()
+    for node in model.graph.node:
+        for i, name in enumerate(node.input if node.op_type in _WIDE else ()):
+            if name in held and name in seen:
+                copy = model.graph.initializer.add()
+                copy.CopyFrom(held[name])
+                copy.name = node.input[i] = f"{name}_{len(model.graph.initializer)}"
+            seen.add(name)
+
+
+def _save(model: ModelProto, file: Path) -> None:
+    large = sum(len(one.raw_data) for one in model.graph.initializer) > LIMIT
+    onnx.save(model, file, save_as_external_data=large, location=f"{file.name}.data")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What the libraries say of their own steps is nothing to a user."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def wanted(names: Collection[str] | None, target: str, measured: bool) -> list[str]:
+    """The variants to build: those that are named, else what makes sense on the target; the safe one where nothing is
+    measured."""
+    if names is not None:
+        return list(names)
+    return [name for name, one in VARIANTS.items() if target in one.targets] if measured else [PLAIN]
