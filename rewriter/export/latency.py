@@ -44,18 +44,19 @@ def interleaved(runs: Mapping[str, Run], seconds: float = 3.0) -> dict[str, floa
     Each has its turn several times in a row, and the first does not count: threads of the run before may still spin.
 
     Args:
-        seconds: about how long all of it may take.
+        seconds: about how long all of it may take; where one turn of all takes longer, each has one that counts.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     started = time.perf_counter()
     for run in runs.values():
         run()
     once = time.perf_counter() - started
-    least, most = _ROUNDS
-    for _ in range(max(least, min(most, int(seconds / (once * (_AGAIN + 1)))))):
+    least, most = _ROUNDS if once < seconds else (1, 1)
+    again = _AGAIN if once < seconds else 1
+    for _ in range(max(least, min(most, int(seconds / (once * (again + 1)))))):
         for name, run in runs.items():
             run()
-            for _ in range(_AGAIN):
+            for _ in range(again):
                 begun = time.perf_counter()
                 run()
                 times[name].append(time.perf_counter() - begun)

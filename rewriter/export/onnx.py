@@ -4,9 +4,11 @@ import contextlib
 import io
 import json
 import logging
+import re
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx_ir
 import torch
@@ -28,6 +30,7 @@ def export_onnx(
     opset: int = 18,
     metadata: dict[str, object] | None = None,
     without: Collection[str] = (),
+    called: Mapping[str, str] | None = None,
 ) -> None:
     """Write a module, in eval mode, as ONNX; weights of more than 2 GB lie beside it in `<file>.data`.
 
@@ -41,6 +44,7 @@ def export_onnx(
         opset: ONNX operator set, 18 or later.
         metadata: kept in the model's metadata; what is not text, as JSON.
         without: names of passes to leave out.
+        called: other names of inputs and outputs; of a list they are `<name>_<i>`.
 
     Raises:
         SubspanError: the module can't be traced, or uses what ONNX can't express.
@@ -68,6 +72,8 @@ def export_onnx(
             f"the exporter can't write opset {opset} for this model; it wrote {found}: set export.onnx.opset"
         )
     _rename(made.model.graph, inputs)
+    for value in (*made.model.graph.inputs, *made.model.graph.outputs):
+        value.name = (called or {}).get(value.name, value.name)
     for key, value in (metadata or {}).items():
         made.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
     file = Path(file)
@@ -96,14 +102,24 @@ def _rename(graph: onnx_ir.Graph, inputs: Inputs) -> None:
     symbols: dict[str, str] = {}
     by_key = dict(enumerate(graph.inputs)) | {value.name: value for value in graph.inputs}
     for key, axes in inputs.dynamic.items():
-        for dim, name in axes.items():
-            if isinstance(symbol := by_key[key].shape[dim], onnx_ir.SymbolicDim) and symbol.value:
-                symbols[symbol.value] = name
+        given = inputs.kwargs.get(key)
+        of_list = [f"{key}_{i}" for i in range(len(given))] if isinstance(given, list) else [key]
+        for one in of_list:
+            for dim, name in axes.items():
+                if isinstance(symbol := by_key[one].shape[dim], onnx_ir.SymbolicDim) and symbol.value:
+                    symbols[symbol.value] = name
+    words = re.compile("|".join(rf"\b{re.escape(one)}\b" for one in symbols) or "(?!)")
     inner = (value for node in graph for value in node.outputs)
     for value in (*graph.inputs, *inner):
         if value.shape is not None:
-            dims = [symbols.get(getattr(dim, "value", None), dim) for dim in value.shape]
-            value.shape = onnx_ir.Shape(dims)
+            value.shape = onnx_ir.Shape([_renamed(dim, words, symbols) for dim in value.shape])
+
+
+def _renamed(dim: Any, words: re.Pattern[str], symbols: Mapping[str, str]) -> Any:
+    """A dimension, or an expression of several, by the names given."""
+    if not isinstance(dim, onnx_ir.SymbolicDim) or not dim.value:
+        return dim
+    return words.sub(lambda found: symbols[found[0]], dim.value)
 
 
 @contextlib.contextmanager

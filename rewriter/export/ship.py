@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..adapters.store import load_adapter, read_manifest
 from ..data import encode, load_rows
@@ -13,19 +13,20 @@ from ..errors import SpecError, SubspanError, UnreachableError, reason
 from ..files import aside, read_json, write_json
 from ..graph.sublayers import attentions
 from ..graph.traced import Inputs, TracedModel
-from ..pretrained import Pretrained, collator, for_onnx, load_model, processor_of, save_model
+from ..pretrained import Pretrained, collator, for_onnx, load_model, positions, processor_of, save_model
 from ..sources import absent
 from ..spec import Spec
 from ..trace import trace
 from ..training.checkpoint import load_predictions
 from ..tuned import TunedModel
 from . import compare
-from .choose import offer, settle, timed
+from .choose import SHIPPED, offer, settle, timed
+from .decoder import decoder_of, decoding_stage, genai_config
 from .latency import shapes_of
 from .merge import merge, rest
 from .onnx import export_onnx
-from .variants import PLAIN, VARIANTS, wanted
-from .verify import Stage, batches, onnx_stage, torch_stage
+from .variants import PLAIN, VARIANTS, files_of, wanted
+from .verify import Stage, batches, onnx_stage, open_file, torch_stage
 
 
 def ship(spec: Spec, run: Path, target: str = "cpu", measure: bool = False) -> dict[str, Any]:
@@ -50,7 +51,8 @@ def ship(spec: Spec, run: Path, target: str = "cpu", measure: bool = False) -> d
     inputs, passes = task.inputs(pretrained.model, processor=processor), spec.train.passes
     traced = trace(pretrained.module, inputs, ("eval",), passes.off)
     tuned = load_adapter(traced, run / "adapter", without=passes.off, also=passes.on)
-    shapes = shapes_of(spec.export.latency, tuned.longest, tuned.varies) if measure else []
+    longest = _longest(pretrained, tuned)
+    shapes = shapes_of(spec.export.latency, longest, tuned.varies) if measure else []
     count = len(attentions(traced.graphs["eval"]))
     truth = _truth(spec, run, pretrained, traced, tuned, inputs)
     whole = tuned.plan.merges
@@ -65,26 +67,88 @@ def ship(spec: Spec, run: Path, target: str = "cpu", measure: bool = False) -> d
             task.ship(merged, pretrained.module, spec.data.max_length if spec.data else processor.model_max_length)
             stages["checkpoint"] = torch_stage(_reload(spec, merged).module)
         if spec.export.onnx:
-            onnx.mkdir()
-            processor.save_pretrained(onnx)
-            pretrained.model.config.save_pretrained(onnx)
             for_onnx(pretrained.model)
             module = pretrained.module
             shipped = module if whole else rest(tuned, trace(module, inputs, modes=("eval",)))
-            plain = onnx / VARIANTS[PLAIN].file
-            export_onnx(shipped, inputs, plain, spec.export.onnx.opset, _metadata(spec, pretrained, run), passes.off)
+            plain, cache = _write(truth, pretrained, shipped, inputs, onnx, _metadata(spec, pretrained, run))
             stages["onnx"] = onnx_stage(plain)
         report = _compared(truth, stages)
         report["stored_weights"] = stored
         write_json(verify, report)
         if spec.export.onnx:
-            names = wanted(spec.export.variants, target, measure)
-            offered = offer(truth, names, plain, count)
+            offered = offer(truth, wanted(spec.export.variants, target, measure), plain, count)
             batches = {shape: task.inputs(pretrained.model, *shape, processor).kwargs for shape in shapes}
-            beside = timed(offered, shipped, batches)
-            chosen = settle(offered, plain)
-            write_json(export, {"target": target, "chosen": chosen, "variants": offered, "beside": beside})
+            found = {"target": target, "variants": offered, "beside": timed(offered, shipped, batches)}
+            write_json(export, found | {"chosen": settle(offered, plain)} | ({"cache": cache} if task.decodes else {}))
+            if cache["holds"]:
+                config = genai_config(onnx / SHIPPED, pretrained.model.config, processor, longest)
+                write_json(onnx / "genai_config.json", config)
     return report
+
+
+def _longest(pretrained: Pretrained, tuned: TunedModel) -> int | None:
+    """The longest sequence of tokens that the model takes; None: any."""
+    own = getattr(pretrained.model.config.get_text_config(), "max_position_embeddings", None)
+    bounds = (own, positions(pretrained.model), tuned.longest)
+    return min((most - tuned.rows for most in bounds if most), default=None)
+
+
+def _write(
+    truth: compare.Truth,
+    pretrained: Pretrained,
+    shipped: nn.Module,
+    inputs: Inputs,
+    folder: Path,
+    metadata: dict[str, object],
+) -> tuple[Path, dict[str, Any]]:
+    """Write the float32 file, with a cache if it can have one, and what lies beside it.
+
+    Returns:
+        The file, and whether it has a cache and why not.
+    """
+    spec = truth.spec
+    folder.mkdir()
+    pretrained.processor.save_pretrained(folder)
+    pretrained.model.config.save_pretrained(folder)
+    file = folder / VARIANTS[PLAIN].file
+    cache = _with_cache(truth, pretrained.model if truth.tuned.plan.merges else None, inputs, file, metadata)
+    if not cache["holds"]:
+        export_onnx(shipped, inputs, file, spec.export.onnx.opset, metadata, spec.train.passes.off)
+    return file, cache
+
+
+def _with_cache(
+    truth: compare.Truth, model: nn.Module | None, inputs: Inputs, file: Path, metadata: dict[str, object]
+) -> dict[str, Any]:
+    """Write a decoder that reads and returns keys and values, if the model is one that can; else nothing is there.
+
+    Args:
+        model: merged; None: something can't merge.
+
+    Returns:
+        Whether it holds, and why not.
+    """
+    spec = truth.spec
+    if not spec.task.decodes or model is None:
+        return {"holds": False, "reason": "what can't merge stands in a graph without a cache"}
+    try:
+        found = decoder_of(model, inputs)
+        if found is None:
+            return {"holds": False, "reason": "the model keeps no keys and values that can be handed on"}
+        decoder, examples, called = found
+        export_onnx(decoder, examples, file, spec.export.onnx.opset, metadata, spec.train.passes.off, called)
+        stage = decoding_stage(open_file(file))
+        distances, scale = truth.distances({"decoding": stage}, compare.Tally(spec, truth.tuned, ["decoding"]))
+        atol = spec.export.verify.atol
+        far = compare.too_far(distances, scale, truth.eps) if atol is None else None
+        if far is None and (atol is None or distances["decoding"].tuned <= atol):
+            return {"holds": True, "reason": None}
+        why = far or f"decoding is {distances['decoding'].tuned:.2e} from the tuned model"
+    except SubspanError as error:
+        why = str(error)
+    for one in files_of(file):
+        one.unlink()
+    return {"holds": False, "reason": why}
 
 
 def _truth(
@@ -188,10 +252,8 @@ def _reload(spec: Spec, folder: Path) -> Pretrained:
 
 def _samples(spec: Spec, pretrained: Pretrained, inputs: Inputs, tuned: TunedModel) -> Any:
     """Random inputs of lengths that the model takes beside its own rows."""
-    config = pretrained.model.config
-    config = config.get_text_config()
-    bounds = (getattr(config, "max_position_embeddings", None), tuned.longest)
-    limits = [spec.data.max_length if spec.data else 0, *(one - tuned.rows for one in bounds if one)]
+    config = pretrained.model.config.get_text_config()
+    limits = [spec.data.max_length if spec.data else 0, _longest(pretrained, tuned) or 0]
     return batches(inputs, getattr(config, "vocab_size", 2), min((n for n in limits if n > 0), default=None))
 
 

@@ -17,6 +17,7 @@ from ..errors import SubspanError, reason
 from ..graph.traced import Inputs
 
 Stage = Callable[[dict[str, Tensor]], list[np.ndarray]]
+PAST, PRESENT = "past_key_values", "present"
 BATCHES, LENGTHS = (1, 2, 5), (3, 16, 33)
 
 
@@ -91,11 +92,26 @@ def open_file(file: str | Path) -> onnxruntime.InferenceSession:
         return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
-def fed(session: onnxruntime.InferenceSession, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """A batch as a session reads it: the inputs that it has; those that are no integers in float32."""
-    names = {value.name for value in session.get_inputs()}
+def fed(
+    session: onnxruntime.InferenceSession, batch: Mapping[str, Tensor], past: Mapping[str, np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
+    """A batch as a session reads it: the inputs that it has; those that are no integers in float32.
+
+    Args:
+        batch: by name; of a decoder with a cache `input_ids` are the new tokens, `attention_mask` is of all.
+        past: keys and values of the tokens before, by name; None: there are none.
+    """
     cast = {name: value.float() if value.is_floating_point() else value for name, value in batch.items()}
-    return {name: value.numpy() for name, value in cast.items() if name in names}
+    feed = {name: value.numpy() for name, value in cast.items()} | dict(past or {})
+    for value in session.get_inputs():
+        if value.name == "position_ids" and value.name not in feed:
+            after = feed["attention_mask"].cumsum(1) - 1
+            feed[value.name] = np.clip(after, 0, None)[:, -feed["input_ids"].shape[1] :]
+        elif value.name.startswith(PAST) and value.name not in feed:
+            _, heads, _, width = value.shape
+            feed[value.name] = np.zeros((len(feed["input_ids"]), heads, 0, width), np.float32)
+    names = {value.name for value in session.get_inputs()}
+    return {name: value for name, value in feed.items() if name in names}
 
 
 def onnx_stage(file: str | Path, session: onnxruntime.InferenceSession | None = None) -> Stage:
@@ -108,10 +124,11 @@ def onnx_stage(file: str | Path, session: onnxruntime.InferenceSession | None = 
         SubspanError: ONNX Runtime can't load it, or, when it is run, can't run it; naming the op and its module.
     """
     session = session or open_file(file)
+    names = [value.name for value in session.get_outputs() if not value.name.startswith(PRESENT)]
 
     def run(batch: dict[str, Tensor]) -> list[np.ndarray]:
         with _named(file):
-            return [np.asarray(value, dtype=np.float32) for value in session.run(None, fed(session, batch))]
+            return [np.asarray(value, dtype=np.float32) for value in session.run(names, fed(session, batch))]
 
     return run
 

@@ -18,7 +18,7 @@ class Inputs:
     """Example inputs of a module and which of their dimensions vary.
 
     Attributes:
-        args, kwargs: tensors, as the module's forward takes them.
+        args, kwargs: tensors, or lists of tensors that vary alike, as the module's forward takes them.
         dynamic: for each input (position or keyword), {dimension: name}, e.g. {"input_ids": {0: "batch"}}.
             Inputs left out have fixed shapes. Sizes of different names must differ in the examples.
     """
@@ -30,7 +30,8 @@ class Inputs:
     def shapes(self) -> tuple[Any, ...] | dict[str, Any]:
         """The `dynamic_shapes` of torch.export."""
         marks = {key: {dim: Dim.DYNAMIC for dim in dims} for key, dims in self.dynamic.items()}
-        return tuple(marks.get(i) for i in range(len(self.args))), {k: marks.get(k) for k in self.kwargs}
+        some = lambda key, value: [marks.get(key)] * len(value) if isinstance(value, list) else marks.get(key)  # noqa: E731
+        return tuple(some(i, x) for i, x in enumerate(self.args)), {k: some(k, x) for k, x in self.kwargs.items()}
 
     def to(self, device: torch.device | str) -> "Inputs":
         """The same examples on another device."""

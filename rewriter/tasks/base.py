@@ -95,6 +95,7 @@ class Task:
         headed: whether what lies outside the base model is a new head where a checkpoint has none.
         labelled: whether it has class names.
         smooths: whether label smoothing has a meaning.
+        decodes: whether outputs are of the next token, from which a text goes on.
         sequences: whether rows differ in length.
     """
 
@@ -106,6 +107,7 @@ class Task:
     headed: ClassVar[bool] = True
     labelled: ClassVar[bool] = False
     smooths: ClassVar[bool] = False
+    decodes: ClassVar[bool] = False
     sequences: ClassVar[bool] = True
 
     def __init__(self, name: str, options: Options):

@@ -18,6 +18,7 @@ class CausalLM(Task):
     auto = "AutoModelForCausalLM"
     headed = False
     smooths = True
+    decodes = True
 
     def example_batch(self, model: nn.Module, batch: int, length: int, processor: Any = None) -> dict[str, Tensor]:
         inputs = self.inputs(model, batch, length, processor).kwargs

@@ -91,7 +91,7 @@ def test_run_folder(run):
 
 
 def test_export(run):
-    output = succeeds("export", run)
+    output = succeeds("export", run, "--no-measure")
     assert "validation accuracy" in output
     report = json.loads((run / "verify.json").read_text())
     assert set(report["stages"]) == {"merged", "checkpoint", "onnx"}

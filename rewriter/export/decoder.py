@@ -1,0 +1,152 @@
+"""Decoders with a cache: one graph that reads the keys and values of the tokens before, and returns them with its own.
+
+Prefill is a call with keys and values of length 0, decoding one with a token at a time.
+"""
+
+import inspect
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from ..graph.traced import Inputs
+from .verify import PAST, PRESENT, Stage, fed, open_file
+
+_SIZES = {"batch": 3, "sequence": 4, "past_sequence": 7, "total_sequence": 11}
+
+
+class Decoder(nn.Module):
+    """A causal language model of transformers, as a function of tokens and of what came before them.
+
+    Args:
+        model: its forward takes and returns a `DynamicCache`.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.counts = model, "position_ids" in inspect.signature(model.forward).parameters
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]) -> dict:
+        """Logits of the new tokens, and keys and values of all.
+
+        Args:
+            input_ids: (batch, sequence) the new tokens.
+            attention_mask: (batch, past + sequence) 1 where a token counts.
+            position_ids: (batch, sequence) of the new tokens.
+            past: keys and values of each layer in turn, (batch, heads, past, width).
+        """
+        cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
+        where = {"position_ids": position_ids} if self.counts else {}
+        out = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **where
+        )
+        present = [value for layer in out.past_key_values.layers for value in (layer.keys, layer.values)]
+        return {"logits": out.logits, "present": present}
+
+
+def decoder_of(model: nn.Module, inputs: Inputs) -> tuple[Decoder, Inputs, dict[str, str]] | None:
+    """A causal language model with its cache, examples of what it reads, and what inputs and outputs are called.
+
+    Args:
+        model: of transformers, in eval mode.
+        inputs: of the model without a cache.
+
+    Returns:
+        None where the model keeps no keys and values, or reads more than tokens and their mask.
+    """
+    if set(inputs.kwargs) != {"input_ids", "attention_mask"}:
+        return None
+    short = {name: value[:1, :2] for name, value in inputs.kwargs.items()}
+    with torch.no_grad():
+        out = model(**short, use_cache=True, past_key_values=DynamicCache())
+    layers = getattr(getattr(out, "past_key_values", None), "layers", [])
+    held = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+    if not held or any(not isinstance(value, Tensor) or value.ndim != 4 for value in held):
+        return None
+    batch, sequence, past, total = _SIZES.values()
+    first = inputs.kwargs["input_ids"]
+    kwargs = {
+        "input_ids": first.new_zeros(batch, sequence),
+        "attention_mask": first.new_ones(batch, total),
+        "position_ids": torch.arange(past, total, device=first.device).repeat(batch, 1),
+        "past": [value.new_zeros(batch, value.shape[1], past, value.shape[3]) for value in held],
+    }
+    tokens = {0: "batch", 1: "sequence"}
+    dynamic = {"input_ids": tokens, "attention_mask": {0: "batch", 1: "total_sequence"}, "position_ids": tokens}
+    dynamic["past"] = {0: "batch", 2: "past_sequence"}
+    places = [f"{i}.{name}" for i in range(len(held) // 2) for name in ("key", "value")]
+    called = {f"past_{i}": f"{PAST}.{place}" for i, place in enumerate(places)}
+    called |= {f"present_{i}": f"{PRESENT}.{place}" for i, place in enumerate(places)}
+    return Decoder(model).eval(), Inputs((), kwargs, dynamic), called
+
+
+def genai_config(file: Path, config: Any, processor: Any, longest: int | None) -> dict[str, Any]:
+    """What onnxruntime-genai reads beside a decoder with a cache, whatever the architecture.
+
+    Args:
+        file: the ONNX file, by the name that it ships under.
+        config: of the model; its tokens are read.
+        processor: the tokenizer.
+        longest: sequence that the model takes; None: any.
+    """
+    session = open_file(file)
+    shapes = {value.name: value.shape for value in (*session.get_inputs(), *session.get_outputs())}
+    layers = sum(name.startswith(PAST) and name.endswith(".key") for name in shapes)
+    _, heads, _, width = shapes[f"{PAST}.0.key"]
+    text, most = config.get_text_config(), longest or 2**20
+    ends = config.eos_token_id if config.eos_token_id is not None else processor.eos_token_id
+    decoder = {
+        "filename": file.name,
+        "head_size": width,
+        "hidden_size": text.hidden_size,
+        "num_attention_heads": text.num_attention_heads,
+        "num_key_value_heads": heads,
+        "num_hidden_layers": layers,
+        "session_options": {"provider_options": []},
+        "inputs": {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in shapes}
+        | {"past_key_names": f"{PAST}.%d.key", "past_value_names": f"{PAST}.%d.value"},
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": f"{PRESENT}.%d.key",
+            "present_value_names": f"{PRESENT}.%d.value",
+        },
+    }
+    model = {
+        "type": "decoder",
+        "vocab_size": shapes["logits"][-1],
+        "context_length": most,
+        "bos_token_id": config.bos_token_id if config.bos_token_id is not None else processor.bos_token_id,
+        "eos_token_id": ends,
+        "pad_token_id": processor.pad_token_id,
+        "decoder": decoder,
+    }
+    search = {"max_length": most, "do_sample": False, "past_present_share_buffer": False}
+    return {"model": {name: value for name, value in model.items() if value is not None}, "search": search}
+
+
+def step(session: Any, batch: Mapping[str, Tensor], past: Mapping[str, np.ndarray] | None = None) -> tuple[Any, dict]:
+    """Logits of the new tokens, and keys and values for the next ones."""
+    names = [value.name for value in session.get_outputs()]
+    found = dict(zip(names, session.run(None, fed(session, batch, past)), strict=True))
+    return found["logits"], {name.replace(PRESENT, PAST): value for name, value in found.items() if name != "logits"}
+
+
+def decoding_stage(session: Any) -> Stage:
+    """Logits of whole rows, in four calls: the first half, two tokens one by one, and what is left."""
+
+    def run(batch: dict[str, Tensor]) -> list[np.ndarray]:
+        length, past, parts = batch["input_ids"].shape[1], None, []
+        half = (length + 1) // 2
+        cuts = sorted({0, half, min(half + 1, length), min(half + 2, length), length})
+        for start, stop in itertools.pairwise(cuts):
+            some = {"input_ids": batch["input_ids"][:, start:stop], "attention_mask": batch["attention_mask"][:, :stop]}
+            logits, past = step(session, some, past)
+            parts.append(logits)
+        return [np.concatenate(parts, axis=1)]
+
+    return run

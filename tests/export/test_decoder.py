@@ -1,0 +1,104 @@
+"""Decoders with a cache: what is decoded token by token is what `generate` says."""
+
+import json
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import transformers as hf
+
+from rewriter import Session
+from rewriter.export.decoder import step
+from tests.cases.tiny import GPT2, LLAMA, task_spec
+
+GEMMA = {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+DECODERS = {
+    "llama": (lambda: hf.LlamaConfig(**{**LLAMA, "num_attention_heads": 4}), "**.{q,v}_proj.weight"),
+    "mistral": (lambda: hf.MistralConfig(**{**LLAMA, "sliding_window": 6}), "**.{q,v}_proj.weight"),
+    "gemma3": (lambda: hf.Gemma3TextConfig(**{**LLAMA, **GEMMA, "pad_token_id": 0}), "**.{q,v}_proj.weight"),
+    "gpt2": (lambda: hf.GPT2Config(**GPT2), "**.c_attn.weight"),
+    "bloom": (lambda: hf.BloomConfig(hidden_size=32, n_layer=2, n_head=2, vocab_size=50), "**.query_key_value.weight"),
+    "mixtral": (lambda: hf.MixtralConfig(**LLAMA, num_local_experts=2), "**.{q,v}_proj.weight"),
+}
+NEW = 24
+
+
+def greedy(file, ids, mask):
+    """(rows, NEW) the tokens that follow, by a session that keeps keys and values."""
+    session, past, found = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"]), None, []
+    for _ in range(NEW):
+        logits, past = step(session, {"input_ids": ids, "attention_mask": mask}, past)
+        ids = torch.from_numpy(logits[:, -1].argmax(-1))[:, None]
+        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+        found.append(ids.numpy())
+    return np.concatenate(found, axis=1)
+
+
+def exported(folder, name):
+    config, target = DECODERS[name]
+    spec = task_spec(
+        folder, config(), "CausalLM", "causal-lm", target, train={"max_steps": 3, "batch_size": 4, "learning_rate": 0.1}
+    )
+    session = Session(spec)
+    session.tune(folder / "run")
+    session.export()
+    return folder / "run", json.loads((folder / "run" / "export.json").read_text())
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_greedy_tokens_are_those_of_generate(tmp_path, name):
+    run, found = exported(tmp_path, name)
+    assert found["cache"] == {"holds": True, "reason": None}
+    model = hf.AutoModelForCausalLM.from_pretrained(run / "merged")
+    lengths = (3, 9, 6, 1)
+    ids, mask = torch.zeros(4, 9, dtype=torch.long), torch.zeros(4, 9, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        ids[row, -length:] = torch.randint(4, 16, (length,), generator=torch.Generator().manual_seed(row))
+        mask[row, -length:] = 1
+    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(input_ids=ids, attention_mask=mask, **options)[:, 9:]
+    assert len(expected.unique()) > 2
+    np.testing.assert_array_equal(greedy(run / "onnx" / "model.onnx", ids, mask), expected.numpy())
+
+
+def test_names_and_sizes_are_those_of_its_consumers(tmp_path):
+    run, _ = exported(tmp_path, "llama")
+    session = onnxruntime.InferenceSession(str(run / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"])
+    read = {value.name: value.shape for value in session.get_inputs()}
+    assert list(read)[:3] == ["input_ids", "attention_mask", "position_ids"]
+    assert read["attention_mask"] == ["batch", "total_sequence"]
+    assert read["past_key_values.1.value"] == ["batch", 2, "past_sequence", 8]
+    given = {value.name: value.shape for value in session.get_outputs()}
+    assert given["logits"] == ["batch", "sequence", 50]
+    assert given["present.0.key"] == ["batch", 2, "past_sequence + sequence", 8]
+
+
+def test_onnxruntime_genai_opens_the_folder(tmp_path):
+    genai = pytest.importorskip("onnxruntime_genai")
+    run, _ = exported(tmp_path, "llama")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    expected = greedy(run / "onnx" / "model.onnx", ids, torch.ones_like(ids))[0]
+    model = genai.Model(str(run / "onnx"))
+    options = genai.GeneratorParams(model)
+    options.set_search_options(max_length=4 + NEW, min_length=4 + NEW)
+    generator = genai.Generator(model, options)
+    generator.append_tokens(ids.numpy())
+    while not generator.is_done():
+        generator.generate_next_token()
+    np.testing.assert_array_equal(generator.get_sequence(0)[4:], expected)
+    written = json.loads((run / "onnx" / "genai_config.json").read_text())
+    assert written["model"]["context_length"] == 64 and written["model"]["decoder"]["num_key_value_heads"] == 2
+
+
+def test_what_can_t_merge_has_no_cache(tmp_path):
+    config, _ = DECODERS["llama"]
+    train = {"max_steps": 1, "batch_size": 4}
+    spec = task_spec(tmp_path, config(), "CausalLM", "causal-lm", "model.layers.*", train=train)
+    rule = spec.rules[0].model_copy(update={"apply": [{"prefix": {"length": 2}}]})
+    session = Session(type(spec).model_validate({**spec.model_dump(by_alias=True), "rules": [rule.model_dump()]}))
+    session.tune(tmp_path / "run")
+    session.export()
+    found = json.loads((tmp_path / "run" / "export.json").read_text())
+    assert not found["cache"]["holds"] and "can't merge" in found["cache"]["reason"]
+    assert not (tmp_path / "run" / "onnx" / "genai_config.json").exists()
