@@ -309,15 +309,16 @@ class Session:
             write_text(out / "spec.yaml", dump_spec(spec))
             write_json(out / "plan.json", planned.to_dict())
         processes().wait_for_everyone()
+        files = self._files()
         tied = {
-            **self._files(),
+            **files,
             "base model's weights": fingerprint(model, model.plan.new),
             "training data": digest_of(job.train),
             "validation data": digest_of(job.validation),
         }
         model, metrics = tune(model, spec, job.train, job.validation, job.collate, out, resume, job.weights, tied)
         if main:
-            save_adapter(model, out / "adapter", spec, metrics, self._files())
+            save_adapter(model, out / "adapter", spec, metrics, files)
             write_json(out / "plan.json", model.plan.to_dict())
             write_json(out / "metrics.json", metrics)
         return metrics

@@ -6,6 +6,7 @@ import inspect
 import io
 import logging
 import operator
+import warnings
 from collections.abc import Collection, Iterator
 
 import torch
@@ -43,7 +44,7 @@ def capture(model: nn.Module, inputs: Inputs, training: bool = False) -> Exporte
         try:
             # Copies, since one tensor given for two inputs would be traced as one input.
             args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (inputs.args, inputs.kwargs))
-            with _quiet():
+            with muted():
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as error:
             raise SubspanError(f"torch.export can't trace {type(model).__name__}: {_useful(error)}") from error
@@ -55,12 +56,18 @@ def capture(model: nn.Module, inputs: Inputs, training: bool = False) -> Exporte
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Of what torch.export prints on a failure, whole graphs among it, the line that says what is wrong is enough."""
+def muted() -> Iterator[None]:
+    """What torch and the libraries of ONNX print of their own steps, whole graphs among it, is kept back; what fails
+    comes as an exception, whose line says enough."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(before)

@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ from .verify import fed, onnx_stage, open_file
 
 SHIPPED = "model.onnx"
 Shape = tuple[int, int]
+_KEYS = (
+    "name", "file", "bytes", "holds", "reason", "metric", "agreement", "max_abs_diff", "mean_abs_diff",
+    "fused_attention", "latency_ms",
+)  # fmt: skip
 
 
 def offer(truth: compare.Truth, names: Sequence[str], plain: Path, attentions: int) -> list[dict[str, Any]]:
@@ -35,9 +40,7 @@ def offer(truth: compare.Truth, names: Sequence[str], plain: Path, attentions: i
     """
     offered = []
     for name in names:
-        entry = {"name": name, "file": None, "bytes": None, "holds": False, "reason": None, "metric": None}
-        entry |= {"agreement": None, "max_abs_diff": None, "mean_abs_diff": None, "fused_attention": None}
-        entry |= {"latency_ms": {}}
+        entry = dict.fromkeys(_KEYS) | {"name": name, "holds": False, "latency_ms": {}}
         try:
             file = build(name, plain)
             entry |= {"file": str(file), "bytes": sum(one.stat().st_size for one in files_of(file))}
@@ -55,22 +58,20 @@ def offer(truth: compare.Truth, names: Sequence[str], plain: Path, attentions: i
 
 def _judged(truth: compare.Truth, variant: Variant, name: str, file: Path) -> dict[str, Any]:
     """How a file does beside the tuned run, and why it does not hold, if so."""
-    stage, spec = onnx_stage(file), truth.spec
+    stage, spec, exact = onnx_stage(file), truth.spec, variant.change is None
     tally = compare.Tally(spec, truth.tuned, [name])
-    found, scale = truth.distances({name: stage}, tally)
+    found, scale = (truth if exact else replace(truth, wide=None)).distances({name: stage}, tally)
     one = found[name]
     metrics, share = truth.measured({name: stage}, tally).get(name, ({}, None))
     value, why = metrics.get(spec.metric), None
-    if variant.change is None and truth.wide is not None:
-        why = compare.too_far(found, scale, truth.eps)
-    elif variant.change is None and not one.tuned <= spec.export.verify.atol:
-        why = f"it is {one.tuned:.2e} from the tuned model, more than export.verify.atol"
-    elif truth.rows is None and variant.change is not None:
+    if exact:
+        why = truth.far(name, found, scale)
+    elif truth.rows is None:
         why = f"nothing says what it costs: {truth.why}"
     own = truth.rows.metrics[spec.metric] if truth.rows else None
     if why is None and share is not None and share < variant.agreement:
         why = f"{share:.2%} of its decisions are the tuned run's; {variant.agreement:.1%} at least"
-    if why is None and share is None and variant.change is not None:
+    if why is None and share is None and not exact:
         far = abs(value - own) > variant.change * max(abs(own), 1e-3)
         why = f"{spec.metric} {value:.4f}, the tuned run's {own:.4f}: over {variant.change:.0%} apart" if far else None
     mean = one.total / one.count if one.count else 0.0
@@ -138,17 +139,10 @@ def settle(offered: Sequence[dict[str, Any]], plain: Path) -> str:
         os.link(file, plain.with_name(SHIPPED))
     except OSError:  # Of file systems without links.
         shutil.copyfile(file, plain.with_name(SHIPPED))
+    kept = {file, *(Path(entry["file"]) for entry in held)}
+    for made in {plain, *(Path(entry["file"]) for entry in offered if entry["file"])} - kept:
+        for one in files_of(made):
+            one.unlink()
     for entry in offered:
-        if entry["file"] and not entry["holds"]:
-            _remove(Path(entry["file"]))
-            entry["file"] = None
-        elif entry["file"]:
-            entry["file"] = Path(entry["file"]).name
-    if all(entry["name"] != PLAIN for entry in held) and chosen != PLAIN:
-        _remove(plain)
+        entry["file"] = Path(entry["file"]).name if entry["holds"] else None
     return chosen
-
-
-def _remove(file: Path) -> None:
-    for one in files_of(file):
-        one.unlink()

@@ -27,7 +27,7 @@ WIDE_ROWS = 64
 # something was computed in half precision: there near ties fall either way.
 AGREEMENT = {False: 0.99, True: 0.95}
 CHANGE = {False: 0.01, True: 0.05}
-_SAME = 1e-4  # What rounding a prediction that is kept to its type changes in a metric.
+_SAME = 1e-6  # What another order of a sum changes in a metric of the same predictions.
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,14 @@ class Truth:
         samples = [("the random inputs", 0, inputs, {}) for inputs in self.random]
         samples += list(batches_of(self.rows, self.tuned.input_names, 0, self.wider)) if self.rows else []
         return distances(self.reference, self.wide, stages, samples, self.axes, tally)
+
+    def far(self, name: str, found: Mapping[str, "Distance"], scale: Mapping[int, float]) -> str | None:
+        """Why a stage is too far from the tuned model, if it is; `found` and `scale` are from `distances`."""
+        if self.wide is not None:
+            return too_far(found, scale, self.eps)
+        one, atol = found[name].tuned, self.spec.export.verify.atol
+        near = atol is not None and one <= atol
+        return None if near else f"{name} is {one:.2e} from the tuned model, more than export.verify.atol = {atol}"
 
     def measured(self, stages: Mapping[str, Stage], tally: "Tally") -> dict[str, tuple[dict[str, float], float | None]]:
         """Every stage's metrics on all rows, and its share of the run's decisions; after `distances`."""

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ..graph.traced import Inputs
-from .verify import PAST, PRESENT, Stage, fed, open_file
+from .verify import PAST, PRESENT, Stage, fed
 
 _SIZES = {"batch": 3, "sequence": 4, "past_sequence": 7, "total_sequence": 11}
 
@@ -94,8 +95,8 @@ def genai_config(file: Path, config: Any, processor: Any, longest: int | None) -
         processor: the tokenizer.
         longest: sequence that the model takes; None: any.
     """
-    session = open_file(file)
-    shapes = {value.name: value.shape for value in (*session.get_inputs(), *session.get_outputs())}
+    graph = onnx_ir.load(file).graph
+    shapes = {value.name: value.shape for value in (*graph.inputs, *graph.outputs)}
     layers = sum(name.startswith(PAST) and name.endswith(".key") for name in shapes)
     _, heads, _, width = shapes[f"{PAST}.0.key"]
     text, most = config.get_text_config(), longest or 2**20

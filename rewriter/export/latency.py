@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def interleaved(runs: Mapping[str, Run], seconds: float = 3.0) -> dict[str, floa
 
 
 class _Products(TorchDispatchMode):
-    """Keeps every matrix product that runs under it, as a function that does it again on tensors of its own."""
+    """Keeps every matrix product that runs under it, as a function that does it again."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,8 +73,7 @@ class _Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func in _PRODUCTS or "scaled_dot_product" in str(func):
-            copies = torch.utils._pytree.tree_map_only(Tensor, torch.clone, (args, kwargs or {}))
-            self.found.append(lambda: func(*copies[0], **copies[1]))
+            self.found.append(partial(func, *args, **(kwargs or {})))
         return func(*args, **(kwargs or {}))
 
 

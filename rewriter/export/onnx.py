@@ -1,12 +1,8 @@
 """ONNX: a plain module becomes one file with named, dynamic inputs and outputs."""
 
-import contextlib
-import io
 import json
-import logging
 import re
-import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +14,9 @@ from ..errors import SubspanError, reason
 from ..graph.traced import Inputs
 from ..passes.base import Context
 from ..passes.manager import run
-from ..trace import capture
+from ..trace import capture, muted
 
-_LIMIT = 2_000_000_000
+LIMIT = 2_000_000_000  # bytes, about what a file of protobuf holds
 
 
 def export_onnx(
@@ -53,7 +49,7 @@ def export_onnx(
     program = capture(module, inputs)
     run(program.graph_module.graph, "export", Context("eval"), without)
     program.graph_module.recompile()
-    with _quiet():
+    with muted():
         try:
             made = torch.onnx.export(
                 program,
@@ -76,12 +72,8 @@ def export_onnx(
         value.name = (called or {}).get(value.name, value.name)
     for key, value in (metadata or {}).items():
         made.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
-    file = Path(file)
-    # A file of protobuf holds 2 GB at most.
-    large = sum(value.const_value.nbytes for value in made.model.graph.initializers.values()) > _LIMIT
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        onnx_ir.save(made.model, file, external_data=f"{file.name}.data" if large else None)
+    with muted():
+        save(made.model, Path(file))
 
 
 def _names(spec: torch.utils._pytree.TreeSpec) -> list[str]:
@@ -122,17 +114,7 @@ def _renamed(dim: Any, words: re.Pattern[str], symbols: Mapping[str, str]) -> An
     return words.sub(lambda found: symbols[found[0]], dim.value)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter reports its steps; what fails comes as an exception."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+def save(model: onnx_ir.Model, file: Path) -> None:
+    """Write a model; weights of more than a file of protobuf holds lie beside it in `<file>.data`."""
+    large = sum(value.const_value.nbytes for value in model.graph.initializers.values()) > LIMIT
+    onnx_ir.save(model, file, external_data=f"{file.name}.data" if large else None)

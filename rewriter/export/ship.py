@@ -138,12 +138,11 @@ def _with_cache(
         decoder, examples, called = found
         export_onnx(decoder, examples, file, spec.export.onnx.opset, metadata, spec.train.passes.off, called)
         stage = decoding_stage(open_file(file))
-        distances, scale = truth.distances({"decoding": stage}, compare.Tally(spec, truth.tuned, ["decoding"]))
-        atol = spec.export.verify.atol
-        far = compare.too_far(distances, scale, truth.eps) if atol is None else None
-        if far is None and (atol is None or distances["decoding"].tuned <= atol):
+        why = truth.far(
+            "decoding", *truth.distances({"decoding": stage}, compare.Tally(spec, truth.tuned, ["decoding"]))
+        )
+        if why is None:
             return {"holds": True, "reason": None}
-        why = far or f"decoding is {distances['decoding'].tuned:.2e} from the tuned model"
     except SubspanError as error:
         why = str(error)
     for one in files_of(file):

@@ -1,10 +1,6 @@
 """Variants: shippable files made of the float32 one, each with the most that it may differ from the tuned run."""
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +9,8 @@ import onnx_ir
 from onnx import ModelProto
 
 from ..errors import SubspanError, reason
+from ..trace import muted
+from .onnx import LIMIT, save
 
 TARGETS = ("cpu", "cuda")
 PLAIN = "float32"
@@ -48,13 +46,12 @@ def fused(source: Path, file: Path) -> None:
     from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
     model, _ = optimize_for_ort(onnx_ir.load(source))
-    large = sum(value.const_value.nbytes for value in model.graph.initializers.values()) > LIMIT
-    onnx_ir.save(model, file, external_data=f"{file.name}.data" if large else None)
+    save(model, file)
 
 
 def int8(source: Path, file: Path) -> None:
     """Weights in int8, asymmetric in blocks of 32 inputs; activations in int8 by row and block, as they come."""
-    _save(_blocks(onnx.load(_bare(source)), 8), file)
+    _save(_blocks(_bare(source), 8), file)
 
 
 def int8_dynamic(source: Path, file: Path) -> None:
@@ -66,14 +63,14 @@ def int8_dynamic(source: Path, file: Path) -> None:
         file,
         per_channel=True,
         weight_type=QuantType.QInt8,
-        use_external_data_format=_bytes(source) > 4 * LIMIT,
+        use_external_data_format=_bytes(source) > LIMIT,
         extra_options={"WeightSymmetric": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
     )
 
 
 def int4(source: Path, file: Path) -> None:
     """Weights in int4, asymmetric in blocks of 32 inputs; those that make an output of the model in int8."""
-    model = onnx.load(_bare(source))
+    model = _bare(source)
     heads = _heads(model)
     model = _blocks(model, 4, nodes_to_exclude=heads)
     _save(_blocks(model, 8, nodes_to_include=heads) if heads else model, file)
@@ -93,12 +90,11 @@ def float16(source: Path, file: Path) -> None:
 
     large = _bytes(source) > LIMIT
     wide = [*DEFAULT_OP_BLOCK_LIST, *_WIDE]
-    model = onnx.load(_bare(source))
+    model = _bare(source)
     _part(model)
     _save(convert_float_to_float16(model, keep_io_types=True, disable_shape_infer=large, op_block_list=wide), file)
 
 
-LIMIT = 2_000_000_000  # bytes, about what a file of protobuf holds
 VARIANTS = {
     PLAIN: Variant("model_fp32.onnx", None, TARGETS, 0.99, None),
     "float32-fused": Variant("model_fused.onnx", fused, TARGETS, 0.999, None, fuses=True),
@@ -120,14 +116,12 @@ def build(name: str, source: Path) -> Path:
     if one.make is None:
         return source
     try:
-        with _quiet():
+        with muted():
             one.make(source, file)
     except OSError:
         raise
     except Exception as error:  # Of several libraries.
         raise SubspanError(f"can't be made: {reason(error)}") from error
-    finally:
-        _bare(source, made=False).unlink(missing_ok=True)
     return file
 
 
@@ -146,14 +140,11 @@ def _bytes(source: Path) -> int:
     return sum(one.stat().st_size for one in files_of(source))
 
 
-def _bare(source: Path, made: bool = True) -> Path:
-    """The file without shapes of values inside, which quantisation takes for those of what it writes."""
-    place = source.with_name(f"{source.stem}-bare.onnx")
-    if made:
-        model = onnx.load(source, load_external_data=False)
-        del model.graph.value_info[:]
-        onnx.save(model, place)
-    return place
+def _bare(source: Path) -> ModelProto:
+    """The model without shapes of values inside, which quantisation takes for those of what it writes."""
+    model = onnx.load(source)
+    del model.graph.value_info[:]
+    return model
 
 
 def _heads(model: ModelProto) -> list[str]:
@@ -185,19 +176,6 @@ def _part(model: ModelProto) -> None:
 def _save(model: ModelProto, file: Path) -> None:
     large = sum(len(one.raw_data) for one in model.graph.initializer) > LIMIT
     onnx.save(model, file, save_as_external_data=large, location=f"{file.name}.data")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """What the libraries say of their own steps is nothing to a user."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def wanted(names: Collection[str] | None, target: str, measured: bool) -> list[str]:

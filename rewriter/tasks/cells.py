@@ -91,12 +91,13 @@ def check_readings(values: Iterable[Any], feature: Any, labels: Sequence[str]) -
             said = f"the column's own names are {', '.join(own)}, the labels are {', '.join(labels)}: which is which?"
             raise SpecError(f"{said} Give model.labels: [{', '.join(own)}]", _LABEL)
         return
-    names, numbers = set(), set()
+    numbers, names, alone = _numbers(labels), set(), set()
     for value in values:
-        place = None if value in labels else _whole(value)
-        named = value in labels or place in _numbers(labels)
-        (names if named else numbers).add(value if place is None else place)
-    alone = {place for place in numbers if isinstance(place, int) and 0 <= place < len(labels)}
+        place = _whole(value)
+        if value in labels or place in numbers:
+            names.add(value if value in labels else place)
+        elif place is not None and 0 <= place < len(labels):
+            alone.add(place)
     if names and alone:
         one, other = min(names, key=str), min(alone)
         raise SpecError(

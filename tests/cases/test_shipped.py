@@ -96,7 +96,7 @@ def test_39_large_weights_go_beside_the_file(tmp_path, monkeypatch):
     from rewriter import Inputs, export_onnx
     from rewriter.export.verify import onnx_stage, torch_stage
 
-    monkeypatch.setattr("rewriter.export.onnx._LIMIT", 1000)
+    monkeypatch.setattr("rewriter.export.onnx.LIMIT", 1000)
     module, inputs = (
         torch.nn.Linear(64, 64),
         Inputs(kwargs={"input": torch.randn(3, 64)}, dynamic={"input": {0: "batch"}}),
