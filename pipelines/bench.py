@@ -1,5 +1,6 @@
 """Subspan beside PEFT on one setting: accuracy over seeds, and the cost of a step. Needs the extras demo and dev."""
 
+import json
 import resource
 import statistics
 import subprocess
@@ -116,6 +117,34 @@ def start(rounds: Annotated[int, typer.Option(help="Interleaved rounds; the medi
             ratio = statistics.median(a / b for a, b in zip(own, times["import torch"], strict=True))
             table.add_row(name, f"{statistics.median(own):.2f}", f"{ratio:.2f}")
         console.print(table)
+
+
+@app.command()
+def kernels() -> None:
+    """Write the table of ONNX Runtime's CUDA kernels, by which files for a GPU are checked elsewhere; needs a GPU."""
+    with failures():
+        import onnxruntime
+
+        from rewriter.export.kernels import TABLE, registered
+
+        found = {"onnxruntime": onnxruntime.__version__, "kernels": registered()}
+        lines = ",\n".join(f'  "{name}": {json.dumps(one)}' for name, one in found["kernels"].items())
+        TABLE.write_text(f'{{"onnxruntime": "{onnxruntime.__version__}", "kernels": {{\n{lines}\n}}}}\n')
+        console.print(f"{TABLE}: {len(found['kernels'])} operators", highlight=False)
+
+
+@app.command()
+def gpu(
+    only: Annotated[list[str] | None, typer.Argument(help="minilm, bert-base or smollm2; default: all.")] = None,
+    out: Annotated[Path, typer.Option(help="Page to write.")] = Path("docs/gpu.md"),
+    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/gpu"),
+) -> None:
+    """Tune three models on a GPU, export each with --target cuda, and write the page of what was found; needs a GPU."""
+    with failures():
+        from pipelines.gpu import export_all, write_page
+
+        export_all(runs, only or ())
+        write_page(runs, out)
 
 
 if __name__ == "__main__":

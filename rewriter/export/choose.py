@@ -1,11 +1,11 @@
 """Choose: every variant is compared with the tuned run and timed, and the fastest that holds is what is shipped."""
 
 import contextlib
+import copy
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +14,29 @@ from torch import Tensor, nn
 
 from ..errors import SubspanError
 from . import compare
-from .latency import Run, interleaved, products
-from .variants import PLAIN, VARIANTS, Variant, attention_nodes, build, files_of
-from .verify import fed, onnx_stage, open_file
+from .decoder import stepping
+from .kernels import fallen, lacking
+from .latency import Run, bound, forward, interleaved, products
+from .variants import PLAIN, VARIANTS, attention_nodes, build, files_of
+from .verify import on_cuda, onnx_stage, open_file
 
 SHIPPED = "model.onnx"
-Shape = tuple[int, int]
 _KEYS = (
     "name", "file", "bytes", "holds", "reason", "metric", "agreement", "max_abs_diff", "mean_abs_diff",
     "fused_attention", "latency_ms",
 )  # fmt: skip
 
 
-def offer(truth: compare.Truth, names: Sequence[str], plain: Path, attentions: int) -> list[dict[str, Any]]:
+def offer(
+    truth: compare.Truth, names: Sequence[str], plain: Path, attentions: int, target: str
+) -> list[dict[str, Any]]:
     """Build the variants and compare each with the tuned run; one that fails does not stop the others.
 
     Args:
         names: of the variants.
         plain: the float32 file.
         attentions: how many there are in the traced graph.
+        target: what the files are for.
 
     Returns:
         An entry of export.json for each: its name, file, bytes, whether it holds and why not, metric, agreement,
@@ -45,20 +49,21 @@ def offer(truth: compare.Truth, names: Sequence[str], plain: Path, attentions: i
             file = build(name, plain)
             entry |= {"file": str(file), "bytes": sum(one.stat().st_size for one in files_of(file))}
             entry["fused_attention"] = attention_nodes(file)
-            entry |= _judged(truth, VARIANTS[name], name, file)
+            entry |= _judged(truth, name, file, target)
             lacking = attentions - entry["fused_attention"]
             if VARIANTS[name].fuses and lacking > 0:
                 entry["reason"] = f"{lacking} of {attentions} attentions are not one node"
             entry["holds"] = entry["reason"] is None
         except SubspanError as error:
-            entry["reason"] = str(error)
+            entry["reason"] = str(error).split("; nothing is written")[0]
         offered.append(entry)
     return offered
 
 
-def _judged(truth: compare.Truth, variant: Variant, name: str, file: Path) -> dict[str, Any]:
+def _judged(truth: compare.Truth, name: str, file: Path, target: str) -> dict[str, Any]:
     """How a file does beside the tuned run, and why it does not hold, if so."""
-    stage, spec, exact = onnx_stage(file), truth.spec, variant.change is None
+    variant, stage, spec = VARIANTS[name], onnx_stage(file, target), truth.spec
+    exact = variant.change is None
     tally = compare.Tally(spec, truth.tuned, [name])
     found, scale = (truth if exact else replace(truth, wide=None)).distances({name: stage}, tally)
     one = found[name]
@@ -74,45 +79,74 @@ def _judged(truth: compare.Truth, variant: Variant, name: str, file: Path) -> di
     if why is None and share is None and not exact:
         far = abs(value - own) > variant.change * max(abs(own), 1e-3)
         why = f"{spec.metric} {value:.4f}, the tuned run's {own:.4f}: over {variant.change:.0%} apart" if far else None
+    if why is None and target == "cuda" and (left := off_the_gpu(file)):
+        why = f"leaves the GPU for {', '.join(left)}"
     mean = one.total / one.count if one.count else 0.0
     return {"metric": value, "agreement": share, "max_abs_diff": one.tuned, "mean_abs_diff": mean, "reason": why}
 
 
+def off_the_gpu(file: Path) -> list[str]:
+    """Operators of a file that compute on the CPU: as the provider says where there is a GPU, else by its table."""
+    return fallen(file, open_file(file, "cuda")) if on_cuda("cuda") else lacking(file)
+
+
 def timed(
-    offered: Sequence[dict[str, Any]], module: nn.Module, batches: Mapping[Shape, Mapping[str, Tensor]]
+    offered: Sequence[dict[str, Any]], module: nn.Module, batches: Mapping[str, Mapping[str, Tensor]], target: str
 ) -> dict[str, dict[str, float]]:
     """Time what holds in turn with the module itself; each entry gets its `latency_ms`, in place.
 
     Args:
         offered: from `offer`.
-        module: what the files were made of.
-        batches: batch size and length -> inputs.
+        module: what the files were made of; it is moved to the target.
+        batches: what they are called -> inputs; where the mask is of more tokens than there are ids, it is a step of a
+            decoder with a cache.
+        target: of the files.
 
     Returns:
         Milliseconds of the module (`eager`), of it under `torch.compile` where that works (`compile`), and of its
-        matrix products alone (`products`), by shape.
+        matrix products alone (`products`), by batch; on a GPU in each type that a file computes in (`eager-float16`).
     """
-    beside: dict[str, dict[str, float]] = {"eager": {}, "compile": {}, "products": {}}
+    held = [entry for entry in offered if entry["holds"]] if batches else []
+    device = "cuda" if on_cuda(target) else "cpu"
+    module.eval().to(device)
+    types = {VARIANTS[entry["name"]].dtype for entry in held} - {torch.float32} if device == "cuda" else set()
+    modules = {"": module} | {f"-{str(one)[6:]}": copy.deepcopy(module).to(one) for one in types}
+    beside: dict[str, dict[str, float]] = {
+        f"{run}{name}": {} for name in modules for run in ("eager", "compile", "products")
+    }
     places = beside | {entry["name"]: entry["latency_ms"] for entry in offered}
-    sessions = {entry["name"]: open_file(entry["file"]) for entry in offered if entry["holds"] and batches}
-    compiled = torch.compile(module.eval())
-    for (size, length), batch in batches.items():
-        runs = {name: partial(one.run, None, fed(one, batch)) for name, one in sessions.items()}
-        runs |= {"eager": _forward(module, batch), "products": products(module, batch)}
-        with contextlib.suppress(Exception):  # Of any of its back ends, and of compilers that are not there.
-            (forward := _forward(compiled, batch))()
-            runs["compile"] = forward
+    sessions = {entry["name"]: _opened(entry["file"], target) for entry in held}
+    for i, (shape, batch) in enumerate(batches.items()):
+        steps = "input_ids" in batch and batch["attention_mask"].shape != batch["input_ids"].shape
+        runs = {name: bound(one, batch, -1 if steps else i + 1) for name, one in sessions.items()}
+        for name, one in modules.items():
+            runs |= {f"{what}{name}": run for what, run in _beside(one, batch, device, steps).items()}
         for name, found in interleaved(runs).items():
-            places[name][f"{size}x{length}"] = round(found, 3)
+            places[name][shape] = round(found, 3)
     return beside
 
 
-def _forward(module: nn.Module, batch: Mapping[str, Tensor]) -> Run:
-    @torch.inference_mode()
-    def run() -> None:
-        module(**batch)
+def _beside(module: nn.Module, batch: Mapping[str, Tensor], device: str, steps: bool) -> dict[str, Run]:
+    """The runs of a module on a batch."""
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    cast = {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in batch.items()}
+    if steps:
+        return {"eager": stepping(module, cast)}
+    runs = {"eager": forward(module, cast), "products": products(module, cast)}
+    # One CUDA graph, like the files.
+    compiled = torch.compile(module, mode="reduce-overhead" if device == "cuda" else "default", dynamic=False)
+    with contextlib.suppress(Exception):  # Of any of its back ends, and of compilers that are not there.
+        with torch._dynamo.config.patch(recompile_limit=64):
+            (run := forward(compiled, cast))()
+        runs["compile"] = run
+    return runs
 
-    return run
+
+def _opened(file: str, target: str) -> Any:
+    """A file as one CUDA graph where it can be one; on the CPU simply opened."""
+    with contextlib.suppress(SubspanError):
+        return open_file(file, target, enable_cuda_graph="1")
+    return open_file(file, target)
 
 
 def settle(offered: Sequence[dict[str, Any]], plain: Path) -> str:

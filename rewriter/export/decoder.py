@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ..graph.traced import Inputs
+from .latency import Run, waited
 from .verify import PAST, PRESENT, Stage, fed
 
 _SIZES = {"batch": 3, "sequence": 4, "past_sequence": 7, "total_sequence": 11}
@@ -135,6 +136,26 @@ def step(session: Any, batch: Mapping[str, Tensor], past: Mapping[str, np.ndarra
     names = [value.name for value in session.get_outputs()]
     found = dict(zip(names, session.run(None, fed(session, batch, past)), strict=True))
     return found["logits"], {name.replace(PRESENT, PAST): value for name, value in found.items() if name != "logits"}
+
+
+def stepping(model: nn.Module, batch: Mapping[str, Tensor]) -> Run:
+    """A run of a model of transformers on the next token of each row, with its own cache of those before.
+
+    Args:
+        batch: `input_ids` (rows, 1), and `attention_mask` of all tokens.
+    """
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    cache, before = DynamicCache(), mask.shape[1] - ids.shape[1]
+    with torch.inference_mode():
+        model(input_ids=ids.expand(-1, before), attention_mask=mask[:, :before], past_key_values=cache, use_cache=True)
+
+    @torch.inference_mode()
+    def run() -> None:
+        model(**batch, past_key_values=cache, use_cache=True)
+        cache.crop(-1)
+        waited(batch)
+
+    return run
 
 
 def decoding_stage(session: Any) -> Stage:

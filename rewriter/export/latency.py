@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import onnxruntime
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import SpecError
 from ..graph.ops import aten
+from .verify import fed
 
 SHAPES = ((1, 32), (8, 128))
 _AGAIN = 3
@@ -64,6 +66,52 @@ def interleaved(runs: Mapping[str, Run], seconds: float = 3.0) -> dict[str, floa
     return {name: 1000 * statistics.median(found) for name, found in times.items()}
 
 
+def forward(module: nn.Module, batch: Mapping[str, Tensor]) -> Run:
+    """A run of a module on a batch that is on its device; it waits for the GPU."""
+
+    @torch.inference_mode()
+    def run() -> None:
+        module(**batch)
+        waited(batch)
+
+    return run
+
+
+def bound(session: Any, batch: Mapping[str, Tensor], graph: int) -> Run:
+    """A run of an opened file on a batch. On a GPU, inputs and outputs lie there, and where the session can it is one
+    CUDA graph, captured at the first runs.
+
+    Args:
+        graph: number of the graph within the session, for each batch another; -1: none, for shapes that do not stay.
+    """
+    feed = fed(session, batch)
+    if session.get_providers()[0] != "CUDAExecutionProvider":
+        return partial(session.run, None, feed)
+    uncaptured, options = onnxruntime.RunOptions(), onnxruntime.RunOptions()
+    uncaptured.add_run_config_entry("gpu_graph_id", "-1")
+    options.add_run_config_entry("gpu_graph_id", str(graph))
+    binding = session.io_binding()
+    for name, value in feed.items():
+        binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value, "cuda", 0))
+    for value in session.get_outputs():
+        binding.bind_output(value.name, "cuda")
+    session.run_with_iobinding(binding, uncaptured)
+    for value, made in zip(session.get_outputs(), binding.get_outputs(), strict=True):
+        binding.bind_ortvalue_output(value.name, made)
+
+    def run() -> None:
+        session.run_with_iobinding(binding, options)
+        binding.synchronize_outputs()
+
+    return run
+
+
+def waited(batch: Mapping[str, Tensor]) -> None:
+    """Come back when the GPU of a batch, if it is on one, has done everything."""
+    if any(value.is_cuda for value in batch.values()):
+        torch.cuda.synchronize()
+
+
 class _Products(TorchDispatchMode):
     """Keeps every matrix product that runs under it, as a function that does it again."""
 
@@ -91,5 +139,6 @@ def products(module: nn.Module, batch: Mapping[str, Tensor]) -> Run:
     def run() -> None:
         for one in mode.found:
             one()
+        waited(batch)
 
     return run

@@ -76,14 +76,21 @@ def ship(spec: Spec, run: Path, target: str = "cpu", measure: bool = False) -> d
         report["stored_weights"] = stored
         write_json(verify, report)
         if spec.export.onnx:
-            offered = offer(truth, wanted(spec.export.variants, target, measure), plain, count)
-            batches = {shape: task.inputs(pretrained.model, *shape, processor).kwargs for shape in shapes}
-            found = {"target": target, "variants": offered, "beside": timed(offered, shipped, batches)}
+            offered = offer(truth, wanted(spec.export.variants, target, measure), plain, count, target)
+            batches = {f"{b}x{n}": task.inputs(pretrained.model, b, n, processor).kwargs for b, n in shapes}
+            if cache["holds"]:
+                batches |= {f"{name} step": _step(batch) for name, batch in batches.items()}
+            found = {"target": target, "variants": offered, "beside": timed(offered, shipped, batches, target)}
             write_json(export, found | {"chosen": settle(offered, plain)} | ({"cache": cache} if task.decodes else {}))
             if cache["holds"]:
                 config = genai_config(onnx / SHIPPED, pretrained.model.config, processor, longest)
                 write_json(onnx / "genai_config.json", config)
     return report
+
+
+def _step(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch's last tokens, after all others."""
+    return dict(batch) | {"input_ids": batch["input_ids"][:, -1:]}
 
 
 def _longest(pretrained: Pretrained, tuned: TunedModel) -> int | None:

@@ -6,16 +6,17 @@ from pathlib import Path
 
 import onnx
 import onnx_ir
+import torch
 from onnx import ModelProto
 
 from ..errors import SubspanError, reason
 from ..trace import muted
+from .half import halve
 from .onnx import LIMIT, save
 
 TARGETS = ("cpu", "cuda")
 PLAIN = "float32"
 ATTENTIONS = ("Attention", "MultiHeadAttention", "GroupQueryAttention")
-_WIDE = ("Softmax", "LayerNormalization", "SkipLayerNormalization", "RMSNormalization", "ReduceMean", "Pow", "Sqrt")
 _BLOCK = 32
 _INT8 = 4  # ONNX Runtime's level of accuracy that computes in int8.
 
@@ -31,6 +32,7 @@ class Variant:
         agreement: least share of decisions that are the tuned run's.
         change: most that a metric without decisions may differ by, relative; None: no more than float32 rounds.
         fuses: whether its attentions have to be one node each.
+        dtype: that it computes in, where PyTorch has the same.
     """
 
     file: str
@@ -39,6 +41,7 @@ class Variant:
     agreement: float
     change: float | None
     fuses: bool = False
+    dtype: torch.dtype = torch.float32
 
 
 def fused(source: Path, file: Path) -> None:
@@ -85,20 +88,29 @@ def _blocks(model: ModelProto, bits: int, **which: list[str]) -> ModelProto:
 
 
 def float16(source: Path, file: Path) -> None:
-    """Half precision; softmax, normalisation, inputs and outputs in float32."""
-    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+    """Half precision; softmax, statistics, inputs and outputs in float32."""
+    halve(source, file, onnx_ir.DataType.FLOAT16)
 
-    large = _bytes(source) > LIMIT
-    wide = [*DEFAULT_OP_BLOCK_LIST, *_WIDE]
-    model = _bare(source)
-    _part(model)
-    _save(convert_float_to_float16(model, keep_io_types=True, disable_shape_infer=large, op_block_list=wide), file)
+
+def bfloat16(source: Path, file: Path) -> None:
+    """The wide range of float32 and eight bits of fraction; softmax, statistics, inputs and outputs in float32."""
+    halve(source, file, onnx_ir.DataType.BFLOAT16)
+
+
+def float16_fused(source: Path, file: Path) -> None:
+    """Half precision of the nodes that `fused` makes, whose softmax and statistics are in float32 inside."""
+    fused(source, file)
+    halve(file, file, onnx_ir.DataType.FLOAT16)
 
 
 VARIANTS = {
     PLAIN: Variant("model_fp32.onnx", None, TARGETS, 0.99, None),
     "float32-fused": Variant("model_fused.onnx", fused, TARGETS, 0.999, None, fuses=True),
-    "float16": Variant("model_fp16.onnx", float16, ("cuda",), 0.999, 0.01),
+    "float16": Variant("model_fp16.onnx", float16, ("cuda",), 0.999, 0.01, dtype=torch.float16),
+    "float16-fused": Variant(
+        "model_fp16_fused.onnx", float16_fused, ("cuda",), 0.999, 0.01, fuses=True, dtype=torch.float16
+    ),
+    "bfloat16": Variant("model_bf16.onnx", bfloat16, ("cuda",), 0.99, 0.03, dtype=torch.bfloat16),
     "int8": Variant("model_int8.onnx", int8, ("cpu",), 0.995, 0.03),
     "int8-dynamic": Variant("model_quantized.onnx", int8_dynamic, ("cpu",), 0.995, 0.03),
     "int4": Variant("model_q4.onnx", int4, TARGETS, 0.98, 0.03),
@@ -158,19 +170,6 @@ def _heads(model: ModelProto) -> list[str]:
         if node is not None and node.op_type == "MatMul":
             found.append(node.name)
     return found
-
-
-def _part(model: ModelProto) -> None:
-    """Weights that several wide nodes share, once for each: the converter names its casts by the weight. In place."""
-    held = {one.name: one for one in model.graph.initializer}
-    seen: set[str] = set()
-    for node in model.graph.node:
-        for i, name in enumerate(node.input if node.op_type in _WIDE else ()):
-            if name in held and name in seen:
-                copy = model.graph.initializer.add()
-                copy.CopyFrom(held[name])
-                copy.name = node.input[i] = f"{name}_{len(model.graph.initializer)}"
-            seen.add(name)
 
 
 def _save(model: ModelProto, file: Path) -> None:

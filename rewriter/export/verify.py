@@ -5,6 +5,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -80,16 +81,35 @@ def torch_stage(module: nn.Module) -> Stage:
     return run
 
 
-def open_file(file: str | Path) -> onnxruntime.InferenceSession:
-    """An ONNX file under ONNX Runtime on the CPU.
+def on_cuda(target: str) -> bool:
+    """Whether files for a target run on a GPU here: ONNX Runtime has the provider, and PyTorch sees one."""
+    return (
+        target == "cuda"
+        and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+        and torch.cuda.is_available()
+    )
+
+
+def open_file(file: str | Path, target: str = "cpu", **options: str) -> onnxruntime.InferenceSession:
+    """An ONNX file under ONNX Runtime: on the GPU if it is for one and there is one, else on the CPU.
+
+    Args:
+        target: `cpu` or `cuda`.
+        options: of the CUDA provider; TF32 is as PyTorch has it.
 
     Raises:
         SubspanError: ONNX Runtime can't load it; naming the op and its module.
     """
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
+    session = onnxruntime.SessionOptions()
+    session.log_severity_level = 4
+    session.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if on_cuda(target):
+        onnxruntime.preload_dlls()
+        tf32 = {"use_tf32": str(int(torch.backends.cuda.matmul.allow_tf32))}
+        providers = [("CUDAExecutionProvider", tf32 | options), *providers]
     with _named(file):
-        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(file), session, providers=providers)
 
 
 def fed(
@@ -99,31 +119,33 @@ def fed(
 
     Args:
         batch: by name; of a decoder with a cache `input_ids` are the new tokens, `attention_mask` is of all.
-        past: keys and values of the tokens before, by name; None: there are none.
+        past: keys and values of the tokens before, by name; None: zeros.
     """
     cast = {name: value.float() if value.is_floating_point() else value for name, value in batch.items()}
-    feed = {name: value.numpy() for name, value in cast.items()} | dict(past or {})
+    feed = {name: value.cpu().numpy() for name, value in cast.items()} | dict(past or {})
     for value in session.get_inputs():
         if value.name == "position_ids" and value.name not in feed:
             after = feed["attention_mask"].cumsum(1) - 1
             feed[value.name] = np.clip(after, 0, None)[:, -feed["input_ids"].shape[1] :]
         elif value.name.startswith(PAST) and value.name not in feed:
             _, heads, _, width = value.shape
-            feed[value.name] = np.zeros((len(feed["input_ids"]), heads, 0, width), np.float32)
+            dtype = np.float16 if value.type == "tensor(float16)" else np.float32
+            before = feed["attention_mask"].shape[1] - feed["input_ids"].shape[1]
+            feed[value.name] = np.zeros((len(feed["input_ids"]), heads, before, width), dtype)
     names = {value.name for value in session.get_inputs()}
     return {name: value for name, value in feed.items() if name in names}
 
 
-def onnx_stage(file: str | Path, session: onnxruntime.InferenceSession | None = None) -> Stage:
-    """The outputs of an ONNX file under ONNX Runtime on the CPU.
+def onnx_stage(file: str | Path, target: str = "cpu") -> Stage:
+    """The outputs of an ONNX file under ONNX Runtime.
 
     Args:
-        session: the file, opened.
+        target: as of `open_file`.
 
     Raises:
         SubspanError: ONNX Runtime can't load it, or, when it is run, can't run it; naming the op and its module.
     """
-    session = session or open_file(file)
+    session = open_file(file, target)
     names = [value.name for value in session.get_outputs() if not value.name.startswith(PRESENT)]
 
     def run(batch: dict[str, Tensor]) -> list[np.ndarray]:

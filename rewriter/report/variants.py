@@ -26,13 +26,19 @@ def print_variants(run: Path, console: Console) -> None:
             _number(one["metric"], ".4f"),
             _number(one["agreement"], ".2%"),
             _number(one["max_abs_diff"], ".1e"),
-            *(_number(one["latency_ms"].get(shape), ".1f") for shape in shapes),
+            *(_number(one["latency_ms"].get(shape), ".2f") for shape in shapes),
         )
-    names = {"eager": "PyTorch", "compile": "torch.compile", "products": "matrix products alone"}
     for name, times in found["beside"].items():
         if times:
-            table.add_row(names[name], *[""] * 5, *(_number(times.get(shape), ".1f") for shape in shapes))
+            table.add_row(beside(name), *[""] * 5, *(_number(times.get(shape), ".2f") for shape in shapes))
     console.print(table)
+
+
+def beside(name: str) -> str:
+    """What a run beside the files is called: `eager-float16` -> `PyTorch, float16`."""
+    names = {"eager": "PyTorch", "compile": "torch.compile", "products": "matrix products alone"}
+    what, _, dtype = name.partition("-")
+    return f"{names[what]}, {dtype}" if dtype else names[what]
 
 
 def _number(value: Any, form: str) -> str:

@@ -32,6 +32,9 @@ SCHEDULES = (
     "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
 )  # fmt: skip
 TRACKERS = ("tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio")
+VARIANTS = (
+    "float32", "float32-fused", "float16", "float16-fused", "bfloat16", "int8", "int8-dynamic", "int4",
+)  # fmt: skip
 Dtype = Literal["float32", "bfloat16", "float16"]
 Count = Annotated[int, Field(ge=1, le=2**53)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
@@ -341,7 +344,7 @@ class Export(_Model):
     checkpoint: bool = Field(True, description="write merged/, which from_pretrained loads")
     onnx: Onnx | None = Field(Onnx(), description="write onnx/; null: don't")
     verify: Verify = Field(Verify(), description="the comparison of all stages")
-    variants: list[Literal["float32", "float32-fused", "float16", "int8", "int8-dynamic", "int4"]] | None = Field(
+    variants: list[Literal[VARIANTS]] | None = Field(
         None, min_length=1, description="ONNX files to make; default: all that make sense on the target, if measured"
     )
     latency: list[Annotated[list[Annotated[int, Field(ge=1, le=2**20)]], Field(min_length=2, max_length=2)]] | None = (
