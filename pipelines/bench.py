@@ -17,7 +17,7 @@ from pipelines.study import Study
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 FUNCTIONS = "from rewriter import Inputs, Rule, merge, plan, rewrite, trace"
-COMMANDS = ("cli", "train", "export", "validate", "plan", "passes", "show", "schema", "study", "bench")
+COMMANDS = ("cli", "train", "export", "run", "push", "validate", "plan", "passes", "show", "schema", "study", "bench")
 
 
 @app.command()

@@ -5,6 +5,8 @@ import typer
 from pipelines.export import export
 from pipelines.passes import passes
 from pipelines.plan import plan
+from pipelines.push import push
+from pipelines.run import run
 from pipelines.schema import schema
 from pipelines.show import show
 from pipelines.train import train
@@ -21,7 +23,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the installed command."""
-    for command in (validate, plan, passes, show, train, export, schema):
+    for command in (validate, plan, passes, show, train, export, run, push, schema):
         app.command()(command)
     app()
 

@@ -15,7 +15,7 @@ from .spec import Spec, dump_spec, is_dump, load_spec
 from .training.checkpoint import BUDGET, EARLIER, OPTIMISER, PREDICTIONS, STATE, TUNED, checkpoints
 
 MARKER, LOCK = ".subspan-run", ".subspan-lock"
-FOLDERS = ("checkpoints", "adapter", "merged/1_Pooling", "merged/2_Normalize", "merged", "onnx")
+FOLDERS = ("checkpoints", "adapter", "merged/1_Pooling", "merged/2_Normalize", "merged/onnx", "merged", "onnx")
 _NOTE = "This folder is a run of subspan. --overwrite removes what a run writes, and nothing else.\n"
 # What training and export write, file by file: nothing else in these folders is touched.
 WRITTEN = (
@@ -28,6 +28,7 @@ WRITTEN = (
         for folder in ("merged", "onnx")
         for name in (
             "config.json", "*.safetensors", "*.safetensors.index.json", "generation_config.json", "model.onnx*",
+            "model_*.onnx*", "onnx/model*.onnx*", "genai_config.json", "README.md",
             "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
             "preprocessor_config.json", "processor_config.json", "chat_template*",
             "modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json",

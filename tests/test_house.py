@@ -14,6 +14,8 @@ FOREIGN = {
     ("graph/sublayers.py", "alpha"),  # of aten.baddbmm
     ("passes/fuse/accumulate.py", "alpha"),  # of aten.addmm
     ("passes/insert/insert_attention_rows.py", "scale"),  # of scaled_dot_product_attention
+    ("tasks/question_answering.py", "start"),  # of a span
+    ("tasks/question_answering.py", "end"),
     ("report/picture.py", "dropout"),  # an op
     ("report/picture.py", "start"),  # of SVG's text-anchor
 }
@@ -21,7 +23,7 @@ FOREIGN = {
 ORDER = (
     "errors", "files", "resources", "algebra", "transforms", "methods", "graph", "tasks", "spec", "plan", "passes",
     "trace", "svd", "tuned", "rewrite", "base", "pretrained", "smoke", "sources", "data", "adapters", "training",
-    "export",
+    "export", "answer",
     "report", "folder",
     "session",
 )  # fmt: skip

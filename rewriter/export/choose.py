@@ -85,6 +85,21 @@ def _judged(truth: compare.Truth, name: str, file: Path, target: str) -> dict[st
     return {"metric": value, "agreement": share, "max_abs_diff": one.tuned, "mean_abs_diff": mean, "reason": why}
 
 
+def linked(file: Path, place: Path) -> None:
+    """The same file under another name; a copy on file systems without links."""
+    try:
+        os.link(file, place)
+    except OSError:
+        shutil.copyfile(file, place)
+
+
+def beside_checkpoint(onnx: Path, merged: Path) -> None:
+    """Put what ships under `onnx/` of a checkpoint: the folder that hubs have, and that their consumers open."""
+    (merged / "onnx").mkdir()
+    for file in sorted(onnx.glob("*.onnx*")):
+        linked(file, merged / "onnx" / file.name)
+
+
 def off_the_gpu(file: Path) -> list[str]:
     """Operators of a file that compute on the CPU: as the provider says where there is a GPU, else by its table."""
     return fallen(file, open_file(file, "cuda")) if on_cuda("cuda") else lacking(file)
@@ -169,10 +184,7 @@ def settle(offered: Sequence[dict[str, Any]], plain: Path) -> str:
     behind = lambda entry: max((entry["latency_ms"][shape] / least for shape, least in best.items()), default=1.0)  # noqa: E731
     chosen = min(held, key=behind)["name"] if held else PLAIN
     file = next((Path(entry["file"]) for entry in held if entry["name"] == chosen), plain)
-    try:
-        os.link(file, plain.with_name(SHIPPED))
-    except OSError:  # Of file systems without links.
-        shutil.copyfile(file, plain.with_name(SHIPPED))
+    linked(file, plain.with_name(SHIPPED))
     kept = {file, *(Path(entry["file"]) for entry in held)}
     for made in {plain, *(Path(entry["file"]) for entry in offered if entry["file"])} - kept:
         for one in files_of(made):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..adapters.store import load_adapter, read_manifest
 from ..data import encode, load_rows
 from ..errors import SpecError, SubspanError, UnreachableError, reason
-from ..files import aside, read_json, write_json
+from ..files import aside, read_json, write_json, write_text
 from ..graph.sublayers import attentions
 from ..graph.traced import Inputs, TracedModel
 from ..pretrained import Pretrained, collator, for_onnx, load_model, positions, processor_of, save_model
@@ -20,7 +20,8 @@ from ..trace import trace
 from ..training.checkpoint import load_predictions
 from ..tuned import TunedModel
 from . import compare
-from .choose import SHIPPED, offer, settle, timed
+from .card import card, deviation
+from .choose import SHIPPED, beside_checkpoint, offer, settle, timed
 from .decoder import decoder_of, decoding_stage, genai_config
 from .latency import shapes_of
 from .merge import merge, rest
@@ -46,11 +47,8 @@ def ship(spec: Spec, run: Path, target: str = "cpu", measure: bool = False) -> d
         SubspanError: the adapter is of other weights, or a stage differs by more than `export.verify.atol`, by default
             by more than the tuned model's own rounding explains.
     """
-    pretrained, task = load_model(spec), spec.task
-    processor = processor_of(spec, pretrained)
-    inputs, passes = task.inputs(pretrained.model, processor=processor), spec.train.passes
-    traced = trace(pretrained.module, inputs, ("eval",), passes.off)
-    tuned = load_adapter(traced, run / "adapter", without=passes.off, also=passes.on)
+    task = spec.task
+    pretrained, processor, inputs, traced, tuned = load_tuned(spec, run)
     longest = _longest(pretrained, tuned)
     shapes = shapes_of(spec.export.latency, longest, tuned.varies) if measure else []
     count = len(attentions(traced.graphs["eval"]))
@@ -65,7 +63,7 @@ def ship(spec: Spec, run: Path, target: str = "cpu", measure: bool = False) -> d
             save_model(pretrained, str(merged))
             processor.save_pretrained(merged)
             task.ship(merged, pretrained.module, spec.data.max_length if spec.data else processor.model_max_length)
-            stages["checkpoint"] = torch_stage(_reload(spec, merged).module)
+            stages["checkpoint"] = torch_stage(load_merged(spec, merged).module)
         if spec.export.onnx:
             for_onnx(pretrained.model)
             module = pretrained.module
@@ -75,17 +73,38 @@ def ship(spec: Spec, run: Path, target: str = "cpu", measure: bool = False) -> d
         report = _compared(truth, stages)
         report["stored_weights"] = stored
         write_json(verify, report)
+        found = None
         if spec.export.onnx:
             offered = offer(truth, wanted(spec.export.variants, target, measure), plain, count, target)
             batches = {f"{b}x{n}": task.inputs(pretrained.model, b, n, processor).kwargs for b, n in shapes}
             if cache["holds"]:
                 batches |= {f"{name} step": _step(batch) for name, batch in batches.items()}
             found = {"target": target, "variants": offered, "beside": timed(offered, shipped, batches, target)}
-            write_json(export, found | {"chosen": settle(offered, plain)} | ({"cache": cache} if task.decodes else {}))
+            found |= {"chosen": settle(offered, plain)} | ({"cache": cache} if task.decodes else {})
+            write_json(export, found)
             if cache["holds"]:
                 config = genai_config(onnx / SHIPPED, pretrained.model.config, processor, longest)
                 write_json(onnx / "genai_config.json", config)
+            if merged.is_dir():
+                beside_checkpoint(onnx, merged)
+        for folder in (folder for folder in (merged, onnx) if folder.is_dir()):
+            write_text(folder / "README.md", card(spec, run, report, found, deviation(spec, truth.rows)))
     return report
+
+
+def load_tuned(spec: Spec, run: Path) -> tuple[Pretrained, Any, Inputs, TracedModel, TunedModel]:
+    """The base of a run, its processor, examples of what it reads, its eval graph, and that with the run's adapter."""
+    pretrained, passes = load_model(spec), spec.train.passes
+    processor = processor_of(spec, pretrained)
+    inputs = spec.task.inputs(pretrained.model, processor=processor)
+    traced = trace(pretrained.module, inputs, ("eval",), passes.off)
+    return (
+        pretrained,
+        processor,
+        inputs,
+        traced,
+        load_adapter(traced, run / "adapter", without=passes.off, also=passes.on),
+    )
 
 
 def _step(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -250,7 +269,7 @@ def _rows(spec: Spec, run: Path, pretrained: Pretrained, tuned: TunedModel) -> t
     ), None
 
 
-def _reload(spec: Spec, folder: Path) -> Pretrained:
+def load_merged(spec: Spec, folder: Path) -> Pretrained:
     """The checkpoint as anyone would load it."""
     model = spec.model.model_copy(update={"name": str(folder.absolute()), "revision": None})
     return load_model(spec.model_copy(update={"model": model}))

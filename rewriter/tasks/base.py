@@ -91,24 +91,30 @@ class Task:
         roles: the columns it reads.
         metrics: what can be measured, the default first.
         auto: the class of transformers that loads the model.
+        tag: the pipeline that hubs list it under.
         processor: the class of transformers that loads the tokenizer, or the image processor.
         headed: whether what lies outside the base model is a new head where a checkpoint has none.
         labelled: whether it has class names.
         smooths: whether label smoothing has a meaning.
         decodes: whether outputs are of the next token, from which a text goes on.
+        writes: whether its answer is a text, written token by token.
         sequences: whether rows differ in length.
+        asks: the roles that a question has; the others are its answer.
     """
 
     Options: ClassVar[type[Options]] = Options
     roles: ClassVar[dict[str, Role]] = {"text": Role("text"), "label": Role("label"), "text_pair": Role("text", False)}
     metrics: ClassVar[tuple[str, ...]] = ("loss",)
     auto: ClassVar[str]
+    tag: ClassVar[str] = "text-classification"
     processor: ClassVar[str] = "AutoTokenizer"
     headed: ClassVar[bool] = True
     labelled: ClassVar[bool] = False
     smooths: ClassVar[bool] = False
     decodes: ClassVar[bool] = False
+    writes: ClassVar[bool] = False
     sequences: ClassVar[bool] = True
+    asks: ClassVar[tuple[str, ...]] = ("text",)
 
     def __init__(self, name: str, options: Options):
         self.name, self.options = name, options
@@ -291,6 +297,17 @@ class Task:
             rows: the encoded rows.
         """
         raise NotImplementedError
+
+    # What is asked.
+
+    def blank(self, row: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+        """What stands for the answer in a row that is asked, where `encode` reads one."""
+        return {"label": labels[0]} if labels else {}
+
+    def answer(self, out: Any, targets: Batch, row: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+        """What the model's output on a row that is asked says: here its label, and the probability of each."""
+        scores = out.logits[0].double().softmax(-1).tolist()
+        return {"label": labels[int(np.argmax(scores))], "scores": dict(zip(labels, scores, strict=True))}
 
     # What is shipped.
 

@@ -16,9 +16,11 @@ class CausalLM(Task):
     roles = {"text": Role("text")}
     metrics = ("perplexity", "loss", "accuracy")
     auto = "AutoModelForCausalLM"
+    tag = "text-generation"
     headed = False
     smooths = True
     decodes = True
+    writes = True
 
     def example_batch(self, model: nn.Module, batch: int, length: int, processor: Any = None) -> dict[str, Tensor]:
         inputs = self.inputs(model, batch, length, processor).kwargs

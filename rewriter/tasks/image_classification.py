@@ -21,9 +21,11 @@ _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 class ImageClassification(Task):
     """One label an image."""
 
+    asks = ("image",)
     roles = {"image": Role("image"), "label": Role("label")}
     metrics = ("accuracy", "f1", "matthews_correlation", "loss")
     auto = "AutoModelForImageClassification"
+    tag = "image-classification"
     processor = "AutoImageProcessor"
     labelled = True
     smooths = True

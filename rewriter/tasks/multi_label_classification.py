@@ -77,5 +77,13 @@ class MultiLabelClassification(Task):
         guess, truth = np.split(found.astype(int), 2, axis=1)
         return float(sk.f1_score(truth, guess, average=metric.removesuffix("_f1"), zero_division=0))
 
+    def blank(self, row: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+        return {"label": [labels[0]]}
+
+    def answer(self, out: Any, targets: Batch, row: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+        """The labels that hold, and the probability of each."""
+        scores = dict(zip(labels, out.logits[0].double().sigmoid().tolist(), strict=True))
+        return {"labels": [name for name, score in scores.items() if score > THRESHOLD], "scores": scores}
+
     def metadata(self, labels: Sequence[str]) -> dict[str, Any]:
         return {"threshold": THRESHOLD}

@@ -33,9 +33,11 @@ class QuestionAnswering(Task):
     """
 
     Options = AnswerOptions
+    asks = ("question", "context")
     roles = {"question": Role("text"), "context": Role("text"), "answers": Role("answers")}
     metrics = ("f1", "exact_match", "loss")
     auto = "AutoModelForQuestionAnswering"
+    tag = "question-answering"
 
     def example_batch(self, model: nn.Module, batch: int, length: int, processor: Any = None) -> dict[str, Tensor]:
         inputs = self.inputs(model, batch, length, processor).kwargs
@@ -131,6 +133,16 @@ class QuestionAnswering(Task):
         end = targets["ends"].gather(1, (place % width).unsqueeze(1)).squeeze(1)
         nothing = first[:, 0] + last[:, 0]
         return torch.stack([targets["row"].double(), start.double(), end.double(), score, nothing], dim=1)
+
+    def blank(self, row: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+        return {"answers": {"text": [], "answer_start": []}}
+
+    def answer(self, out: Any, targets: Batch, row: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+        """The best span, where it stands in the context, its score, and that of no answer: sums of two logits."""
+        found = self.summary(out, targets)
+        _, start, end, score, _ = found[found[:, 3].argmax()].tolist()
+        span = {"start": int(start), "end": int(end), "score": score, "no_answer": found[:, 4].min().item()}
+        return {"answer": str(row["context"])[int(start) : int(end)], **span}
 
     def measure(self, metric: str, found: np.ndarray, rows: Any) -> float:
         best: dict[int, tuple[float, int, int]] = {}

@@ -41,6 +41,13 @@ class Regression(Task):
         wide = torch.promote_types(guess.dtype, torch.float32)
         return F.mse_loss(guess.to(wide), targets["labels"].to(wide), reduction="sum")
 
+    def blank(self, row: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+        return {"label": 0.0}
+
+    def answer(self, out: Any, targets: Batch, row: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+        """The number."""
+        return {"value": out.logits[0].double().item()}
+
     def summary(self, out: Any, targets: Batch) -> Tensor:
         """(batch, 2): guess and truth."""
         return torch.cat([out.logits.float(), targets["labels"].float().unsqueeze(1)], dim=1)

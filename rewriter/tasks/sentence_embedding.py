@@ -70,6 +70,7 @@ class SentenceEmbedding(Task):
     ranks = tuple(f"recall@{k}" for k in DEPTHS)
     metrics = ("spearman", *ranks, "loss")
     auto = "AutoModel"
+    tag = "sentence-similarity"
     headed = False
 
     def metrics_of(self, columns: Mapping[str, str]) -> tuple[str, ...]:
@@ -160,6 +161,14 @@ class SentenceEmbedding(Task):
         before = [(row @ second.T > own + 1e-6).sum() for row, own in zip(first, right, strict=True)]
         return float(np.mean([count < k for count in before]))
 
+    def blank(self, row: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+        return {"text_pair": row.get("text_pair", row["text"])}
+
+    def answer(self, out: Any, targets: Batch, row: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+        """The text's embedding; of a pair, how near the two are: the cosine."""
+        first, second = out[OUTPUT].double()
+        return {"cosine": (first @ second).item()} if "text_pair" in row else {"embedding": first.tolist()}
+
     def metadata(self, labels: Sequence[str]) -> dict[str, Any]:
         return {"normalized": True}
 
@@ -209,7 +218,8 @@ class Embedder(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Embeddings (batch, size) of length 1."""
+        """Embeddings (batch, size) of length 1, and what they are pooled of, (batch, sequence, size): some consumers
+        pool themselves."""
         more = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         tokens = self._base[0](input_ids=input_ids, attention_mask=attention_mask, **more).last_hidden_state
         mask = attention_mask.unsqueeze(-1).to(tokens.dtype)
@@ -218,7 +228,7 @@ class Embedder(nn.Module):
             pooled = tokens[torch.arange(tokens.shape[0], device=tokens.device), first]
         else:
             pooled = (tokens * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
-        return {OUTPUT: F.normalize(pooled, dim=1)}
+        return {OUTPUT: F.normalize(pooled, dim=1), "last_hidden_state": tokens}
 
 
 def _written_pooling(name: str, revision: str | None) -> str:

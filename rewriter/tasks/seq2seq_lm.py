@@ -32,8 +32,10 @@ class Seq2SeqLM(Task):
     roles = {"text": Role("text"), "label": Role("text")}
     metrics = ("perplexity", "loss", "accuracy")
     auto = "AutoModelForSeq2SeqLM"
+    tag = "text2text-generation"
     headed = False
     smooths = True
+    writes = True
 
     def inputs(self, model: nn.Module, batch: int = 3, length: int = 11, processor: Any = None) -> Inputs:
         """A decoder's sequence is shorter, so that no two sizes are equal."""

@@ -16,9 +16,11 @@ from .cells import check_labels, words
 class TokenClassification(Task):
     """Lists of words and of their labels; a word's label stands on its first token."""
 
+    asks = ("tokens",)
     roles = {"tokens": Role("words"), "label": Role("labels")}
     metrics = ("accuracy", "f1", "loss")
     auto = "AutoModelForTokenClassification"
+    tag = "token-classification"
     labelled = True
     smooths = True
 
@@ -67,6 +69,15 @@ class TokenClassification(Task):
 
     def padded_labels(self, labels: list[Any]) -> Tensor:
         return padded_lists(labels)
+
+    def blank(self, row: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+        return {"label": [labels[0]] * len(row["tokens"])}
+
+    def answer(self, out: Any, targets: Batch, row: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+        """A label and its probability for each word, as far as the text was read."""
+        scores, places = out.logits[targets["labels"] != IGNORED].double().softmax(-1).max(-1)
+        found = [labels[place] for place in places.tolist()]
+        return {"tokens": list(row["tokens"][: len(found)]), "labels": found, "scores": scores.tolist()}
 
     def summary(self, out: Any, targets: Batch) -> Tensor:
         return guesses(out.logits, targets["labels"])

