@@ -1,6 +1,7 @@
 """Compare: how far each stage is from a wider run of the tuned model, beside the tuned model's own rounding, and
 whether its decisions on the validation rows are those that the run kept."""
 
+import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from ..errors import SubspanError, reason
+from ..graph.ops import aten
 from ..graph.sublayers import shape_of
 from ..graph.traced import TracedModel
 from ..spec import Spec
@@ -121,17 +123,29 @@ def is_half(model: TracedModel) -> bool:
     return any(p.dtype in HALVES.values() for p in model.parameters())
 
 
-def widened(model: TracedModel) -> TracedModel:
-    """The eval graph of a model in float64; in float32 for half types, whose rounding is far above."""
-    return retyped(model, torch.float32 if is_half(model) else torch.float64)
+def wider(model: TracedModel) -> torch.dtype:
+    """The type that a model's rounding is seen in: float64; float32 for half types, whose rounding is far above."""
+    return torch.float32 if is_half(model) else torch.float64
 
 
 def retyped(model: TracedModel, dtype: torch.dtype) -> TracedModel:
-    """The eval graph of a model in another floating type."""
-    out = model.clone("eval").to(dtype)
-    for node in out.graphs["eval"].nodes:
+    """The eval graph of a model in another floating type, over the same tensors: each is cast where it is read, so that
+    there is never a second copy of all."""
+    out = model.clone("eval")
+    graph = out.graphs["eval"]
+    for node in graph.nodes:
         wide = lambda value: dtype if isinstance(value, torch.dtype) and value.is_floating_point else value  # noqa: E731
         node.args, node.kwargs = map_aggregate(node.args, wide), map_aggregate(node.kwargs, wide)
+    held = dict(
+        itertools.chain(out.named_parameters(remove_duplicate=False), out.named_buffers(remove_duplicate=False))
+    )
+    places = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.find_nodes(op="get_attr"):
+        value = held.get(node.target)
+        if value is not None and node.users and value.is_floating_point() and value.dtype != dtype:
+            with graph.inserting_before(min(node.users, key=places.get)):
+                cast = graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
+            node.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
     out.recompile()
     return out.eval()
 
@@ -326,6 +340,14 @@ def run_wide(stage: Stage) -> Stage:
             ) from error
 
     return run
+
+
+def joined(one: dict[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Two reports on the same rows as one."""
+    both = dict(one) | {"max_abs_diff": max(one["max_abs_diff"], other["max_abs_diff"])}
+    for name in ("stages", "from_wide", "metrics", "agreement"):
+        both[name] = one[name] and {**one[name], **other[name]}
+    return both
 
 
 def report(

@@ -16,7 +16,7 @@ from ..passes.base import Context
 from ..passes.manager import run
 from ..trace import capture, muted
 
-LIMIT = 2_000_000_000  # bytes, about what a file of protobuf holds
+LIMIT = 1_000_000_000  # bytes; protobuf holds twice that, and writing it takes four times that in memory
 
 
 def export_onnx(
@@ -28,7 +28,7 @@ def export_onnx(
     without: Collection[str] = (),
     called: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a module, in eval mode, as ONNX; weights of more than 2 GB lie beside it in `<file>.data`.
+    """Write a module, in eval mode, as ONNX; weights of more than 1 GB lie beside it in `<file>.data`.
 
     Inputs have the names of the module's parameters and outputs the names of its output's fields (`output_<i>` where it
     has none); dynamic dimensions have the names given in `inputs.dynamic`.

@@ -27,7 +27,7 @@ from .latency import shapes_of
 from .merge import merge, rest
 from .onnx import export_onnx
 from .variants import PLAIN, VARIANTS, files_of, wanted
-from .verify import Stage, batches, onnx_stage, open_file, torch_stage
+from .verify import Stage, batches, onnx_stage, open_file, remembered, torch_stage
 
 
 def ship(spec: Spec, run: Path, target: str = "cpu", measure: bool = False) -> dict[str, Any]:
@@ -64,13 +64,14 @@ def ship(spec: Spec, run: Path, target: str = "cpu", measure: bool = False) -> d
             processor.save_pretrained(merged)
             task.ship(merged, pretrained.module, spec.data.max_length if spec.data else processor.model_max_length)
             stages["checkpoint"] = torch_stage(load_merged(spec, merged).module)
+        report = _compared(truth, stages)
+        stages.clear()  # Of a large model no more than one stage has room.
         if spec.export.onnx:
             for_onnx(pretrained.model)
             module = pretrained.module
             shipped = module if whole else rest(tuned, trace(module, inputs, modes=("eval",)))
             plain, cache = _write(truth, pretrained, shipped, inputs, onnx, _metadata(spec, pretrained, run))
-            stages["onnx"] = onnx_stage(plain)
-        report = _compared(truth, stages)
+            report = compare.joined(report, _compared(truth, {"onnx": onnx_stage(plain)}))
         report["stored_weights"] = stored
         write_json(verify, report)
         found = None
@@ -182,14 +183,15 @@ def _truth(
     """What the run's stages are compared with."""
     # Nothing is shipped wider than float32: the rounding that counts is that of float32.
     wide64 = next(tuned.parameters()).dtype == torch.float64
-    reference = torch_stage(compare.retyped(tuned, torch.float32) if wide64 else tuned)
+    reference = torch_stage(compare.retyped(tuned, torch.float32), torch.float32) if wide64 else torch_stage(tuned)
     rows, why = _rows(spec, run, pretrained, tuned)
     random = _usable(reference, list(_samples(spec, pretrained, inputs, tuned)), why)
-    set_by_hand = spec.export.verify.atol is not None
-    wide = None if set_by_hand else compare.run_wide(torch_stage(compare.widened(tuned)))
+    set_by_hand, dtype = spec.export.verify.atol is not None, compare.wider(tuned)
+    wide = None if set_by_hand else compare.run_wide(torch_stage(compare.retyped(tuned, dtype), dtype))
     axes = compare.sequences(traced.graphs["eval"], traced.input_names)
     eps = torch.finfo(torch.float32 if wide64 else next(tuned.parameters()).dtype).eps
-    return compare.Truth(spec, tuned, reference, wide, rows, why, random, axes, eps)
+    wide = wide and remembered(wide)
+    return compare.Truth(spec, tuned, remembered(reference), wide, rows, why, random, axes, eps)
 
 
 def _compared(truth: compare.Truth, stages: Mapping[str, Stage]) -> dict[str, Any]:

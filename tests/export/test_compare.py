@@ -28,16 +28,17 @@ def samples(inputs, padded=False):
 def test_a_model_passes_by_its_own_rounding_and_a_changed_one_does_not(name, dtype):
     model, inputs = build(name, dtype)
     traced = trace(model, inputs, ("eval",))
-    wide = compare.widened(traced)
-    exact = torch.float64 if dtype is torch.float32 else torch.float32
-    assert {p.dtype for p in wide.parameters()} == {exact}
+    exact = compare.wider(traced)
+    assert exact is (torch.float64 if dtype is torch.float32 else torch.float32)
+    wide = compare.retyped(traced, exact)
+    assert {p.data_ptr() for p in wide.parameters()} == {p.data_ptr() for p in traced.parameters()}
     changed = trace(model, inputs, ("eval",))
     with torch.no_grad():
         for parameter in changed.parameters():
             parameter.data = parameter.data * 1.1
     stages = {"same": torch_stage(model), "changed": torch_stage(changed)}
     axes = compare.sequences(traced.graphs["eval"], traced.input_names)
-    found, scale = compare.distances(torch_stage(traced), torch_stage(wide), stages, iter(samples(inputs)), axes)
+    found, scale = compare.distances(torch_stage(traced), torch_stage(wide, exact), stages, iter(samples(inputs)), axes)
     assert 0 < found["tuned"].wide[0] < 100 * torch.finfo(dtype).eps * scale[0]
     assert compare.too_far({k: found[k] for k in ("tuned", "same")}, scale, torch.finfo(dtype).eps) is None
     said = compare.too_far(found, scale, torch.finfo(dtype).eps)
