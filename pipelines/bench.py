@@ -120,6 +120,26 @@ def start(rounds: Annotated[int, typer.Option(help="Interleaved rounds; the medi
 
 
 @app.command()
+def decoding(
+    run: Annotated[Path, typer.Argument(help="Folder of an exported run of a decoder.")],
+    prompts: Annotated[int, typer.Option(help="Rows of the validation data.")] = 16,
+    tokens: Annotated[int, typer.Option(help="That each goes on by.")] = 64,
+    length: Annotated[int, typer.Option(help="Of the sequence that is timed.")] = 512,
+) -> None:
+    """How many prompts go on as `generate` on merged/ does, and the time of a token with the cache and without."""
+    with failures(run):
+        from pipelines.decoding import same_tokens, step_times
+
+        same, count = same_tokens(run, prompts, tokens)
+        console.print(f"{same} of {count} prompts go on by the same {tokens} tokens as generate's", highlight=False)
+        times = step_times(run, length)
+        said = ", ".join(f"{name} {value:.1f} ms" for name, value in times.items())
+        console.print(
+            f"token {length}: {said}: {times['without'] / times['with the cache']:.1f} times", highlight=False
+        )
+
+
+@app.command()
 def kernels() -> None:
     """Write the table of ONNX Runtime's CUDA kernels, by which files for a GPU are checked elsewhere; needs a GPU."""
     with failures():

@@ -68,15 +68,16 @@ def _judged(truth: compare.Truth, name: str, file: Path, target: str) -> dict[st
     found, scale = (truth if exact else replace(truth, wide=None)).distances({name: stage}, tally)
     one = found[name]
     metrics, share = truth.measured({name: stage}, tally).get(name, ({}, None))
-    value, why = metrics.get(spec.metric), None
+    value, why, decided = metrics.get(spec.metric), None, share is not None
+    share = one.same / one.tokens if one.tokens else share
     if exact:
         why = truth.far(name, found, scale)
     elif truth.rows is None:
         why = f"nothing says what it costs: {truth.why}"
     own = truth.rows.metrics[spec.metric] if truth.rows else None
-    if why is None and share is not None and share < variant.agreement:
+    if why is None and share is not None and share < variant.agreement and (decided or not exact):
         why = f"{share:.2%} of its decisions are the tuned run's; {variant.agreement:.1%} at least"
-    if why is None and share is None and not exact:
+    if why is None and not decided and not exact:
         far = abs(value - own) > variant.change * max(abs(own), 1e-3)
         why = f"{spec.metric} {value:.4f}, the tuned run's {own:.4f}: over {variant.change:.0%} apart" if far else None
     if why is None and target == "cuda" and (left := off_the_gpu(file)):

@@ -108,12 +108,15 @@ class Distance:
     Attributes:
         tuned: over all outputs.
         total, count: the sum of all differences to the tuned model, and how many there are.
+        same, tokens: of a text on validation rows, how many next tokens are likeliest to both, and how many there are.
         wide, where: of each output, and the row it is in.
     """
 
     tuned: float = 0.0
     total: float = 0.0
     count: int = 0
+    same: int = 0
+    tokens: int = 0
     wide: dict[int, float] = field(default_factory=dict)
     where: dict[int, str] = field(default_factory=dict)
 
@@ -236,6 +239,10 @@ def distances(
             if [x.shape for x in outputs] != [x.shape for x in exact]:
                 one.tuned, one.wide[0], one.where[0] = np.inf, np.inf, f"{what}: other shapes"
                 continue
+            if tally and targets and tally.spec.task.writes:
+                equal = outputs[0].argmax(-1) == own[0].argmax(-1)
+                equal = equal if masks[0] is None else equal[masks[0]]
+                one.same, one.tokens = one.same + int(equal.sum()), one.tokens + equal.size
             for i, (value, truth, tuned, mask) in enumerate(zip(outputs, exact, own, masks, strict=True)):
                 one.tuned = max(one.tuned, gap(value, tuned, mask)[0])
                 total, count = mean_gap(value, tuned, mask)

@@ -118,13 +118,15 @@ def genai_config(file: Path, config: Any, processor: Any, longest: int | None) -
             "present_value_names": f"{PRESENT}.%d.value",
         },
     }
+    size = shapes["logits"][-1]
+    known = lambda token: token if isinstance(token, int) and token < size else None  # noqa: E731
     model = {
         "type": "decoder",
-        "vocab_size": shapes["logits"][-1],
+        "vocab_size": size,
         "context_length": most,
-        "bos_token_id": config.bos_token_id if config.bos_token_id is not None else processor.bos_token_id,
-        "eos_token_id": ends,
-        "pad_token_id": processor.pad_token_id,
+        "bos_token_id": known(config.bos_token_id if config.bos_token_id is not None else processor.bos_token_id),
+        "eos_token_id": [one for one in ends if known(one) is not None] if isinstance(ends, list) else known(ends),
+        "pad_token_id": known(processor.pad_token_id),
         "decoder": decoder,
     }
     search = {"max_length": most, "do_sample": False, "past_present_share_buffer": False}

@@ -1,7 +1,8 @@
-"""Folders that ship, opened by those who read them: transformers.js, and sentence-transformers with ONNX Runtime.
+"""Folders that ship, opened by those who read them: transformers.js, sentence-transformers, onnxruntime-genai.
 
-Both come from elsewhere, or clash with our packages: SUBSPAN_NODE names a folder in which @huggingface/transformers was
-installed by npm, SUBSPAN_OPTIMUM a Python with sentence-transformers and optimum-onnx.
+They come from elsewhere, or clash with our packages: SUBSPAN_NODE names a folder in which @huggingface/transformers was
+installed by npm, SUBSPAN_OPTIMUM a Python with sentence-transformers and optimum-onnx, SUBSPAN_GENAI one with
+onnxruntime-genai.
 """
 
 import json
@@ -12,14 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from rewriter import Session
 from rewriter.answer import answerer
 from rewriter.folder import spec_of
+from tests.export.test_decoder import exported
 from tests.pipelines.test_tasks import CASES, COMMON, LABELS, MORE, minilm, row, rows, sentence, text_model
 
 NODE, OPTIMUM = os.environ.get("SUBSPAN_NODE"), os.environ.get("SUBSPAN_OPTIMUM")
 node = pytest.mark.skipif(not NODE or not shutil.which("node"), reason="SUBSPAN_NODE names no folder of npm packages")
+genai = pytest.mark.skipif(not os.environ.get("SUBSPAN_GENAI"), reason="SUBSPAN_GENAI names no Python with it")
 optimum = pytest.mark.skipif(not OPTIMUM, reason="SUBSPAN_OPTIMUM names no Python with optimum-onnx")
 
 
@@ -93,3 +98,33 @@ def test_sentence_transformers_opens_the_file(tmp_path):
     np.testing.assert_allclose(
         json.loads(done.stdout.splitlines()[-1]), [answer({"text": t})["embedding"] for t in texts], atol=1e-4
     )
+
+
+GENERATE = """
+import json, sys, numpy, onnxruntime_genai as og
+ids = json.loads(sys.argv[2])
+model = og.Model(sys.argv[1])
+options = og.GeneratorParams(model)
+options.set_search_options(max_length=len(ids) + 24, min_length=len(ids) + 24)
+generator = og.Generator(model, options)
+generator.append_tokens(numpy.array([ids], dtype=numpy.int32))
+while not generator.is_done():
+    generator.generate_next_token()
+print(json.dumps([int(one) for one in generator.get_sequence(0)]))
+"""
+
+
+@genai
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_onnxruntime_genai_generates(name, tmp_path):
+    run, _ = exported(tmp_path, name)
+    model = transformers.AutoModelForCausalLM.from_pretrained(run / "merged")
+    ids = [5, 6, 7, 8]
+    line = [os.environ["SUBSPAN_GENAI"], "-c", GENERATE, run / "onnx", json.dumps(ids)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    options = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(torch.tensor([ids]), **options)[0]
+    assert json.loads(done.stdout.splitlines()[-1]) == expected.tolist()
+    written = json.loads((run / "onnx" / "genai_config.json").read_text())
+    assert written["model"]["type"] == "decoder" and written["model"]["context_length"] == 64

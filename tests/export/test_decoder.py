@@ -74,23 +74,6 @@ def test_names_and_sizes_are_those_of_its_consumers(tmp_path):
     assert given["present.0.key"] == ["batch", 2, "past_sequence + sequence", 8]
 
 
-def test_onnxruntime_genai_opens_the_folder(tmp_path):
-    genai = pytest.importorskip("onnxruntime_genai")
-    run, _ = exported(tmp_path, "llama")
-    ids = torch.tensor([[5, 6, 7, 8]])
-    expected = greedy(run / "onnx" / "model.onnx", ids, torch.ones_like(ids))[0]
-    model = genai.Model(str(run / "onnx"))
-    options = genai.GeneratorParams(model)
-    options.set_search_options(max_length=4 + NEW, min_length=4 + NEW)
-    generator = genai.Generator(model, options)
-    generator.append_tokens(ids.numpy())
-    while not generator.is_done():
-        generator.generate_next_token()
-    np.testing.assert_array_equal(generator.get_sequence(0)[4:], expected)
-    written = json.loads((run / "onnx" / "genai_config.json").read_text())
-    assert written["model"]["context_length"] == 64 and written["model"]["decoder"]["num_key_value_heads"] == 2
-
-
 def test_what_can_t_merge_has_no_cache(tmp_path):
     config, _ = DECODERS["llama"]
     train = {"max_steps": 1, "batch_size": 4}

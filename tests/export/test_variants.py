@@ -130,7 +130,7 @@ def test_half_precision_keeps_its_ends_wide(run):
     assert {one.type.tensor_type.elem_type for one in model.graph.output} == {onnx.TensorProto.FLOAT}
 
 
-def test_a_decoder_is_judged_by_its_metric(tmp_path):
+def test_a_decoder_is_judged_by_its_metric_and_its_next_tokens(tmp_path, monkeypatch):
     import transformers as hf
 
     spec = task_spec(
@@ -141,11 +141,16 @@ def test_a_decoder_is_judged_by_its_metric(tmp_path):
         "**.c_attn.weight",
         train={"max_steps": 2, "batch_size": 4},
     )
+    strict = dataclasses.replace(variants.VARIANTS["int4"], agreement=1.1)
+    monkeypatch.setitem(variants.VARIANTS, "int4", strict)
     session = Session(spec.model_copy(update={"export": Export(variants=["int8", "int4"])}))
     session.tune(tmp_path / "run")
     session.export()
-    for one in json.loads((tmp_path / "run" / "export.json").read_text())["variants"]:
-        assert one["holds"] and one["agreement"] is None and one["metric"] == pytest.approx(50, rel=0.3)
+    int8, int4 = json.loads((tmp_path / "run" / "export.json").read_text())["variants"]
+    for one in (int8, int4):
+        assert one["metric"] == pytest.approx(50, rel=0.3)
+        assert one["holds"] == (one["agreement"] >= variants.VARIANTS[one["name"]].agreement)
+    assert 0.5 < int4["agreement"] <= int8["agreement"] <= 1 and "of its decisions" in int4["reason"]
 
 
 def test_a_length_that_the_model_does_not_take(run):
