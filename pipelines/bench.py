@@ -140,6 +140,22 @@ def decoding(
 
 
 @app.command()
+def memory(
+    folder: Annotated[Path, typer.Option(help="For the model and its runs; seven times the weights.")] = Path(
+        "runs/memory"
+    ),
+    layers: Annotated[int, typer.Option(help="Of the model; 30 are 1.45 billion parameters.")] = 30,
+) -> None:
+    """The peak memory of an export over the bytes of the weights, of a random Llama in bfloat16."""
+    with failures(folder):
+        from pipelines.memory import factors
+
+        size, found = factors(folder, layers)
+        said = ", ".join(f"{name} {value:.2f}" for name, value in found.items())
+        console.print(f"{size:.2f} GB of weights; peak above imports over that: {said}", highlight=False)
+
+
+@app.command()
 def kernels() -> None:
     """Write the table of ONNX Runtime's CUDA kernels, by which files for a GPU are checked elsewhere; needs a GPU."""
     with failures():

@@ -78,8 +78,7 @@ def ship(spec: Spec, run: Path, target: str = "cpu", measure: bool = False) -> d
         if spec.export.onnx:
             offered = offer(truth, wanted(spec.export.variants, target, measure), plain, count, target)
             batches = {f"{b}x{n}": task.inputs(pretrained.model, b, n, processor).kwargs for b, n in shapes}
-            if cache["holds"]:
-                batches |= {f"{name} step": _step(batch) for name, batch in batches.items()}
+            batches |= _steps(batches) if cache["holds"] else {}
             found = {"target": target, "variants": offered, "beside": timed(offered, shipped, batches, target)}
             found |= {"chosen": settle(offered, plain)} | ({"cache": cache} if task.decodes else {})
             write_json(export, found)
@@ -108,9 +107,9 @@ def load_tuned(spec: Spec, run: Path) -> tuple[Pretrained, Any, Inputs, TracedMo
     )
 
 
-def _step(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A batch's last tokens, after all others."""
-    return dict(batch) | {"input_ids": batch["input_ids"][:, -1:]}
+def _steps(batches: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Each batch's last tokens, after all others."""
+    return {f"{name} step": {**one, "input_ids": one["input_ids"][:, -1:]} for name, one in batches.items()}
 
 
 def _longest(pretrained: Pretrained, tuned: TunedModel) -> int | None:
