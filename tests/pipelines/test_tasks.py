@@ -218,6 +218,15 @@ def test_minilm_embeds_as_sentence_transformers_does(tmp_path, reviews):
     sentence_transformers = pytest.importorskip("sentence_transformers")
     run, metrics = minilm(tmp_path, reviews, "sentence-embedding", "{text: a, text_pair: b}")
     model = sentence_transformers.SentenceTransformer(str(run / "merged"), device="cpu")
+    hub = onnxruntime.InferenceSession(str(run / "merged" / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"])
+    # What text-embeddings-inference reads, by its own names.
+    read = {value.name: value.shape for value in hub.get_inputs()}
+    assert list(read) == ["input_ids", "attention_mask", "token_type_ids"]
+    assert set(map(tuple, read.values())) == {("batch", "sequence")}
+    assert [(value.name, value.shape) for value in hub.get_outputs()] == [
+        ("sentence_embedding", ["batch", 384]), ("last_hidden_state", ["batch", "sequence", 384])
+    ]  # fmt: skip
+    assert json.loads((run / "merged" / "1_Pooling" / "config.json").read_text())["word_embedding_dimension"] == 384
     held = datasets.load_dataset("json", data_files=str(reviews), split="train")
     held = held.train_test_split(test_size=40, seed=0)["test"]
     first, second = (torch.tensor(model.encode(list(held[name]))) for name in "ab")
