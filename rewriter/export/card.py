@@ -11,6 +11,7 @@ from ..files import read_json
 from ..resources import PACKAGE, is_local
 from ..spec import Spec
 from . import compare
+from .listing import listing, markdown
 
 _DRAWS = 200
 
@@ -20,13 +21,12 @@ def deviation(spec: Spec, rows: compare.Rows | None) -> float | None:
 
     None where it kept no predictions, or one of them is not a row's alone.
     """
-    if rows is None or rows.kept is None or spec.metric == "loss" or len(rows.kept) != len(rows.encoded):
+    if rows is None or rows.kept is None or len(rows.kept) != len(rows.encoded):
+        return None
+    if spec.metric == "loss" or not spec.task.draws(spec.metric):
         return None
     draw = np.random.default_rng(0).integers(len(rows.kept), size=(_DRAWS, len(rows.kept)))
-    try:
-        return float(np.std([spec.task.measure(spec.metric, rows.kept[some], rows.encoded) for some in draw]))
-    except KeyError:  # Every row has to be among the predictions.
-        return None
+    return float(np.std([spec.task.measure(spec.metric, rows.kept[some], rows.encoded) for some in draw]))
 
 
 def card(spec: Spec, run: Path, report: Mapping[str, Any], found: Mapping[str, Any] | None, error: float | None) -> str:
@@ -90,23 +90,11 @@ def _named(spec: Spec) -> str:
 
 
 def _files(found: Mapping[str, Any]) -> list[str]:
-    shapes = list(dict.fromkeys(shape for one in found["variants"] for shape in one["latency_ms"]))
-    heads = ["file", "holds", "MB", "metric", "same decisions", *(f"{shape}, ms" for shape in shapes)]
-    lines = [
-        "## Files",
-        "",
-        f"`onnx/model.onnx` is {found['chosen']}, for {found['target']}.",
-        "",
-        f"| {' | '.join(heads)} |",
-        f"|{' --- |' * len(heads)}",
-    ]
-    for one in found["variants"]:
-        cells = [one["name"], "yes" if one["holds"] else f"no: {one['reason']}"]
-        numbers = ((one["bytes"] and one["bytes"] / 1e6, ".1f"), (one["metric"], ".4f"), (one["agreement"], ".2%"))
-        cells += ["" if value is None else format(value, form) for value, form in numbers]
-        cells += [f"{one['latency_ms'][shape]:.2f}" if shape in one["latency_ms"] else "" for shape in shapes]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    shapes, rows, _ = listing(found)
+    columns = ("name", "holds", "MB", "metric", "same decisions", *shapes)
+    heads = ["file", *columns[1:5], *(f"{shape}, ms" for shape in shapes)]
+    table = markdown(heads, [[row[column] for column in columns] for row in rows])
+    return ["## Files", "", f"`onnx/model.onnx` is {found['chosen']}, for {found['target']}.", "", *table]
 
 
 def _loading(spec: Spec, merged: bool, onnx: bool) -> list[str]:

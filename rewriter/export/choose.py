@@ -17,8 +17,9 @@ from . import compare
 from .decoder import stepping
 from .kernels import fallen, lacking
 from .latency import Run, bound, forward, interleaved, products
-from .variants import PLAIN, VARIANTS, attention_nodes, build, files_of
-from .verify import on_cuda, onnx_stage, open_file
+from .onnx import files_of, size_of
+from .variants import PLAIN, VARIANTS, attention_nodes, build
+from .verify import cast, on_cuda, onnx_stage, open_file
 
 SHIPPED = "model.onnx"
 _KEYS = (
@@ -47,12 +48,12 @@ def offer(
         entry = dict.fromkeys(_KEYS) | {"name": name, "holds": False, "latency_ms": {}}
         try:
             file = build(name, plain)
-            entry |= {"file": str(file), "bytes": sum(one.stat().st_size for one in files_of(file))}
+            entry |= {"file": str(file), "bytes": size_of(file)}
             entry["fused_attention"] = attention_nodes(file)
             entry |= _judged(truth, name, file, target)
-            lacking = attentions - entry["fused_attention"]
-            if VARIANTS[name].fuses and lacking > 0:
-                entry["reason"] = f"{lacking} of {attentions} attentions are not one node"
+            apart = attentions - entry["fused_attention"]
+            if VARIANTS[name].fuses and apart > 0:
+                entry["reason"] = f"{apart} of {attentions} attentions are not one node"
             entry["holds"] = entry["reason"] is None
         except SubspanError as error:
             entry["reason"] = str(error).split("; nothing is written")[0]
@@ -145,15 +146,15 @@ def timed(
 def _beside(module: nn.Module, batch: Mapping[str, Tensor], device: str, steps: bool) -> dict[str, Run]:
     """The runs of a module on a batch."""
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-    cast = {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in batch.items()}
+    given = cast(batch, dtype, device)
     if steps:
-        return {"eager": stepping(module, cast)}
-    runs = {"eager": forward(module, cast), "products": products(module, cast)}
+        return {"eager": stepping(module, given)}
+    runs = {"eager": forward(module, given), "products": products(module, given)}
     # One CUDA graph, like the files.
     compiled = torch.compile(module, mode="reduce-overhead" if device == "cuda" else "default", dynamic=False)
     with contextlib.suppress(Exception):  # Of any of its back ends, and of compilers that are not there.
         with torch._dynamo.config.patch(recompile_limit=64):
-            (run := forward(compiled, cast))()
+            (run := forward(compiled, given))()
         runs["compile"] = run
     return runs
 

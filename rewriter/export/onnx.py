@@ -118,3 +118,13 @@ def save(model: onnx_ir.Model, file: Path) -> None:
     """Write a model; weights of more than a file of protobuf holds lie beside it in `<file>.data`."""
     large = sum(value.const_value.nbytes for value in model.graph.initializers.values()) > LIMIT
     onnx_ir.save(model, file, external_data=f"{file.name}.data" if large else None)
+
+
+def files_of(file: Path) -> list[Path]:
+    """An ONNX file and, if there is one, the file of its weights."""
+    return [one for one in (file, file.with_name(f"{file.name}.data")) if one.exists()]
+
+
+def size_of(file: Path) -> int:
+    """Bytes of an ONNX file and of its weights."""
+    return sum(one.stat().st_size for one in files_of(file))

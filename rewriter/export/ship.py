@@ -25,8 +25,8 @@ from .choose import SHIPPED, beside_checkpoint, offer, settle, timed
 from .decoder import decoder_of, decoding_stage, genai_config
 from .latency import shapes_of
 from .merge import merge, rest
-from .onnx import export_onnx
-from .variants import PLAIN, VARIANTS, files_of, wanted
+from .onnx import export_onnx, files_of
+from .variants import PLAIN, VARIANTS, wanted
 from .verify import Stage, batches, onnx_stage, open_file, remembered, torch_stage
 
 
@@ -49,7 +49,7 @@ def ship(spec: Spec, run: Path, target: str = "cpu", measure: bool = False) -> d
     """
     task = spec.task
     pretrained, processor, inputs, traced, tuned = load_tuned(spec, run)
-    longest = _longest(pretrained, tuned)
+    longest = longest_of(pretrained, tuned)
     shapes = shapes_of(spec.export.latency, longest, tuned.varies) if measure else []
     count = len(attentions(traced.graphs["eval"]))
     truth = _truth(spec, run, pretrained, traced, tuned, inputs)
@@ -70,7 +70,7 @@ def ship(spec: Spec, run: Path, target: str = "cpu", measure: bool = False) -> d
             for_onnx(pretrained.model)
             module = pretrained.module
             shipped = module if whole else rest(tuned, trace(module, inputs, modes=("eval",)))
-            plain, cache = _write(truth, pretrained, shipped, inputs, onnx, _metadata(spec, pretrained, run))
+            plain, cache = _write(truth, pretrained, shipped, inputs, onnx, _metadata(spec, pretrained, run, longest))
             report = compare.joined(report, _compared(truth, {"onnx": onnx_stage(plain)}))
         report["stored_weights"] = stored
         write_json(verify, report)
@@ -98,13 +98,8 @@ def load_tuned(spec: Spec, run: Path) -> tuple[Pretrained, Any, Inputs, TracedMo
     processor = processor_of(spec, pretrained)
     inputs = spec.task.inputs(pretrained.model, processor=processor)
     traced = trace(pretrained.module, inputs, ("eval",), passes.off)
-    return (
-        pretrained,
-        processor,
-        inputs,
-        traced,
-        load_adapter(traced, run / "adapter", without=passes.off, also=passes.on),
-    )
+    tuned = load_adapter(traced, run / "adapter", without=passes.off, also=passes.on)
+    return pretrained, processor, inputs, traced, tuned
 
 
 def _steps(batches: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
@@ -112,11 +107,11 @@ def _steps(batches: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, T
     return {f"{name} step": {**one, "input_ids": one["input_ids"][:, -1:]} for name, one in batches.items()}
 
 
-def _longest(pretrained: Pretrained, tuned: TunedModel) -> int | None:
-    """The longest sequence of tokens that the model takes; None: any."""
+def longest_of(pretrained: Pretrained, tuned: TunedModel | None = None) -> int | None:
+    """The longest sequence of tokens that a model takes, together with what transforms put before it; None: any."""
     own = getattr(pretrained.model.config.get_text_config(), "max_position_embeddings", None)
-    bounds = (own, positions(pretrained.model), tuned.longest)
-    return min((most - tuned.rows for most in bounds if most), default=None)
+    bounds = (own, positions(pretrained.model), tuned.longest if tuned else None)
+    return min((most - (tuned.rows if tuned else 0) for most in bounds if most), default=None)
 
 
 def _write(
@@ -279,16 +274,17 @@ def load_merged(spec: Spec, folder: Path) -> Pretrained:
 def _samples(spec: Spec, pretrained: Pretrained, inputs: Inputs, tuned: TunedModel) -> Any:
     """Random inputs of lengths that the model takes beside its own rows."""
     config = pretrained.model.config.get_text_config()
-    limits = [spec.data.max_length if spec.data else 0, _longest(pretrained, tuned) or 0]
+    limits = [spec.data.max_length if spec.data else 0, longest_of(pretrained, tuned) or 0]
     return batches(inputs, getattr(config, "vocab_size", 2), min((n for n in limits if n > 0), default=None))
 
 
-def _metadata(spec: Spec, pretrained: Pretrained, run: Path) -> dict[str, object]:
+def _metadata(spec: Spec, pretrained: Pretrained, run: Path, longest: int | None) -> dict[str, object]:
     """What a server needs to know of an ONNX file."""
     manifest = read_manifest(run / "adapter")
     return {
         "task": spec.model.task,
         "labels": pretrained.labels,
+        "longest": longest,
         **spec.task.metadata(pretrained.labels),
         "base": manifest["base"],
         "versions": manifest["versions"],

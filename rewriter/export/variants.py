@@ -12,7 +12,7 @@ from onnx import ModelProto
 from ..errors import SubspanError, reason
 from ..trace import muted
 from .half import halve
-from .onnx import LIMIT, save
+from .onnx import LIMIT, save, size_of
 
 TARGETS = ("cpu", "cuda")
 PLAIN = "float32"
@@ -66,7 +66,7 @@ def int8_dynamic(source: Path, file: Path) -> None:
         file,
         per_channel=True,
         weight_type=QuantType.QInt8,
-        use_external_data_format=_bytes(source) > LIMIT,
+        use_external_data_format=size_of(source) > LIMIT,
         extra_options={"WeightSymmetric": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
     )
 
@@ -137,19 +137,10 @@ def build(name: str, source: Path) -> Path:
     return file
 
 
-def files_of(file: Path) -> list[Path]:
-    """An ONNX file and, if there is one, the file of its weights."""
-    return [one for one in (file, file.with_name(f"{file.name}.data")) if one.exists()]
-
-
 def attention_nodes(file: Path) -> int:
     """How many attentions of a file are one node."""
     nodes = onnx.load(file, load_external_data=False).graph.node
     return sum(node.op_type in ATTENTIONS for node in nodes)
-
-
-def _bytes(source: Path) -> int:
-    return sum(one.stat().st_size for one in files_of(source))
 
 
 def _bare(source: Path) -> ModelProto:

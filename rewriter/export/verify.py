@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import SubspanError, reason
 from ..graph.traced import Inputs
+from .onnx import size_of
 
 Stage = Callable[[dict[str, Tensor]], list[np.ndarray]]
 PAST, PRESENT = "past_key_values", "present"
@@ -67,6 +68,11 @@ def _fill(
     return torch.randint(vocabulary, shape, generator=generator)
 
 
+def cast(batch: Mapping[str, Tensor], dtype: torch.dtype, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """A batch on a device; what is no integer in a type."""
+    return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in batch.items()}
+
+
 def torch_stage(module: nn.Module, dtype: torch.dtype | None = None) -> Stage:
     """The outputs of a module in eval mode, on the device of its parameters, as arrays of float32, float64 of a module
     in float64; inputs that are no integers are cast to the type that it computes in.
@@ -81,8 +87,7 @@ def torch_stage(module: nn.Module, dtype: torch.dtype | None = None) -> Stage:
 
     @torch.no_grad()
     def run(batch: dict[str, Tensor]) -> list[np.ndarray]:
-        cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
-        out = module(**{name: value.to(device) for name, value in cast.items()})
+        out = module(**cast(batch, dtype, device))
         return [value.to(out_dtype).cpu().numpy() for value in pytree.tree_leaves(out) if isinstance(value, Tensor)]
 
     return run
@@ -129,7 +134,7 @@ def open_file(file: str | Path, target: str = "cpu", **options: str) -> onnxrunt
     """
     session = onnxruntime.SessionOptions()
     session.log_severity_level = 4
-    if sum(one.stat().st_size for one in (Path(file), Path(f"{file}.data")) if one.exists()) > LARGE:
+    if size_of(Path(file)) > LARGE:
         session.add_session_config_entry("session.disable_prepacking", "1")  # It copies every weight.
     session.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     providers: list[Any] = ["CPUExecutionProvider"]
@@ -150,8 +155,7 @@ def fed(
         batch: by name; of a decoder with a cache `input_ids` are the new tokens, `attention_mask` is of all.
         past: keys and values of the tokens before, by name; None: zeros.
     """
-    cast = {name: value.float() if value.is_floating_point() else value for name, value in batch.items()}
-    feed = {name: value.cpu().numpy() for name, value in cast.items()} | dict(past or {})
+    feed = {name: value.numpy() for name, value in cast(batch, torch.float32).items()} | dict(past or {})
     for value in session.get_inputs():
         if value.name == "position_ids" and value.name not in feed:
             after = feed["attention_mask"].cumsum(1) - 1
@@ -165,6 +169,16 @@ def fed(
     return {name: value for name, value in feed.items() if name in names}
 
 
+def outputs_of(session: onnxruntime.InferenceSession) -> list[str]:
+    """Names of a file's outputs, less the keys and values."""
+    return [value.name for value in session.get_outputs() if not value.name.startswith(PRESENT)]
+
+
+def has_cache(session: onnxruntime.InferenceSession) -> bool:
+    """Whether a file reads keys and values."""
+    return any(value.name.startswith(PAST) for value in session.get_inputs())
+
+
 def onnx_stage(file: str | Path, target: str = "cpu") -> Stage:
     """The outputs of an ONNX file under ONNX Runtime.
 
@@ -175,7 +189,7 @@ def onnx_stage(file: str | Path, target: str = "cpu") -> Stage:
         SubspanError: ONNX Runtime can't load it, or, when it is run, can't run it; naming the op and its module.
     """
     session = open_file(file, target)
-    names = [value.name for value in session.get_outputs() if not value.name.startswith(PRESENT)]
+    names = outputs_of(session)
 
     def run(batch: dict[str, Tensor]) -> list[np.ndarray]:
         with _named(file):

@@ -298,6 +298,10 @@ class Task:
         """
         raise NotImplementedError
 
+    def draws(self, metric: str) -> bool:
+        """Whether a metric is one of rows that can be drawn with replacement: each counts by itself."""
+        return True
+
     # What is asked.
 
     def blank(self, row: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:

@@ -134,6 +134,10 @@ class QuestionAnswering(Task):
         nothing = first[:, 0] + last[:, 0]
         return torch.stack([targets["row"].double(), start.double(), end.double(), score, nothing], dim=1)
 
+    def draws(self, metric: str) -> bool:
+        """Windows of one text count together."""
+        return False
+
     def blank(self, row: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
         return {"answers": {"text": [], "answer_start": []}}
 

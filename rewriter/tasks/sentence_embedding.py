@@ -161,6 +161,10 @@ class SentenceEmbedding(Task):
         before = [(row @ second.T > own + 1e-6).sum() for row, own in zip(first, right, strict=True)]
         return float(np.mean([count < k for count in before]))
 
+    def draws(self, metric: str) -> bool:
+        """A text is looked for among all others."""
+        return metric == "spearman"
+
     def blank(self, row: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
         return {"text_pair": row.get("text_pair", row["text"])}
 

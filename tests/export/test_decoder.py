@@ -69,6 +69,7 @@ def test_names_and_sizes_are_those_of_its_consumers(tmp_path):
     assert list(read)[:3] == ["input_ids", "attention_mask", "position_ids"]
     assert read["attention_mask"] == ["batch", "total_sequence"]
     assert read["past_key_values.1.value"] == ["batch", 2, "past_sequence", 8]
+    assert session.get_modelmeta().custom_metadata_map["longest"] == "64"
     given = {value.name: value.shape for value in session.get_outputs()}
     assert given["logits"] == ["batch", "sequence", 50]
     assert given["present.0.key"] == ["batch", 2, "past_sequence + sequence", 8]
