@@ -146,13 +146,12 @@ def memory(
     ),
     layers: Annotated[int, typer.Option(help="Of the model; 30 are 1.45 billion parameters.")] = 30,
 ) -> None:
-    """The peak memory of an export over the bytes of the weights, of a random Llama in bfloat16."""
+    """The peak memory of an export above imports, of a random Llama in bfloat16, over the weights that it writes."""
     with failures(folder):
         from pipelines.memory import factors
 
-        size, found = factors(folder, layers)
-        said = ", ".join(f"{name} {value:.2f}" for name, value in found.items())
-        console.print(f"{size:.2f} GB of weights; peak above imports over that: {said}", highlight=False)
+        for name, (size, factor) in factors(folder, layers).items():
+            console.print(f"{name}: {size:.2f} GB of weights, peak {factor:.2f} times that", highlight=False)
 
 
 @app.command()

@@ -26,8 +26,9 @@ print(json.dumps(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - imp
 """
 
 
-def factors(folder: Path, layers: int) -> tuple[float, dict[str, float]]:
-    """Gigabytes of the weights, and the peak above imports over them: of the checkpoint alone, and with the ONNX file.
+def factors(folder: Path, layers: int) -> dict[str, tuple[float, float]]:
+    """Gigabytes of the weights that are written, and the peak above imports over them: of the checkpoint alone, and
+    of the ONNX file, which is in float32, behind it.
 
     Args:
         folder: for the model and its runs, of which it takes seven times the weights.
@@ -36,14 +37,14 @@ def factors(folder: Path, layers: int) -> tuple[float, dict[str, float]]:
     model = folder / "model"
     if not model.exists():
         random_model(model, transformers.LlamaConfig(num_hidden_layers=layers, dtype="bfloat16", **LLAMA))
-    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     spec = decoder_spec(folder / "spec.yaml", model)
     short = ("train.max_steps=1", "train.batch_size=2", "data.max_length=16", "data.limit={train: 8, validation: 4}")
-    found = {}
+    found, written = {}, {"checkpoint": "merged/*.safetensors", "onnx": "onnx/model_fp32.onnx*"}
     for name, more in {"checkpoint": ["export.onnx=null"], "onnx": []}.items():
         run = folder / name
         if not (run / "metrics.json").exists():
             Session(spec, "model.dtype=bfloat16", "export.variants=null", *short, *more).tune(run)
         done = subprocess.run([sys.executable, "-c", MEASURED, run], check=True, capture_output=True, text=True)
-        found[name] = int(done.stdout.splitlines()[-1]) / size
-    return size / 1e9, found
+        size = sum(file.stat().st_size for file in run.glob(written[name]))
+        found[name] = size / 1e9, int(done.stdout.splitlines()[-1]) / size
+    return found

@@ -18,7 +18,7 @@ from transformers.utils import logging as hf_logging
 
 from .base import NAME, check_config, config_of, others, own_type, stored, whole_numbers
 from .errors import SpecError, SubspanError, UnreachableError, reason
-from .graph.traced import Inputs
+from .graph.traced import Inputs, released
 from .resources import is_local, resolve
 from .spec import Model, Spec
 from .tasks import Task, task_of
@@ -138,7 +138,7 @@ def check_finite(name: str, model: nn.Module) -> None:
         SpecError: with the first of them.
     """
     for one, value in model.state_dict().items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
+        if value.is_floating_point() and value.numel() and not torch.isfinite(torch.stack(value.aminmax())).all():
             raise SpecError(f"{one} of {name} is not finite: the checkpoint is broken", NAME)
 
 
@@ -376,7 +376,12 @@ def for_onnx(model: nn.Module) -> nn.Module:
     """The model in float32 and with its experts, if any, as batched products: ONNX has no grouped ones. In place."""
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("batched_mm")
-    return model.float()
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            stored = tensor.data
+            tensor.data = stored.float()
+            released(stored)
+    return model
 
 
 def example_inputs(model: nn.Module, task: str | Task, batch: int = 3, length: int = 11) -> Inputs:

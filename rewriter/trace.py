@@ -33,7 +33,7 @@ def capture(model: nn.Module, inputs: Inputs, training: bool = False) -> Exporte
         SubspanError: the module can't be traced, or changes its buffers while it trains.
     """
     args_shapes, kwargs_shapes = inputs.shapes()
-    model = _twin(model)
+    model = twin(model)
     with _without_cache(model), _named_inputs(model, inputs):
         names = list(inspect.signature(model.forward).parameters)
         shapes = {name: shape for name, shape in zip(names, args_shapes, strict=False)} | kwargs_shapes
@@ -95,7 +95,7 @@ def _memory(node: fx.Node) -> list[fx.Node]:
     return [node] if node.op == "get_attr" else []
 
 
-def _twin(model: nn.Module) -> nn.Module:
+def twin(model: nn.Module) -> nn.Module:
     """The module again, over the same tensors: what tracing sets or a forward changes in it is not the caller's."""
     if isinstance(model, TracedModel):
         return model

@@ -5,7 +5,6 @@ import copy
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +64,8 @@ def _judged(truth: compare.Truth, name: str, file: Path, target: str) -> dict[st
     """How a file does beside the tuned run, and why it does not hold, if so."""
     variant, stage, spec = VARIANTS[name], onnx_stage(file, target), truth.spec
     exact = variant.change is None
-    tally = compare.Tally(spec, truth.tuned, [name])
-    found, scale = (truth if exact else replace(truth, wide=None)).distances({name: stage}, tally)
+    tally = truth.tally([name])
+    found, scale = truth.distances({name: stage}, tally, wide=exact)
     one = found[name]
     metrics, share = truth.measured({name: stage}, tally).get(name, ({}, None))
     value, why, decided = metrics.get(spec.metric), None, share is not None

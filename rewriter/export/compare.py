@@ -2,8 +2,10 @@
 whether its decisions on the validation rows are those that the run kept."""
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,10 +23,12 @@ from ..spec import Spec
 from ..tasks import IGNORED
 from ..tasks.base import Collate
 from ..training.loop import HALVES
-from .verify import Stage, gap, mean_gap
+from .verify import Stage, gap
 
 FACTOR = 4.0
 WIDE_ROWS = 64
+# Of outputs: the most numbers in a batch, and the most that are kept of the tuned model; one row may have more.
+BATCH_NUMBERS, KEPT_NUMBERS = 2**25, 2**27
 # The least share of decisions that are the run's own, and the largest change of a metric that counts none. By whether
 # something was computed in half precision: there near ties fall either way.
 AGREEMENT = {False: 0.99, True: 0.95}
@@ -38,6 +42,7 @@ class Rows:
 
     Attributes:
         encoded, collate, size: rows, how they become a batch, and how many of them.
+        wider: how many batches are compared with the wider run.
         kept: (n, k) what metrics needed of the tuned run's outputs; None for runs that kept none.
         metrics: the run's own on these rows.
     """
@@ -45,8 +50,52 @@ class Rows:
     encoded: Dataset
     collate: Collate
     size: int
+    wider: int
     kept: np.ndarray | None
     metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A batch, and what the tuned model and its wider run make of it, on disk: they need not stay in memory.
+
+    Attributes:
+        what, first: where its rows are from, and the number of the first.
+        inputs, targets: of the batch.
+        file: of the outputs.
+    """
+
+    what: str
+    first: int
+    inputs: dict[str, Tensor]
+    targets: dict[str, Tensor]
+    file: Path
+
+    def outputs(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Of the tuned model and of its wider run; twice the same where there was none."""
+        with np.load(self.file) as held:
+            own = [held[name] for name in held.files if name.startswith("own")]
+            return own, [held[name] for name in held.files if name.startswith("wide")] or own
+
+
+def recorded(
+    reference: Stage,
+    wide: Stage | None,
+    samples: Iterable[tuple[str, int, dict[str, Tensor], dict[str, Tensor]]],
+    folder: Path,
+) -> Iterator[Sample]:
+    """Run the tuned model on samples.
+
+    Args:
+        reference, wide: the tuned model, and its wider run; None where only the tuned model is compared with.
+        samples: (what, number of the first row, inputs, targets).
+        folder: for the outputs.
+    """
+    for what, first, inputs, targets in samples:
+        made = {"own": reference(inputs), "wide": wide(inputs) if wide else []}
+        file = folder / f"{len(list(folder.iterdir()))}.npz"
+        np.savez(file, **{f"{name}{i}": value for name, values in made.items() for i, value in enumerate(values)})
+        yield Sample(what, first, inputs, targets, file)
 
 
 @dataclass(frozen=True)
@@ -54,38 +103,38 @@ class Truth:
     """What every stage and every file is compared with.
 
     Attributes:
-        spec, tuned: the run's, and its model.
-        reference, wide: the tuned model, and its wider run; None where `export.verify.atol` says how far is near.
+        spec: the run's.
+        names, form: of the tuned model's inputs, and of its outputs.
+        half: whether any of its parameters is stored in half precision.
+        samples: random inputs that the model takes, and the first validation rows.
         rows, why: validation rows, or why there are none.
-        random: inputs that the model takes beside them.
         axes: from `sequences`.
-        eps: of the type that rounding is counted in.
+        eps: of the type that rounding is counted in; None where `export.verify.atol` says how far is near.
     """
 
     spec: Spec
-    tuned: TracedModel
-    reference: Stage
-    wide: Stage | None
+    names: list[str]
+    form: pytree.TreeSpec
+    half: bool
+    samples: list[Sample]
     rows: Rows | None
     why: str | None
-    random: list[dict[str, Tensor]]
     axes: list[str | None]
-    eps: float
+    eps: float | None
 
-    @property
-    def wider(self) -> int:
-        """How many batches of rows are compared with the wider run."""
-        return -(-WIDE_ROWS // self.rows.size) if self.rows else 0
+    def tally(self, stages: Collection[str]) -> "Tally":
+        """Of some stages."""
+        return Tally(self.spec, self.form, stages)
 
-    def distances(self, stages: Mapping[str, Stage], tally: "Tally") -> tuple[dict[str, "Distance"], dict[int, float]]:
-        """As the function, on the random inputs and the first rows."""
-        samples = [("the random inputs", 0, inputs, {}) for inputs in self.random]
-        samples += list(batches_of(self.rows, self.tuned.input_names, 0, self.wider)) if self.rows else []
-        return distances(self.reference, self.wide, stages, samples, self.axes, tally)
+    def distances(
+        self, stages: Mapping[str, Stage], tally: "Tally", wide: bool = True
+    ) -> tuple[dict[str, "Distance"], dict[int, float]]:
+        """As the function, on all samples."""
+        return distances(self.samples, stages, self.axes, tally, wide)
 
     def far(self, name: str, found: Mapping[str, "Distance"], scale: Mapping[int, float]) -> str | None:
         """Why a stage is too far from the tuned model, if it is; `found` and `scale` are from `distances`."""
-        if self.wide is not None:
+        if self.eps is not None:
             return too_far(found, scale, self.eps)
         one, atol = found[name].tuned, self.spec.export.verify.atol
         near = atol is not None and one <= atol
@@ -95,7 +144,7 @@ class Truth:
         """Every stage's metrics on all rows, and its share of the run's decisions; after `distances`."""
         if self.rows is None:
             return {}
-        for _, _, inputs, targets in batches_of(self.rows, self.tuned.input_names, self.wider):
+        for _, _, inputs, targets in batches_of(self.rows, self.names, self.rows.wider):
             for name, stage in stages.items():
                 tally.add(name, stage(inputs), targets)
         return tally.measured(self.rows)
@@ -124,6 +173,17 @@ class Distance:
 def is_half(model: TracedModel) -> bool:
     """Whether any parameter is stored in half precision."""
     return any(p.dtype in HALVES.values() for p in model.parameters())
+
+
+def elements(graph: fx.Graph, longest: int) -> int:
+    """The most numbers that one row has in an output of a traced graph.
+
+    Args:
+        longest: tokens of a row.
+    """
+    nodes = [node for node in pytree.tree_leaves(graph.output_node().args[0]) if isinstance(node, fx.Node)]
+    sizes = [[size if isinstance(size, int) else longest for size in shape_of(node)[1:]] for node in nodes]
+    return max(map(math.prod, sizes), default=1)
 
 
 def wider(model: TracedModel) -> torch.dtype:
@@ -172,12 +232,12 @@ class Tally:
 
     Args:
         spec: its task and metric are read.
-        model: the tuned one.
+        form: of the tuned model's outputs.
         stages: names.
     """
 
-    def __init__(self, spec: Spec, model: TracedModel, stages: Collection[str]):
-        self.spec, self.form = spec, model.signatures["eval"].outputs
+    def __init__(self, spec: Spec, form: pytree.TreeSpec, stages: Collection[str]):
+        self.spec, self.form = spec, form
         self.sums: dict[str, Tensor] = {name: torch.zeros(2, dtype=torch.float64) for name in stages}
         self.parts: dict[str, list[np.ndarray]] = {name: [] for name in stages}
 
@@ -209,48 +269,66 @@ class Tally:
 
 
 def distances(
-    reference: Stage,
-    wide: Stage | None,
+    samples: Iterable[Sample],
     stages: Mapping[str, Stage],
-    samples: Iterator[tuple[str, int, dict[str, Tensor], dict[str, Tensor]]],
     axes: Sequence[str | None],
     tally: Tally | None = None,
+    wide: bool = True,
 ) -> tuple[dict[str, Distance], dict[int, float]]:
     """Every stage's and the tuned model's own `Distance`, and the largest value of each output.
 
     Args:
-        reference, wide: the tuned model, and its wider run; None where only the tuned model is compared with.
-        samples: (what, number of the first row, inputs, targets).
         axes: from `sequences`; positions of padding are left out.
         tally: gets every stage's outputs on samples that have targets.
+        wide: compare with the wider run too.
     """
     found = {name: Distance() for name in ("tuned", *stages)}
     scale: dict[int, float] = {}
-    for what, first, inputs, targets in samples:
-        own = reference(inputs)
-        exact = wide(inputs) if wide else own
-        masks = [_real(name, inputs, targets) for name in axes]
+    for sample in samples:
+        own, exact = sample.outputs()
+        exact = exact if wide else own
+        masks = [_real(name, sample.inputs, sample.targets) for name in axes]
         for i, (value, mask) in enumerate(zip(exact, masks, strict=True)):
-            scale[i] = max(scale.get(i, 0.0), gap(value, np.zeros_like(value), mask)[0])
-        for name, outputs in {"tuned": own, **{name: stage(inputs) for name, stage in stages.items()}}.items():
-            one = found[name]
-            if tally and targets and name != "tuned":
-                tally.add(name, outputs, targets)
-            if [x.shape for x in outputs] != [x.shape for x in exact]:
-                one.tuned, one.wide[0], one.where[0] = np.inf, np.inf, f"{what}: other shapes"
-                continue
-            if tally and targets and tally.spec.task.writes:
-                equal = outputs[0].argmax(-1) == own[0].argmax(-1)
-                equal = equal if masks[0] is None else equal[masks[0]]
-                one.same, one.tokens = one.same + int(equal.sum()), one.tokens + equal.size
-            for i, (value, truth, tuned, mask) in enumerate(zip(outputs, exact, own, masks, strict=True)):
-                one.tuned = max(one.tuned, gap(value, tuned, mask)[0])
-                total, count = mean_gap(value, tuned, mask)
-                one.total, one.count = one.total + total, one.count + count
-                distance, row = gap(value, truth, mask)
-                if distance >= one.wide.get(i, 0.0):
-                    one.wide[i], one.where[i] = distance, f"row {first + row} of {what}"
+            scale[i] = max(scale.get(i, 0.0), gap(value, np.zeros(1, value.dtype), mask).largest)
+        _add(found["tuned"], sample, own, own, exact, masks)
+        for name, stage in stages.items():
+            outputs = stage(sample.inputs)
+            writes = False
+            if tally and sample.targets:
+                tally.add(name, outputs, sample.targets)
+                writes = tally.spec.task.writes
+            _add(found[name], sample, outputs, own, exact, masks, writes)
     return found, scale
+
+
+def _add(
+    one: Distance,
+    sample: Sample,
+    outputs: Sequence[np.ndarray],
+    own: Sequence[np.ndarray],
+    exact: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray | None],
+    writes: bool = False,
+) -> None:
+    """Count a stage's outputs on a sample in its distance.
+
+    Args:
+        writes: whether the first output is of next tokens.
+    """
+    if [x.shape for x in outputs] != [x.shape for x in exact]:
+        one.tuned, one.wide[0], one.where[0] = np.inf, np.inf, f"{sample.what}: other shapes"
+        return
+    if writes:
+        equal = outputs[0].argmax(-1) == own[0].argmax(-1)
+        equal = equal if masks[0] is None else equal[masks[0]]
+        one.same, one.tokens = one.same + int(equal.sum()), one.tokens + equal.size
+    for i, (value, truth, tuned, mask) in enumerate(zip(outputs, exact, own, masks, strict=True)):
+        apart = gap(value, tuned, mask)
+        one.tuned = max(one.tuned, apart.largest)
+        one.total, one.count = one.total + apart.total, one.count + apart.count
+        apart = apart if truth is tuned else gap(value, truth, mask)
+        if apart.largest >= one.wide.get(i, 0.0):
+            one.wide[i], one.where[i] = apart.largest, f"row {sample.first + apart.row} of {sample.what}"
 
 
 def _real(name: str | None, inputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> np.ndarray | None:

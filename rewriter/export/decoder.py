@@ -5,8 +5,9 @@ Prefill is a call with keys and values of length 0, decoding one with a token at
 
 import inspect
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -15,51 +16,37 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from ..errors import SubspanError
 from ..graph.traced import Inputs
+from ..trace import trace, twin
+from ..tuned import TunedModel
 from .latency import Run, waited
+from .merge import rest
 from .verify import PAST, PRESENT, Stage, fed
 
 _SIZES = {"batch": 3, "sequence": 4, "past_sequence": 7, "total_sequence": 11}
 
 
-class Decoder(nn.Module):
-    """A causal language model of transformers, as a function of tokens and of what came before them.
-
-    Args:
-        model: its forward takes and returns a `DynamicCache`.
-    """
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model, self.counts = model, "position_ids" in inspect.signature(model.forward).parameters
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]) -> dict:
-        """Logits of the new tokens, and keys and values of all.
-
-        Args:
-            input_ids: (batch, sequence) the new tokens.
-            attention_mask: (batch, past + sequence) 1 where a token counts.
-            position_ids: (batch, sequence) of the new tokens.
-            past: keys and values of each layer in turn, (batch, heads, past, width).
-        """
-        cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
-        where = {"position_ids": position_ids} if self.counts else {}
-        out = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **where
-        )
-        present = [value for layer in out.past_key_values.layers for value in (layer.keys, layer.values)]
-        return {"logits": out.logits, "present": present}
-
-
-def decoder_of(model: nn.Module, inputs: Inputs) -> tuple[Decoder, Inputs, dict[str, str]] | None:
+def decoder_of(
+    model: nn.Module, inputs: Inputs, tuned: TunedModel | None = None
+) -> tuple[nn.Module, Inputs, dict[str, str]] | None:
     """A causal language model with its cache, examples of what it reads, and what inputs and outputs are called.
 
+    Its forward takes `input_ids` (batch, sequence) of the new tokens, `attention_mask` (batch, past + sequence),
+    `position_ids` (batch, sequence) and `past`, keys and values of each layer in turn, (batch, heads, past, width); it
+    gives `logits` of the new tokens and `present`, keys and values of all.
+
     Args:
-        model: of transformers, in eval mode.
+        model: of transformers, in eval mode; its forward takes and returns a `DynamicCache`.
         inputs: of the model without a cache.
+        tuned: whose sites that can't merge are to stand in the graph; what it puts before the tokens becomes keys and
+            values that are there before the first token.
 
     Returns:
         None where the model keeps no keys and values, or reads more than tokens and their mask.
+
+    Raises:
+        SubspanError: it can't be traced.
     """
     if set(inputs.kwargs) != {"input_ids", "attention_mask"}:
         return None
@@ -84,7 +71,73 @@ def decoder_of(model: nn.Module, inputs: Inputs) -> tuple[Decoder, Inputs, dict[
     places = [f"{i}.{name}" for i in range(len(held) // 2) for name in ("key", "value")]
     called = {f"past_{i}": f"{PAST}.{place}" for i, place in enumerate(places)}
     called |= {f"present_{i}": f"{PRESENT}.{place}" for i, place in enumerate(places)}
-    return Decoder(model).eval(), Inputs((), kwargs, dynamic), called
+    examples = Inputs((), kwargs, dynamic)
+    decoder = _decoder(model, _before(model, inputs, tuned) if tuned is not None and tuned.rows else [])
+    if tuned is not None:
+        decoder = rest(tuned, trace(decoder, examples, ("eval",)), {"embeddings"})
+    return decoder.eval(), examples, called
+
+
+def _decoder(model: nn.Module, before: Sequence[Tensor]) -> nn.Module:
+    """The model under its parameters' own names, with another forward.
+
+    Args:
+        before: (1, heads, rows, width) keys and values that every sequence has first.
+    """
+    plain = type(model).forward
+    counts = "position_ids" in inspect.signature(plain).parameters
+    rows = before[0].shape[2] if before else 0
+
+    def forward(
+        self: nn.Module, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]
+    ) -> dict[str, Any]:
+        if rows:
+            own = [self.get_buffer(f"before_{i}").expand(input_ids.shape[0], -1, -1, -1) for i in range(len(past))]
+            past = [torch.cat(pair, dim=2) for pair in zip(own, past, strict=True)]
+            attention_mask = torch.cat([attention_mask[:, :1] * 0 + 1] * rows + [attention_mask], dim=1)
+        cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
+        where = {"position_ids": position_ids + rows} if counts else {}
+        out = plain(
+            self, input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **where
+        )
+        return {"logits": out.logits, "present": [value[:, :, rows:] for value in _kept(out)]}
+
+    other = _reading(model, forward)
+    for i, value in enumerate(before):
+        other.register_buffer(f"before_{i}", value)
+    return other
+
+
+def _before(model: nn.Module, inputs: Inputs, tuned: TunedModel) -> list[Tensor]:
+    """(1, heads, rows, width) keys and values of what a tuned model puts before the tokens, of each layer in turn."""
+    plain = type(model).forward
+
+    def forward(self: nn.Module, input_ids: Tensor) -> dict[str, Any]:
+        out = plain(self, input_ids=input_ids, past_key_values=DynamicCache(), use_cache=True)
+        return {"logits": out.logits, "present": _kept(out)}
+
+    alone = Inputs((), {"input_ids": inputs.kwargs["input_ids"][:1]}, {"input_ids": {1: "sequence"}})
+    whole = rest(tuned, trace(_reading(model, forward), alone, ("eval",)))
+    with torch.no_grad():
+        out = whole(**alone.kwargs)
+    return [value[:, :, : tuned.rows].clone() for value in out["present"]]
+
+
+def _reading(model: nn.Module, forward: Callable[..., Any]) -> nn.Module:
+    """The model again, over the same tensors, with another forward.
+
+    Raises:
+        SubspanError: it can't be copied.
+    """
+    other = twin(model)
+    if other is model:
+        raise SubspanError(f"{type(model).__name__} can't be copied, so its forward can't be changed")
+    other.forward = MethodType(forward, other)
+    return other
+
+
+def _kept(out: Any) -> list[Tensor]:
+    return [value for layer in out.past_key_values.layers for value in (layer.keys, layer.values)]
 
 
 def genai_config(file: Path, config: Any, processor: Any, longest: int | None) -> dict[str, Any]:

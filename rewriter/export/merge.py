@@ -1,20 +1,21 @@
 """Merge: every tuned subspace becomes a plain weight under the weight's own name."""
 
+import itertools
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import SubspanError
-from ..graph.traced import TracedModel, assign
+from ..graph.traced import TracedModel, assign, released
 from ..plan import Site, transformed
 from ..rewrite import rewrite
 from ..transforms import Leaf
 from ..tuned import TunedModel, adapter_tensors
 
 
-@torch.no_grad()
-def merged_weights(model: TunedModel, partly: bool = False) -> dict[str, torch.Tensor]:
+def merged_weights(model: TunedModel, partly: bool = False) -> dict[str, Tensor]:
     """phi(W) of every transformed weight, in the weight's own shape, computed in float32 or wider.
 
     Args:
@@ -24,12 +25,17 @@ def merged_weights(model: TunedModel, partly: bool = False) -> dict[str, torch.T
     Raises:
         SubspanError: a transform can't merge, or a merged weight is not finite.
     """
-    named, leaves = dict(model.named_parameters(remove_duplicate=False)), adapter_tensors(model)
+    return dict(_merged(model, partly))
 
-    def lookup(site: Site, leaf: Leaf) -> torch.Tensor:
+
+@torch.no_grad()
+def _merged(model: TunedModel, partly: bool) -> Iterator[tuple[str, Tensor]]:
+    """`merged_weights`, one at a time; when the next one is asked for the base of the last is read no more."""
+    leaves = adapter_tensors(model)
+
+    def lookup(site: Site, leaf: Leaf) -> Tensor:
         return leaves[leaf.name].detach()
 
-    merged = {}
     stay = [site for site in model.plan.sites if not site.merges]
     for site in stay:
         if not partly:
@@ -37,50 +43,62 @@ def merged_weights(model: TunedModel, partly: bool = False) -> dict[str, torch.T
     for weight, sites in model.plan.by_weight().items():
         if any(site.place == weight for site in stay):
             continue
-        stored = named[weight].detach()
+        stored = model.get_parameter(weight).detach()
         wide = stored.to(torch.promote_types(stored.dtype, torch.float32))
         value = sites[0].layout.restore(transformed(sites, wide, lookup).dense())
         if not torch.isfinite(value.to(stored.dtype)).all():
             raise SubspanError(f"{weight}: the merged weight is not finite in {stored.dtype}")
-        merged[weight] = value
-    return merged
+        yield weight, value
 
 
-def merge(model: TunedModel, into: nn.Module, partly: bool = False) -> float:
-    """Write the merged weights of a tuned model into a plain module that has the same parameter names.
+def merge(model: TunedModel, *into: nn.Module, partly: bool = False) -> float:
+    """Write the merged weights of a tuned model into plain modules that have the same parameter names.
 
-    Tied weights stay tied. The tensors that `into` shared with other modules are left as they were.
+    Tied weights stay tied, and the modules share what is new. The tensors that they shared with other modules are left
+    as they were.
 
     Args:
         model: from `rewrite` or `load_adapter`.
-        into: the traced model, or the module it was traced from.
+        into: the traced model, or the module it was traced from. If the tuned model is among them, it is one no longer,
+            and there is never more than one whole set of weights.
         partly: leave the weights that can't merge as they were; `rest` puts what is missing on top.
 
     Returns:
         Largest absolute difference that storing in the module's own type made.
 
     Raises:
-        SubspanError: as `merged_weights`, or `into` lacks a weight.
+        SubspanError: as `merged_weights`, or a module lacks a weight.
     """
-    weights = merged_weights(model, partly)
-    named = dict(into.named_parameters(remove_duplicate=False))
-    if missing := sorted(weights.keys() - named.keys()):
-        raise SubspanError(f"the module has no parameter {missing[0]}")
-    own = dict(model.named_parameters(remove_duplicate=False))
-    assign(into, {name: own[name] for name in model.plan.new} | weights)
-    named = dict(into.named_parameters(remove_duplicate=False))
-    return max(
-        (float((named[name].detach().to(w) - w).abs().max()) for name, w in weights.items() if w.numel()), default=0.0
-    )
+    for module in into:
+        there = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+        if missing := sorted({*model.plan.new, *model.plan.by_weight()} - there):
+            raise SubspanError(f"the module has no parameter {missing[0]}")
+    stored = 0.0
+    for name, value in itertools.chain(
+        ((name, model.get_parameter(name).detach()) for name in model.plan.new), _merged(model, partly)
+    ):
+        old = [module.get_parameter(name) for module in into]
+        new = nn.Parameter(
+            value.to(old[0].device, old[0].dtype).clone(memory_format=torch.contiguous_format), old[0].requires_grad
+        )
+        for module in into:
+            assign(module, {name: new})
+        stored = max(stored, float((new.detach().to(value) - value).abs().max()) if value.numel() else 0.0)
+        if model in into:
+            for one in old:
+                released(one)
+    return stored
 
 
-def rest(model: TunedModel, onto: TracedModel) -> TunedModel:
+def rest(model: TunedModel, onto: TracedModel, without: Collection[str] = ()) -> TunedModel:
     """What merges no further: `onto` with the sites of a tuned model that can't merge.
 
     Args:
         model: from `rewrite` or `load_adapter`.
         onto: traced, with everything merged into it that can be.
+        without: kinds of sites to leave out.
     """
-    plan = replace(model.plan, sites=tuple(site for site in model.plan.sites if not site.merges))
+    stay = tuple(site for site in model.plan.sites if not site.merges and site.kind not in without)
+    plan = replace(model.plan, sites=stay)
     values = {name: value.detach() for name, value in adapter_tensors(model).items()}
     return rewrite(onto, plan, values=values, without=model.without, also=model.also)

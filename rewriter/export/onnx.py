@@ -57,9 +57,11 @@ def export_onnx(
                 opset_version=opset,
                 input_names=list(program.graph_signature.user_inputs),
                 output_names=_names(program.call_spec.out_spec),
-                optimize=True,
+                optimize=False,
                 verbose=False,
             )
+            weights = list(made.model.graph.initializers.values())
+            made.optimize()
         except Exception as error:
             raise SubspanError(f"can't export to ONNX: {reason(error.__cause__ or error)}") from error
     found = made.model.opset_imports.get("", 0)
@@ -74,6 +76,8 @@ def export_onnx(
         made.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
     with muted():
         save(made.model, Path(file))
+    for value in weights:
+        value.const_value = None
 
 
 def _names(spec: torch.utils._pytree.TreeSpec) -> list[str]:
@@ -115,9 +119,12 @@ def _renamed(dim: Any, words: re.Pattern[str], symbols: Mapping[str, str]) -> An
 
 
 def save(model: onnx_ir.Model, file: Path) -> None:
-    """Write a model; weights of more than a file of protobuf holds lie beside it in `<file>.data`."""
+    """Write a model and let go of its weights; those of more than a file of protobuf holds lie beside it in
+    `<file>.data`."""
     large = sum(value.const_value.nbytes for value in model.graph.initializers.values()) > LIMIT
     onnx_ir.save(model, file, external_data=f"{file.name}.data" if large else None)
+    for value in model.graph.initializers.values():  # onnxscript's rules hold on to the last graph that they matched.
+        value.const_value = None
 
 
 def files_of(file: Path) -> list[Path]:

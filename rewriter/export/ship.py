@@ -1,6 +1,9 @@
 """Ship: a run's adapter becomes merged/ and onnx/, each compared with the tuned model before it appears."""
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +30,14 @@ from .latency import shapes_of
 from .merge import merge, rest
 from .onnx import export_onnx, files_of
 from .variants import PLAIN, VARIANTS, wanted
-from .verify import Stage, batches, onnx_stage, open_file, remembered, torch_stage
+from .verify import Stage, batches, onnx_stage, open_file, torch_stage
 
 
 def ship(spec: Spec, run: Path, target: str = "cpu", measure: bool = False) -> dict[str, Any]:
     """Write merged/, onnx/, verify.json and export.json into a run's folder, all or none.
+
+    Of a large model there is never more than one in memory: what the tuned one makes of the rows is kept on disk, and
+    what is merged is read again from the checkpoint.
 
     Args:
         spec: of the run.
@@ -47,49 +53,104 @@ def ship(spec: Spec, run: Path, target: str = "cpu", measure: bool = False) -> d
         SubspanError: the adapter is of other weights, or a stage differs by more than `export.verify.atol`, by default
             by more than the tuned model's own rounding explains.
     """
-    task = spec.task
-    pretrained, processor, inputs, traced, tuned = load_tuned(spec, run)
-    longest = longest_of(pretrained, tuned)
-    shapes = shapes_of(spec.export.latency, longest, tuned.varies) if measure else []
-    count = len(attentions(traced.graphs["eval"]))
-    truth = _truth(spec, run, pretrained, traced, tuned, inputs)
-    whole = tuned.plan.merges
-    stored = merge(tuned, traced, partly=True)
-    merge(tuned, pretrained.model, partly=True)
-    stages = {"merged": torch_stage(traced if whole else rest(tuned, traced))}
     targets = (run / "merged", run / "onnx", run / "verify.json", run / "export.json")
     with aside(*targets) as (merged, onnx, verify, export):
-        if spec.export.checkpoint and whole:
-            save_model(pretrained, str(merged))
-            processor.save_pretrained(merged)
-            task.ship(merged, pretrained.module, spec.data.max_length if spec.data else processor.model_max_length)
-            stages["checkpoint"] = torch_stage(load_merged(spec, merged).module)
-        report = _compared(truth, stages)
-        stages.clear()  # Of a large model no more than one stage has room.
-        if spec.export.onnx:
-            for_onnx(pretrained.model)
-            module = pretrained.module
-            shipped = module if whole else rest(tuned, trace(module, inputs, modes=("eval",)))
-            plain, cache = _write(truth, pretrained, shipped, inputs, onnx, _metadata(spec, pretrained, run, longest))
-            report = compare.joined(report, _compared(truth, {"onnx": onnx_stage(plain)}))
-        report["stored_weights"] = stored
-        write_json(verify, report)
+        scratch = merged.parent.parent / "compared"
+        scratch.mkdir()
+        truth, report, model, again = _merged(spec, run, merged, scratch)
+        shapes = shapes_of(spec.export.latency, model.longest, model.varies) if measure else []
         found = None
         if spec.export.onnx:
-            offered = offer(truth, wanted(spec.export.variants, target, measure), plain, count, target)
-            batches = {f"{b}x{n}": task.inputs(pretrained.model, b, n, processor).kwargs for b, n in shapes}
-            batches |= _steps(batches) if cache["holds"] else {}
-            found = {"target": target, "variants": offered, "beside": timed(offered, shipped, batches, target)}
-            found |= {"chosen": settle(offered, plain)} | ({"cache": cache} if task.decodes else {})
+            plain, cache = _write(truth, model, again, onnx)
+            report = compare.joined(report, _compared(truth, {"onnx": onnx_stage(plain)}))
+        write_json(verify, report)
+        if spec.export.onnx:
+            offered = offer(truth, wanted(spec.export.variants, target, measure), plain, model.attentions, target)
+            found = {"target": target, "variants": offered}
+            found["beside"] = _timed(spec, model, again, offered, shapes, cache["holds"], target) if shapes else {}
+            found |= {"chosen": settle(offered, plain)} | ({"cache": cache} if spec.task.decodes else {})
             write_json(export, found)
             if cache["holds"]:
-                config = genai_config(onnx / SHIPPED, pretrained.model.config, processor, longest)
+                config = genai_config(onnx / SHIPPED, model.config, model.processor, model.longest)
                 write_json(onnx / "genai_config.json", config)
             if merged.is_dir():
                 beside_checkpoint(onnx, merged)
         for folder in (folder for folder in (merged, onnx) if folder.is_dir()):
             write_text(folder / "README.md", card(spec, run, report, found, deviation(spec, truth.rows)))
     return report
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What there is to know of a merged model without its weights.
+
+    Attributes:
+        config, processor, inputs: its own, and examples of what it reads.
+        rest: the tuned one, where something can't merge.
+        attentions: how many there are in the traced graph.
+        varies, longest: whether it reads sequences, and the longest that it takes; None: any.
+        metadata: of its ONNX file.
+    """
+
+    config: Any
+    processor: Any
+    inputs: Inputs
+    rest: TunedModel | None
+    attentions: int
+    varies: bool
+    longest: int | None
+    metadata: dict[str, object]
+
+
+# The merged model, as anyone would load it, and what is exported of it.
+_Again = Callable[[], tuple[nn.Module, nn.Module]]
+
+
+def _merged(spec: Spec, run: Path, folder: Path, scratch: Path) -> tuple[compare.Truth, dict[str, Any], _Model, _Again]:
+    """Write merged/, if the spec wants one and everything merges, and compare what is merged.
+
+    Returns:
+        What to compare with, the content of verify.json up to here, the merged model, and how to have it again.
+    """
+    pretrained, processor, inputs, traced, tuned = load_tuned(spec, run)
+    longest = longest_of(pretrained, tuned)
+    model = _Model(
+        pretrained.model.config,
+        processor,
+        inputs,
+        None if tuned.plan.merges else tuned,
+        len(attentions(traced.graphs["eval"])),
+        tuned.varies,
+        longest,
+        _metadata(spec, pretrained, run, longest),
+    )
+    truth = _truth(spec, run, pretrained, traced, tuned, inputs, scratch)
+    if model.rest:
+        stored = merge(tuned, traced, pretrained.model, partly=True)
+        report = _compared(truth, {"merged": torch_stage(rest(tuned, traced))})
+        return truth, report | {"stored_weights": stored}, model, partial(_with_the_rest, pretrained, tuned, inputs)
+    stored = merge(tuned, traced, pretrained.model, tuned, partly=True)
+    report = _compared(truth, {"merged": torch_stage(traced)})
+    place = folder if spec.export.checkpoint else scratch / "merged"
+    save_model(pretrained, str(place))
+    processor.save_pretrained(place)
+    spec.task.ship(place, pretrained.module, spec.data.max_length if spec.data else processor.model_max_length)
+    del pretrained, traced, tuned
+    gc.collect()
+    if spec.export.checkpoint:
+        report = compare.joined(report, _compared(truth, {"checkpoint": torch_stage(load_merged(spec, place).module)}))
+    return truth, report | {"stored_weights": stored}, model, partial(_from_checkpoint, spec, place)
+
+
+def _with_the_rest(pretrained: Pretrained, tuned: TunedModel, inputs: Inputs) -> tuple[nn.Module, nn.Module]:
+    for_onnx(pretrained.model)
+    return pretrained.model, rest(tuned, trace(pretrained.module, inputs, modes=("eval",)))
+
+
+def _from_checkpoint(spec: Spec, folder: Path) -> tuple[nn.Module, nn.Module]:
+    pretrained = load_merged(spec, folder)
+    for_onnx(pretrained.model)
+    return pretrained.model.eval(), pretrained.module.eval()
 
 
 def load_tuned(spec: Spec, run: Path) -> tuple[Pretrained, Any, Inputs, TracedModel, TunedModel]:
@@ -102,11 +163,6 @@ def load_tuned(spec: Spec, run: Path) -> tuple[Pretrained, Any, Inputs, TracedMo
     return pretrained, processor, inputs, traced, tuned
 
 
-def _steps(batches: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """Each batch's last tokens, after all others."""
-    return {f"{name} step": {**one, "input_ids": one["input_ids"][:, -1:]} for name, one in batches.items()}
-
-
 def longest_of(pretrained: Pretrained, tuned: TunedModel | None = None) -> int | None:
     """The longest sequence of tokens that a model takes, together with what transforms put before it; None: any."""
     own = getattr(pretrained.model.config.get_text_config(), "max_position_embeddings", None)
@@ -114,14 +170,7 @@ def longest_of(pretrained: Pretrained, tuned: TunedModel | None = None) -> int |
     return min((most - (tuned.rows if tuned else 0) for most in bounds if most), default=None)
 
 
-def _write(
-    truth: compare.Truth,
-    pretrained: Pretrained,
-    shipped: nn.Module,
-    inputs: Inputs,
-    folder: Path,
-    metadata: dict[str, object],
-) -> tuple[Path, dict[str, Any]]:
+def _write(truth: compare.Truth, model: _Model, again: _Again, folder: Path) -> tuple[Path, dict[str, Any]]:
     """Write the float32 file, with a cache if it can have one, and what lies beside it.
 
     Returns:
@@ -129,63 +178,93 @@ def _write(
     """
     spec = truth.spec
     folder.mkdir()
-    pretrained.processor.save_pretrained(folder)
-    pretrained.model.config.save_pretrained(folder)
+    model.processor.save_pretrained(folder)
+    model.config.save_pretrained(folder)
     file = folder / VARIANTS[PLAIN].file
-    cache = _with_cache(truth, pretrained.model if truth.tuned.plan.merges else None, inputs, file, metadata)
+    how = (spec.export.onnx.opset, model.metadata, spec.train.passes.off)
+    cache = _with_cache(truth, model, again, file, how)
     if not cache["holds"]:
-        export_onnx(shipped, inputs, file, spec.export.onnx.opset, metadata, spec.train.passes.off)
+        for one in files_of(file):
+            one.unlink()
+        export_onnx(again()[1], model.inputs, file, *how)
+    gc.collect()
     return file, cache
 
 
-def _with_cache(
-    truth: compare.Truth, model: nn.Module | None, inputs: Inputs, file: Path, metadata: dict[str, object]
-) -> dict[str, Any]:
-    """Write a decoder that reads and returns keys and values, if the model is one that can; else nothing is there.
+def _with_cache(truth: compare.Truth, model: _Model, again: _Again, file: Path, how: tuple) -> dict[str, Any]:
+    """Write a decoder that reads and returns keys and values, if the model is one that can.
 
     Args:
-        model: merged; None: something can't merge.
+        how: further arguments of `export_onnx`.
 
     Returns:
         Whether it holds, and why not.
     """
-    spec = truth.spec
-    if not spec.task.decodes or model is None:
-        return {"holds": False, "reason": "what can't merge stands in a graph without a cache"}
+    if not truth.spec.task.decodes:
+        return {"holds": False, "reason": None}
     try:
-        found = decoder_of(model, inputs)
+        found = decoder_of(again()[0], model.inputs, model.rest)
         if found is None:
             return {"holds": False, "reason": "the model keeps no keys and values that can be handed on"}
         decoder, examples, called = found
-        export_onnx(decoder, examples, file, spec.export.onnx.opset, metadata, spec.train.passes.off, called)
-        stage = decoding_stage(open_file(file))
-        why = truth.far(
-            "decoding", *truth.distances({"decoding": stage}, compare.Tally(spec, truth.tuned, ["decoding"]))
-        )
-        if why is None:
-            return {"holds": True, "reason": None}
+        export_onnx(decoder, examples, file, *how, called)
+        del found, decoder
+        gc.collect()
+        stage = {"decoding": decoding_stage(open_file(file))}
+        why = truth.far("decoding", *truth.distances(stage, truth.tally(stage)))
     except SubspanError as error:
         why = str(error)
-    for one in files_of(file):
-        one.unlink()
-    return {"holds": False, "reason": why}
+    return {"holds": why is None, "reason": why}
+
+
+def _timed(
+    spec: Spec,
+    model: _Model,
+    again: _Again,
+    offered: list[dict[str, Any]],
+    shapes: list[tuple[int, int]],
+    steps: bool,
+    target: str,
+) -> dict[str, dict[str, float]]:
+    """As `timed`, at batch sizes and lengths.
+
+    Args:
+        steps: time a decoder's last token after all others too.
+    """
+    whole, shipped = again()
+    batches = {f"{b}x{n}": spec.task.inputs(whole, b, n, model.processor).kwargs for b, n in shapes}
+    last = {f"{name} step": {**one, "input_ids": one["input_ids"][:, -1:]} for name, one in batches.items() if steps}
+    return timed(offered, shipped, batches | last, target)
 
 
 def _truth(
-    spec: Spec, run: Path, pretrained: Pretrained, traced: TracedModel, tuned: TunedModel, inputs: Inputs
+    spec: Spec, run: Path, pretrained: Pretrained, traced: TracedModel, tuned: TunedModel, inputs: Inputs, folder: Path
 ) -> compare.Truth:
-    """What the run's stages are compared with."""
+    """What the run's stages are compared with; the tuned model's outputs are kept in a folder."""
+    graph, own = traced.graphs["eval"], next(tuned.parameters()).dtype
     # Nothing is shipped wider than float32: the rounding that counts is that of float32.
-    wide64 = next(tuned.parameters()).dtype == torch.float64
-    reference = torch_stage(compare.retyped(tuned, torch.float32), torch.float32) if wide64 else torch_stage(tuned)
-    rows, why = _rows(spec, run, pretrained, tuned)
+    narrow = own == torch.float64
+    reference = torch_stage(compare.retyped(tuned, torch.float32), torch.float32) if narrow else torch_stage(tuned)
+    wide, eps, dtype = None, None, compare.wider(tuned)
+    if spec.export.verify.atol is None:
+        wide = compare.run_wide(torch_stage(compare.retyped(tuned, dtype), dtype))
+        eps = torch.finfo(torch.float32 if narrow else own).eps
+    per = compare.elements(graph, spec.data.max_length if spec.data else 0)
+    rows, why = _rows(spec, run, pretrained, tuned, per)
     random = _usable(reference, list(_samples(spec, pretrained, inputs, tuned)), why)
-    set_by_hand, dtype = spec.export.verify.atol is not None, compare.wider(tuned)
-    wide = None if set_by_hand else compare.run_wide(torch_stage(compare.retyped(tuned, dtype), dtype))
-    axes = compare.sequences(traced.graphs["eval"], traced.input_names)
-    eps = torch.finfo(torch.float32 if wide64 else next(tuned.parameters()).dtype).eps
-    wide = wide and remembered(wide)
-    return compare.Truth(spec, tuned, remembered(reference), wide, rows, why, random, axes, eps)
+    samples = [("the random inputs", 0, batch, {}) for batch in random]
+    samples += list(compare.batches_of(rows, tuned.input_names, 0, rows.wider)) if rows else []
+    return compare.Truth(
+        spec,
+        tuned.input_names,
+        tuned.signatures["eval"].outputs,
+        compare.is_half(tuned),
+        list(compare.recorded(reference, wide, samples, folder)),
+        rows,
+        why,
+        compare.sequences(graph, traced.input_names),
+        eps,
+    )
 
 
 def _compared(truth: compare.Truth, stages: Mapping[str, Stage]) -> dict[str, Any]:
@@ -195,7 +274,7 @@ def _compared(truth: compare.Truth, stages: Mapping[str, Stage]) -> dict[str, An
         SubspanError: a stage is too far from the tuned model, or decides otherwise.
     """
     spec, rows, atol = truth.spec, truth.rows, truth.spec.export.verify.atol
-    tally = compare.Tally(spec, truth.tuned, stages)
+    tally = truth.tally(stages)
     found, scale = truth.distances(stages, tally)
     worst = {name: one.tuned for name, one in found.items() if name != "tuned"}
     if atol is not None and not max(worst.values(), default=0.0) <= atol:
@@ -208,11 +287,11 @@ def _compared(truth: compare.Truth, stages: Mapping[str, Stage]) -> dict[str, An
         raise SubspanError(said)
     measures = truth.measured(stages, tally)
     if rows:
-        half = compare.is_half(truth.tuned) or spec.train.precision != "float32"
+        half = truth.half or spec.train.precision != "float32"
         compare.check_measured(spec, measures, rows, half)
     counts = {
-        "random": sum(len(next(iter(inputs.values()))) for inputs in truth.random),
-        "compared": min(len(rows.encoded), truth.wider * rows.size) if rows else 0,
+        "random": sum(len(next(iter(one.inputs.values()))) for one in truth.samples if not one.targets),
+        "compared": min(len(rows.encoded), rows.wider * rows.size) if rows else 0,
         "validation": len(rows.encoded) if rows else 0,
         "why": truth.why,
     }
@@ -240,8 +319,14 @@ def _usable(stage: Stage, random: list[dict[str, Tensor]], why: str | None) -> l
     return usable
 
 
-def _rows(spec: Spec, run: Path, pretrained: Pretrained, tuned: TunedModel) -> tuple[compare.Rows | None, str | None]:
-    """The validation rows of a run, or why there are none."""
+def _rows(
+    spec: Spec, run: Path, pretrained: Pretrained, tuned: TunedModel, per: int
+) -> tuple[compare.Rows | None, str | None]:
+    """The validation rows of a run, or why there are none.
+
+    Args:
+        per: the most numbers that a row has in an output.
+    """
     file = run / "metrics.json"
     if spec.data is None:
         return None, "the run has no data"
@@ -260,9 +345,9 @@ def _rows(spec: Spec, run: Path, pretrained: Pretrained, tuned: TunedModel) -> t
     own = read_json(file).get("validation")
     if not isinstance(own, dict) or not isinstance(own.get(spec.metric, ""), int | float | None):
         raise SubspanError(f"{file}: not the metrics of this run")
-    return compare.Rows(
-        encoded, collate, min(spec.train.batch_size, compare.WIDE_ROWS), load_predictions(run), own
-    ), None
+    size = max(1, min(spec.train.batch_size, compare.WIDE_ROWS, compare.BATCH_NUMBERS // per))
+    kept = max(size, min(compare.WIDE_ROWS, compare.KEPT_NUMBERS // per))
+    return compare.Rows(encoded, collate, size, -(-kept // size), load_predictions(run), own), None
 
 
 def load_merged(spec: Spec, folder: Path) -> Pretrained:

@@ -2,11 +2,10 @@
 
 import ast
 import contextlib
-import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -89,26 +88,6 @@ def torch_stage(module: nn.Module, dtype: torch.dtype | None = None) -> Stage:
     def run(batch: dict[str, Tensor]) -> list[np.ndarray]:
         out = module(**cast(batch, dtype, device))
         return [value.to(out_dtype).cpu().numpy() for value in pytree.tree_leaves(out) if isinstance(value, Tensor)]
-
-    return run
-
-
-def remembered(stage: Stage, most: int = 2**28) -> Stage:
-    """A stage that computes what it has seen once, as long as its outputs take no more than so many bytes."""
-    held: dict[str, list[np.ndarray]] = {}
-    left = most
-
-    def run(batch: dict[str, Tensor]) -> list[np.ndarray]:
-        nonlocal left
-        found = hashlib.sha256()
-        for name, value in sorted(batch.items()):
-            found.update(f"{name} {tuple(value.shape)} {value.dtype} ".encode() + value.cpu().numpy().tobytes())
-        if (key := found.hexdigest()) in held:
-            return held[key]
-        made = stage(batch)
-        if (size := sum(value.nbytes for value in made)) <= left:
-            held[key], left = made, left - size
-        return made
 
     return run
 
@@ -239,31 +218,39 @@ def differences(
         for name, stage in stages.items():
             found = stage(batch)
             same = [x.shape for x in found] == [x.shape for x in expected]
-            gaps = [gap(a, b)[0] for a, b in zip(found, expected, strict=True)] if same else [np.inf]
+            gaps = [gap(a, b).largest for a, b in zip(found, expected, strict=True)] if same else [np.inf]
             worst[name] = max(worst[name], *gaps)
     return worst
 
 
-def gap(one: np.ndarray, other: np.ndarray, mask: np.ndarray | None = None) -> tuple[float, int]:
-    """The largest absolute difference and the row it is in; infinite where a value is not finite.
+class Gap(NamedTuple):
+    """Absolute differences of two arrays: the largest and the row it is in, and the sum of how many there are."""
+
+    largest: float = 0.0
+    row: int = 0
+    total: float = 0.0
+    count: int = 0
+
+
+def gap(one: np.ndarray, other: np.ndarray, mask: np.ndarray | None = None) -> Gap:
+    """How far two arrays are apart; infinitely where a value is not finite. Row by row: outputs may be large.
 
     Args:
-        one, other: of one shape, (rows, ...).
+        one: (rows, ...), or a number.
+        other: of the same shape, or one number for all.
         mask: (rows, sequence), True where a position counts; None: all count.
     """
-    with np.errstate(invalid="ignore", over="ignore"):
-        found = np.abs(one.astype(np.float64) - other)
-    if mask is not None:
-        found = np.where(mask.reshape(*mask.shape, *[1] * (found.ndim - 2)), found, 0.0)
-    if found.size == 0:
-        return 0.0, 0
-    rows = np.nan_to_num(found, nan=np.inf, posinf=np.inf).reshape(len(found) if found.ndim else 1, -1).max(1)
-    return float(rows.max()), int(rows.argmax())
-
-
-def mean_gap(one: np.ndarray, other: np.ndarray, mask: np.ndarray | None = None) -> tuple[float, int]:
-    """The sum of the absolute differences, and how many there are; arguments as of `gap`."""
-    found = np.abs(one.astype(np.float64) - other)
-    if mask is not None:
-        found = found[mask]
-    return float(found.sum()), found.size
+    one = np.atleast_1d(one)
+    other = np.broadcast_to(other, one.shape)
+    if mask is None:
+        one, other = one.reshape(len(one), -1), other.reshape(len(one), -1)
+    largest, row, total, count = 0.0, 0, 0.0, 0
+    for i in range(len(one)):
+        some = slice(None) if mask is None else mask[i]
+        with np.errstate(invalid="ignore", over="ignore"):
+            found = np.abs(one[i][some].astype(np.float64) - other[i][some])
+        most = float(found.max(initial=0.0))
+        if not most <= largest:
+            largest, row = most if np.isfinite(most) else np.inf, i
+        total, count = total + float(found.sum()), count + found.size
+    return Gap(largest, row, total, count)

@@ -5,7 +5,7 @@ of queries times keys that multiplies values.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -230,7 +230,7 @@ def _sublayers(inside: dict[fx.Node, int], attending: set[fx.Node]) -> list[Subl
     for add in inside:
         if add.target not in ADDS or _inner_sum(add):
             continue
-        parents = dict(_terms(add))
+        parents = dict(_terms(add, inside))
         for skip in parents:
             start = skip
             while start.target in PASSING and start.args[0] in inside:  # A residual may be kept in a wider type.
@@ -250,13 +250,15 @@ def _inner_sum(add: fx.Node) -> bool:
     return len(add.users) == 1 and user.target in ADDS and shape_of(add) == shape_of(user)
 
 
-def _terms(add: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """The terms of nested additions, each with the addition that reads it."""
+def _terms(add: fx.Node, inside: Collection[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """The terms of nested additions inside a module, each with the addition that reads it."""
     for term in add.args[:2]:
         if not isinstance(term, fx.Node) or shape_of(term) != shape_of(add):
             continue
         inner = term.args[0] if term.target is aten.dropout.default else term
-        nested = list(_terms(inner)) if inner.target in ADDS and len(inner.users) == 1 else []
+        nested = (
+            list(_terms(inner, inside)) if inner in inside and inner.target in ADDS and len(inner.users) == 1 else []
+        )
         yield from nested if len(nested) > 1 else [(term, add)]
 
 

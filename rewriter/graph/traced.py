@@ -1,6 +1,9 @@
 """Traced models: one set of weights under their own names, with graphs over them by name."""
 
 import copy
+import ctypes
+import mmap
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -11,6 +14,8 @@ from torch import fx, nn
 from torch.export import Dim
 
 from ..errors import SubspanError, reason
+
+_PAGEOUT = 21  # MADV_PAGEOUT: only a hint, whatever the memory is.
 
 
 @dataclass
@@ -236,18 +241,28 @@ def assign(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
     """Put new parameters in the place of the named ones and of all tied to them; the old tensors stay as they were.
 
     Args:
-        values: name -> tensor of the parameter's shape; it is cast to the parameter's type and device.
+        values: name -> tensor of the parameter's shape: a parameter is put as it is, of another tensor a copy in the
+            type and on the device of the old one.
     """
     named = dict(module.named_parameters(remove_duplicate=False))
     for name, value in values.items():
         old = named[name]
-        new = nn.Parameter(
-            value.detach().to(old.device, old.dtype).clone(memory_format=torch.contiguous_format),
-            requires_grad=old.requires_grad,
-        )
+        new = value
+        if not isinstance(value, nn.Parameter):
+            copied = value.detach().to(old.device, old.dtype).clone(memory_format=torch.contiguous_format)
+            new = nn.Parameter(copied, requires_grad=old.requires_grad)
         for alias in (alias for alias, parameter in named.items() if parameter is old):
             path, _, last = alias.rpartition(".")
             module.get_submodule(path).register_parameter(last, new)
+
+
+def released(tensor: torch.Tensor) -> None:
+    """Say that a tensor won't be read soon: of a mapped file the system may drop its pages now, where it is Linux."""
+    if tensor.device.type == "cpu" and sys.platform == "linux":
+        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        stop = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if stop > start:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _PAGEOUT)
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

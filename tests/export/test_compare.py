@@ -25,7 +25,7 @@ def samples(inputs, padded=False):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["bert", "llama"])
-def test_a_model_passes_by_its_own_rounding_and_a_changed_one_does_not(name, dtype):
+def test_a_model_passes_by_its_own_rounding_and_a_changed_one_does_not(name, dtype, tmp_path):
     model, inputs = build(name, dtype)
     traced = trace(model, inputs, ("eval",))
     exact = compare.wider(traced)
@@ -38,7 +38,8 @@ def test_a_model_passes_by_its_own_rounding_and_a_changed_one_does_not(name, dty
             parameter.data = parameter.data * 1.1
     stages = {"same": torch_stage(model), "changed": torch_stage(changed)}
     axes = compare.sequences(traced.graphs["eval"], traced.input_names)
-    found, scale = compare.distances(torch_stage(traced), torch_stage(wide, exact), stages, iter(samples(inputs)), axes)
+    held = compare.recorded(torch_stage(traced), torch_stage(wide, exact), samples(inputs), tmp_path)
+    found, scale = compare.distances(held, stages, axes)
     assert 0 < found["tuned"].wide[0] < 100 * torch.finfo(dtype).eps * scale[0]
     assert compare.too_far({k: found[k] for k in ("tuned", "same")}, scale, torch.finfo(dtype).eps) is None
     said = compare.too_far(found, scale, torch.finfo(dtype).eps)
@@ -47,14 +48,15 @@ def test_a_model_passes_by_its_own_rounding_and_a_changed_one_does_not(name, dty
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_what_is_not_finite_is_never_near(value):
+def test_what_is_not_finite_is_never_near(value, tmp_path):
     """Neither in the tuned model and every stage alike, nor where padding alone is finite."""
     model, inputs = build("llama", torch.float32)
     traced = trace(model, inputs, ("eval",))
     exact = torch_stage(traced)
     broken = lambda batch: [x * value for x in exact(batch)]  # noqa: E731
     for reference, wide in ((broken, broken), (broken, exact), (exact, broken)):
-        found, scale = compare.distances(reference, wide, {"stage": broken}, iter(samples(inputs)), [None])
+        held = compare.recorded(reference, wide, samples(inputs), tmp_path)
+        found, scale = compare.distances(held, {"stage": broken}, [None])
         assert compare.too_far(found, scale, 1e-7).startswith("stage is inf")
 
 
@@ -67,7 +69,7 @@ def test_a_base_in_half_precision_ships_by_its_own_rounding(tmp_path):
     assert found["rows"] == {"random": 16, "compared": 16, "validation": 16, "why": None}
 
 
-def test_padding_is_left_out():
+def test_padding_is_left_out(tmp_path):
     """A stage that differs on padding alone is not far; on a real token it is."""
     model, inputs = build("llama", torch.float32)
     traced = trace(model, inputs, ("eval",))
@@ -85,7 +87,8 @@ def test_padding_is_left_out():
         return stage
 
     stages = {"padding": moved(1, 6), "token": moved(1, 2), "nan": lambda b: [x * np.nan for x in reference(b)]}
-    found, _ = compare.distances(reference, reference, stages, iter(samples(inputs, padded=True)), axes)
+    held = compare.recorded(reference, reference, samples(inputs, padded=True), tmp_path)
+    found, _ = compare.distances(held, stages, axes)
     assert found["padding"].tuned == 0.0
     assert found["token"].tuned == pytest.approx(1.0) and found["token"].where[0] == "row 9 of the validation data"
     assert found["nan"].tuned == np.inf

@@ -10,6 +10,7 @@ import transformers as hf
 
 from rewriter import Session
 from rewriter.export.decoder import step
+from rewriter.export.ship import load_tuned
 from tests.cases.tiny import GPT2, LLAMA, task_spec
 
 GEMMA = {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
@@ -75,14 +76,34 @@ def test_names_and_sizes_are_those_of_its_consumers(tmp_path):
     assert given["present.0.key"] == ["batch", 2, "past_sequence + sequence", 8]
 
 
-def test_what_can_t_merge_has_no_cache(tmp_path):
-    config, _ = DECODERS["llama"]
-    train = {"max_steps": 1, "batch_size": 4}
-    spec = task_spec(tmp_path, config(), "CausalLM", "causal-lm", "model.layers.*", train=train)
-    rule = spec.rules[0].model_copy(update={"apply": [{"prefix": {"length": 2}}]})
+STAYS = {
+    "prefix": ("model.layers.*", {"prefix": {"length": 2}}),
+    "prompt": ("model.embed_tokens", {"prompt": {"length": 3}}),
+    "adapter": ("model.layers.*", {"hadapter": {"bottleneck": 4}}),
+}
+
+
+@pytest.mark.parametrize("base", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("name", STAYS)
+def test_what_can_t_merge_decodes_as_the_tuned_model(tmp_path, name, base):
+    """Rows before the tokens are keys and values that are there from the start."""
+    target, step_ = STAYS[name]
+    if base == "gpt2":
+        target = target.replace("model.layers", "transformer.h").replace("model.embed_tokens", "transformer.wte")
+    train = {"max_steps": 3, "batch_size": 4, "learning_rate": 0.1}
+    spec = task_spec(tmp_path, DECODERS[base][0](), "CausalLM", "causal-lm", target, train=train)
+    rule = spec.rules[0].model_copy(update={"apply": [step_]})
     session = Session(type(spec).model_validate({**spec.model_dump(by_alias=True), "rules": [rule.model_dump()]}))
     session.tune(tmp_path / "run")
     session.export()
     found = json.loads((tmp_path / "run" / "export.json").read_text())
-    assert not found["cache"]["holds"] and "can't merge" in found["cache"]["reason"]
-    assert not (tmp_path / "run" / "onnx" / "genai_config.json").exists()
+    assert found["cache"] == {"holds": True, "reason": None}
+    tuned = load_tuned(session.spec, tmp_path / "run")[-1]
+    ids = torch.randint(4, 16, (2, 5), generator=torch.Generator().manual_seed(0))
+    expected = ids
+    for _ in range(NEW):
+        with torch.no_grad():
+            logits = tuned(input_ids=expected, attention_mask=torch.ones_like(expected))["logits"]
+        expected = torch.cat([expected, logits[:, -1:].argmax(-1)], dim=1)
+    decoded = greedy(tmp_path / "run" / "onnx" / "model.onnx", ids, torch.ones_like(ids))
+    np.testing.assert_array_equal(decoded, expected[:, 5:].numpy())

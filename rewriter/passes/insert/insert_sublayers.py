@@ -3,6 +3,7 @@
 from torch import Tensor, fx
 
 from ...algebra import Computed
+from ...errors import SubspanError
 from ...graph.sublayers import sublayers
 from ..base import Context
 from ..lower import Compose, Lowering
@@ -14,7 +15,10 @@ def insert_sublayers(graph: fx.Graph, context: Context) -> fx.Graph:
     for site in context.plan.sites:
         if site.kind in ("attention", "feed_forward"):
             for call in sublayers(graph, site.place):
-                located.append((site, next(one for one in call if one.kind == site.kind)))
+                found = next((one for one in call if one.kind == site.kind), None)
+                if found is None:
+                    raise SubspanError(f"{site.label}: this graph has no such sublayer")
+                located.append((site, found))
 
     def applied(compose: Compose, output: Tensor, x: Tensor) -> list[Tensor]:
         return [compose(Computed(output)).apply(x)]
