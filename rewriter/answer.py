@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig
@@ -15,6 +16,7 @@ from transformers.utils import ModelOutput
 from .errors import SubspanError, reason
 from .export.choose import SHIPPED
 from .export.decoder import step
+from .export.encoder_decoder import FILES, decoded, encoded
 from .export.ship import load_merged, load_tuned, longest_of
 from .export.verify import PAST, cast, fed, has_cache, open_file, outputs_of
 from .pretrained import load_processor
@@ -27,7 +29,8 @@ _TEXTS = ("text", "words", "image")
 
 @dataclass(frozen=True)
 class _Opened:
-    """A stage of a run: its forward, what that reads, and what stands beside it."""
+    """A stage of a run: its forward, what that reads, and what stands beside it; of a decoder with a cache its session,
+    of an encoder-decoder with one those of its parts."""
 
     forward: Callable[[dict[str, Tensor]], Any]
     names: Sequence[str]
@@ -36,6 +39,7 @@ class _Opened:
     config: Any
     longest: int | None
     session: Any = None
+    parts: Sequence[Any] = ()
 
 
 def rows_of(spec: Spec, lines: Iterable[str]) -> list[dict[str, Any]]:
@@ -107,28 +111,44 @@ def answerer(
 @torch.inference_mode()
 def _written(opened: _Opened, ids: list[int], tokens: int) -> list[int]:
     """The likeliest next tokens: with the file's own cache, else each of the whole text again."""
-    config, past = opened.config, None
+    config = opened.config
     ends = config.eos_token_id if config.eos_token_id is not None else opened.processor.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
-    two = "decoder_input_ids" in opened.names
-    most = opened.longest or 2**31
-    text = [config.decoder_start_token_id] if two else list(ids)
-    first = len(text)
+    text = [config.decoder_start_token_id] if "decoder_input_ids" in opened.names else list(ids)
+    first, most, following = len(text), opened.longest or 2**31, _following(opened, ids)
     while len(text) - first < min(tokens, most - first):
-        new = text if past is None else text[-1:]
-        batch = {"input_ids": torch.tensor([ids if two else new])}
-        batch["attention_mask"] = torch.ones(1, len(ids if two else text), dtype=torch.long)
-        if two:
-            batch["decoder_input_ids"] = torch.tensor([text])
-        if opened.session is not None:
-            logits, past = step(opened.session, batch, past)
-        else:
-            logits = opened.forward({name: batch[name] for name in opened.names}).logits
-        following = int(torch.as_tensor(logits)[0, -1].argmax())
-        if following in ends:
+        token = int(following(text).argmax())
+        if token in ends:
             break
-        text.append(following)
+        text.append(token)
     return text[first:]
+
+
+def _following(opened: _Opened, ids: list[int]) -> Callable[[list[int]], Tensor]:
+    """Logits (vocabulary) of the token after a text that grows.
+
+    Args:
+        ids: of what is read: the text's start, or what an encoder reads.
+    """
+    whole, past, seen = torch.tensor([ids]), None, 0
+    held = encoded(opened.parts[0], whole.numpy(), np.ones_like(whole.numpy()))[1] if opened.parts else {}
+
+    def run(text: list[int]) -> Tensor:
+        nonlocal past, seen
+        new, mask = torch.tensor([text[seen:]]), torch.ones(1, len(text), dtype=torch.long)
+        if opened.parts:
+            logits, past = decoded(opened.parts[1], new.numpy(), held, past)
+        elif opened.session is not None:
+            logits, past = step(opened.session, {"input_ids": new, "attention_mask": mask}, past)
+        else:
+            batch = {"input_ids": new, "attention_mask": mask}
+            if "decoder_input_ids" in opened.names:
+                batch = {"input_ids": whole, "attention_mask": torch.ones_like(whole), "decoder_input_ids": new}
+            logits = opened.forward({name: batch[name] for name in opened.names}).logits
+        seen = 0 if past is None else len(text)
+        return torch.as_tensor(logits)[0, -1]
+
+    return run
 
 
 def _onnx(spec: Spec, run: Path) -> _Opened:
@@ -148,7 +168,9 @@ def _onnx(spec: Spec, run: Path) -> _Opened:
     labels, longest = json.loads(written["labels"]), json.loads(written.get("longest", "null"))
     config = AutoConfig.from_pretrained(file.parent, trust_remote_code=spec.model.trust_remote_code)
     processor = load_processor(spec, str(file.parent))
-    return _Opened(forward, names, processor, labels, config, longest, session if cached else None)
+    parts = [file.with_name(name) for name in FILES]
+    opened = [open_file(part) for part in parts] if all(part.is_file() for part in parts) else []
+    return _Opened(forward, names, processor, labels, config, longest, session if cached else None, opened)
 
 
 def _merged(spec: Spec, run: Path) -> _Opened:

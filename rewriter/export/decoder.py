@@ -52,10 +52,9 @@ def decoder_of(
         return None
     short = {name: value[:1, :2] for name, value in inputs.kwargs.items()}
     with torch.no_grad():
-        out = model(**short, use_cache=True, past_key_values=DynamicCache())
-    layers = getattr(getattr(out, "past_key_values", None), "layers", [])
-    held = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
-    if not held or any(not isinstance(value, Tensor) or value.ndim != 4 for value in held):
+        out = model(**short, use_cache=True, **{cache_name(model): DynamicCache()})
+    held = kept(getattr(out, cache_name(model), None))
+    if not held:
         return None
     batch, sequence, past, total = _SIZES.values()
     first = inputs.kwargs["input_ids"]
@@ -68,9 +67,8 @@ def decoder_of(
     tokens = {0: "batch", 1: "sequence"}
     dynamic = {"input_ids": tokens, "attention_mask": {0: "batch", 1: "total_sequence"}, "position_ids": tokens}
     dynamic["past"] = {0: "batch", 2: "past_sequence"}
-    places = [f"{i}.{name}" for i in range(len(held) // 2) for name in ("key", "value")]
-    called = {f"past_{i}": f"{PAST}.{place}" for i, place in enumerate(places)}
-    called |= {f"present_{i}": f"{PRESENT}.{place}" for i, place in enumerate(places)}
+    called = {f"past_{i}": name for i, name in enumerate(layered(PAST, len(held)))}
+    called |= {f"present_{i}": name for i, name in enumerate(layered(PRESENT, len(held)))}
     examples = Inputs((), kwargs, dynamic)
     decoder = _decoder(model, _before(model, inputs, tuned) if tuned is not None and tuned.rows else [])
     if tuned is not None:
@@ -95,14 +93,11 @@ def _decoder(model: nn.Module, before: Sequence[Tensor]) -> nn.Module:
             own = [self.get_buffer(f"before_{i}").expand(input_ids.shape[0], -1, -1, -1) for i in range(len(past))]
             past = [torch.cat(pair, dim=2) for pair in zip(own, past, strict=True)]
             attention_mask = torch.cat([attention_mask[:, :1] * 0 + 1] * rows + [attention_mask], dim=1)
-        cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
-        where = {"position_ids": position_ids + rows} if counts else {}
-        out = plain(
-            self, input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **where
-        )
-        return {"logits": out.logits, "present": [value[:, :, rows:] for value in _kept(out)]}
+        more = {cache_name(self): cache_of(past)} | ({"position_ids": position_ids + rows} if counts else {})
+        out = plain(self, input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **more)
+        return {"logits": out.logits, "present": [value[:, :, rows:] for value in kept(out[cache_name(self)])]}
 
-    other = _reading(model, forward)
+    other = reading(model, forward)
     for i, value in enumerate(before):
         other.register_buffer(f"before_{i}", value)
     return other
@@ -113,17 +108,17 @@ def _before(model: nn.Module, inputs: Inputs, tuned: TunedModel) -> list[Tensor]
     plain = type(model).forward
 
     def forward(self: nn.Module, input_ids: Tensor) -> dict[str, Any]:
-        out = plain(self, input_ids=input_ids, past_key_values=DynamicCache(), use_cache=True)
-        return {"logits": out.logits, "present": _kept(out)}
+        out = plain(self, input_ids=input_ids, use_cache=True, **{cache_name(self): DynamicCache()})
+        return {"logits": out.logits, "present": kept(out[cache_name(self)])}
 
     alone = Inputs((), {"input_ids": inputs.kwargs["input_ids"][:1]}, {"input_ids": {1: "sequence"}})
-    whole = rest(tuned, trace(_reading(model, forward), alone, ("eval",)))
+    whole = rest(tuned, trace(reading(model, forward), alone, ("eval",)))
     with torch.no_grad():
         out = whole(**alone.kwargs)
     return [value[:, :, : tuned.rows].clone() for value in out["present"]]
 
 
-def _reading(model: nn.Module, forward: Callable[..., Any]) -> nn.Module:
+def reading(model: nn.Module, forward: Callable[..., Any]) -> nn.Module:
     """The model again, over the same tensors, with another forward.
 
     Raises:
@@ -136,8 +131,30 @@ def _reading(model: nn.Module, forward: Callable[..., Any]) -> nn.Module:
     return other
 
 
-def _kept(out: Any) -> list[Tensor]:
-    return [value for layer in out.past_key_values.layers for value in (layer.keys, layer.values)]
+def cache_name(model: nn.Module) -> str:
+    """What a model of transformers calls its cache, as an argument and in its output; of an older release in another
+    way."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+
+
+def cache_of(held: Sequence[Tensor]) -> DynamicCache:
+    """A cache of keys and values of each layer in turn."""
+    return DynamicCache(list(zip(held[::2], held[1::2], strict=True)))
+
+
+def kept(cache: Any) -> list[Tensor]:
+    """(batch, heads, sequence, width) keys and values of each layer of a cache in turn; none where it keeps others."""
+    found = [getattr(layer, name, None) for layer in getattr(cache, "layers", []) for name in ("keys", "values")]
+    return found if all(isinstance(value, Tensor) and value.ndim == 4 for value in found) else []
+
+
+def layered(prefix: str, count: int, part: str = "") -> list[str]:
+    """Names of so many keys and values of each layer in turn.
+
+    Args:
+        part: of an encoder-decoder: `.decoder` or `.encoder`.
+    """
+    return [f"{prefix}.{i // 2}{part}.{('key', 'value')[i % 2]}" for i in range(count)]
 
 
 def genai_config(file: Path, config: Any, processor: Any, longest: int | None) -> dict[str, Any]:
@@ -202,11 +219,12 @@ def stepping(model: nn.Module, batch: Mapping[str, Tensor]) -> Run:
     ids, mask = batch["input_ids"], batch["attention_mask"]
     cache, before = DynamicCache(), mask.shape[1] - ids.shape[1]
     with torch.inference_mode():
-        model(input_ids=ids.expand(-1, before), attention_mask=mask[:, :before], past_key_values=cache, use_cache=True)
+        own = {cache_name(model): cache, "use_cache": True}
+        model(input_ids=ids.expand(-1, before), attention_mask=mask[:, :before], **own)
 
     @torch.inference_mode()
     def run() -> None:
-        model(**batch, past_key_values=cache, use_cache=True)
+        model(**batch, **own)
         cache.crop(-1)
         waited(batch)
 

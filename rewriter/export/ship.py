@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import onnx_ir
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from ..spec import Spec
 from ..trace import trace
 from ..training.checkpoint import load_predictions
 from ..tuned import TunedModel
-from . import compare
+from . import compare, encoder_decoder
 from .card import card, deviation
 from .choose import SHIPPED, beside_checkpoint, offer, settle, timed
 from .decoder import decoder_of, decoding_stage, genai_config
@@ -62,15 +63,16 @@ def ship(spec: Spec, run: Path, target: str = "cpu", measure: bool = False) -> d
         found = None
         if spec.export.onnx:
             plain, cache = _write(truth, model, again, onnx)
+            grows = spec.task.decodes and cache["holds"]
             report = compare.joined(report, _compared(truth, {"onnx": onnx_stage(plain)}))
         write_json(verify, report)
         if spec.export.onnx:
             offered = offer(truth, wanted(spec.export.variants, target, measure), plain, model.attentions, target)
             found = {"target": target, "variants": offered}
-            found["beside"] = _timed(spec, model, again, offered, shapes, cache["holds"], target) if shapes else {}
-            found |= {"chosen": settle(offered, plain)} | ({"cache": cache} if spec.task.decodes else {})
+            found["beside"] = _timed(spec, model, again, offered, shapes, grows, target) if shapes else {}
+            found |= {"chosen": settle(offered, plain)} | ({"cache": cache} if spec.task.writes else {})
             write_json(export, found)
-            if cache["holds"]:
+            if grows:
                 config = genai_config(onnx / SHIPPED, model.config, model.processor, model.longest)
                 write_json(onnx / "genai_config.json", config)
             if merged.is_dir():
@@ -182,13 +184,16 @@ def _write(truth: compare.Truth, model: _Model, again: _Again, folder: Path) -> 
     model.config.save_pretrained(folder)
     file = folder / VARIANTS[PLAIN].file
     how = (spec.export.onnx.opset, model.metadata, spec.train.passes.off)
-    cache = _with_cache(truth, model, again, file, how)
+    cache = _with_cache(truth, model, again, file, how) if spec.task.decodes else {"holds": False, "reason": None}
     if not cache["holds"]:
         for one in files_of(file):
             one.unlink()
         export_onnx(again()[1], model.inputs, file, *how)
     gc.collect()
-    return file, cache
+    return file, _in_parts(truth, model, again, file, how) if spec.task.writes and not spec.task.decodes else cache
+
+
+_KEEPS_NONE = "the model keeps no keys and values that can be handed on"
 
 
 def _with_cache(truth: compare.Truth, model: _Model, again: _Again, file: Path, how: tuple) -> dict[str, Any]:
@@ -200,12 +205,10 @@ def _with_cache(truth: compare.Truth, model: _Model, again: _Again, file: Path, 
     Returns:
         Whether it holds, and why not.
     """
-    if not truth.spec.task.decodes:
-        return {"holds": False, "reason": None}
     try:
         found = decoder_of(again()[0], model.inputs, model.rest)
         if found is None:
-            return {"holds": False, "reason": "the model keeps no keys and values that can be handed on"}
+            return {"holds": False, "reason": _KEEPS_NONE}
         decoder, examples, called = found
         export_onnx(decoder, examples, file, *how, called)
         del found, decoder
@@ -214,6 +217,36 @@ def _with_cache(truth: compare.Truth, model: _Model, again: _Again, file: Path, 
         why = truth.far("decoding", *truth.distances(stage, truth.tally(stage)))
     except SubspanError as error:
         why = str(error)
+    return {"holds": why is None, "reason": why}
+
+
+def _in_parts(truth: compare.Truth, model: _Model, again: _Again, whole: Path, how: tuple) -> dict[str, Any]:
+    """Write an encoder-decoder as two files with a cache beside the whole one, if the model is one that can.
+
+    Args:
+        how: further arguments of `export_onnx`.
+
+    Returns:
+        Whether they hold, and why not.
+    """
+    if model.rest:
+        return {"holds": False, "reason": "what can't merge stands in a graph without a cache"}
+    files = [whole.with_name(name) for name in encoder_decoder.FILES]
+    try:
+        parts = encoder_decoder.parts_of(again()[0], model.inputs)
+        if parts is None:
+            return {"holds": False, "reason": _KEEPS_NONE}
+        for file, (module, examples, called) in zip(files, parts, strict=True):
+            export_onnx(module, examples, file, *how, called)
+        del parts, module
+        gc.collect()
+        outputs = [value.name for value in onnx_ir.load(whole).graph.outputs]
+        stage = {"decoding": encoder_decoder.decoding_stage(*map(open_file, files), outputs)}
+        why = truth.far("decoding", *truth.distances(stage, truth.tally(stage)))
+    except SubspanError as error:
+        why = str(error)
+    for one in (one for file in files for one in files_of(file) if why is not None):
+        one.unlink()
     return {"holds": why is None, "reason": why}
 
 
