@@ -2,8 +2,6 @@
 
 import contextlib
 import copy
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from . import compare
 from .decoder import stepping
 from .kernels import fallen, lacking
 from .latency import Run, bound, forward, interleaved, products
-from .onnx import files_of, size_of
+from .onnx import files_of, placed, size_of
 from .variants import PLAIN, VARIANTS, attention_nodes, build
 from .verify import cast, on_cuda, onnx_stage, open_file
 
@@ -86,19 +84,11 @@ def _judged(truth: compare.Truth, name: str, file: Path, target: str) -> dict[st
     return {"metric": value, "agreement": share, "max_abs_diff": one.tuned, "mean_abs_diff": mean, "reason": why}
 
 
-def linked(file: Path, place: Path) -> None:
-    """The same file under another name; a copy on file systems without links."""
-    try:
-        os.link(file, place)
-    except OSError:
-        shutil.copyfile(file, place)
-
-
 def beside_checkpoint(onnx: Path, merged: Path) -> None:
     """Put what ships under `onnx/` of a checkpoint: the folder that hubs have, and that their consumers open."""
     (merged / "onnx").mkdir()
-    for file in sorted(onnx.glob("*.onnx*")):
-        linked(file, merged / "onnx" / file.name)
+    for file in sorted(onnx.glob("*.onnx")):
+        placed(file, merged / "onnx" / file.name)
 
 
 def off_the_gpu(file: Path) -> list[str]:
@@ -185,7 +175,7 @@ def settle(offered: Sequence[dict[str, Any]], plain: Path) -> str:
     behind = lambda entry: max((entry["latency_ms"][shape] / least for shape, least in best.items()), default=1.0)  # noqa: E731
     chosen = min(held, key=behind)["name"] if held else PLAIN
     file = next((Path(entry["file"]) for entry in held if entry["name"] == chosen), plain)
-    linked(file, plain.with_name(SHIPPED))
+    placed(file, plain.with_name(SHIPPED))
     kept = {file, *(Path(entry["file"]) for entry in held)}
     for made in {plain, *(Path(entry["file"]) for entry in offered if entry["file"])} - kept:
         for one in files_of(made):

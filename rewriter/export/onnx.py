@@ -1,11 +1,14 @@
 """ONNX: a plain module becomes one file with named, dynamic inputs and outputs."""
 
 import json
+import os
 import re
+import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir
 import torch
 from torch import nn
@@ -28,7 +31,7 @@ def export_onnx(
     without: Collection[str] = (),
     called: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a module, in eval mode, as ONNX; weights of more than 1 GB lie beside it in `<file>.data`.
+    """Write a module, in eval mode, as ONNX; weights of more than 1 GB lie beside it in `<file>_data`.
 
     Inputs have the names of the module's parameters and outputs the names of its output's fields (`output_<i>` where it
     has none); dynamic dimensions have the names given in `inputs.dynamic`.
@@ -120,16 +123,47 @@ def _renamed(dim: Any, words: re.Pattern[str], symbols: Mapping[str, str]) -> An
 
 def save(model: onnx_ir.Model, file: Path) -> None:
     """Write a model and let go of its weights; those of more than a file of protobuf holds lie beside it in
-    `<file>.data`."""
+    `<file>_data`."""
     large = sum(value.const_value.nbytes for value in model.graph.initializers.values()) > LIMIT
-    onnx_ir.save(model, file, external_data=f"{file.name}.data" if large else None)
+    onnx_ir.save(model, file, external_data=data_of(file).name if large else None)
     for value in model.graph.initializers.values():  # onnxscript's rules hold on to the last graph that they matched.
         value.const_value = None
 
 
+def data_of(file: Path) -> Path:
+    """Where the weights of a large ONNX file lie."""
+    return file.with_name(f"{file.name}_data")
+
+
 def files_of(file: Path) -> list[Path]:
     """An ONNX file and, if there is one, the file of its weights."""
-    return [one for one in (file, file.with_name(f"{file.name}.data")) if one.exists()]
+    return [one for one in (file, data_of(file)) if one.exists()]
+
+
+def placed(file: Path, place: Path) -> None:
+    """The same model under another name, its weights beside it: links, and copies on file systems without links."""
+    if data_of(file).exists():
+        model = onnx.load(file, load_external_data=False)
+        locate(model, data_of(place).name)
+        onnx.save(model, place)
+        _linked(data_of(file), data_of(place))
+    else:
+        _linked(file, place)
+
+
+def locate(model: onnx.ModelProto, name: str) -> None:
+    """Say that a model's weights lie in a file of that name."""
+    for value in model.graph.initializer:
+        for entry in value.external_data:
+            if entry.key == "location":
+                entry.value = name
+
+
+def _linked(file: Path, place: Path) -> None:
+    try:
+        os.link(file, place)
+    except OSError:
+        shutil.copyfile(file, place)
 
 
 def size_of(file: Path) -> int:

@@ -12,7 +12,7 @@ from onnx import ModelProto
 from ..errors import SubspanError, reason
 from ..trace import muted
 from .half import halve
-from .onnx import LIMIT, save, size_of
+from .onnx import LIMIT, data_of, locate, save, size_of
 
 TARGETS = ("cpu", "cuda")
 PLAIN = "float32"
@@ -69,6 +69,11 @@ def int8_dynamic(source: Path, file: Path) -> None:
         use_external_data_format=size_of(source) > LIMIT,
         extra_options={"WeightSymmetric": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
     )
+    if (data := file.with_name(f"{file.name}.data")).exists():  # Its own name for them.
+        model = onnx.load(file, load_external_data=False)
+        locate(model, data_of(file).name)
+        onnx.save(model, file)
+        data.rename(data_of(file))
 
 
 def int4(source: Path, file: Path) -> None:
@@ -165,7 +170,7 @@ def _heads(model: ModelProto) -> list[str]:
 
 def _save(model: ModelProto, file: Path) -> None:
     large = sum(len(one.raw_data) for one in model.graph.initializer) > LIMIT
-    onnx.save(model, file, save_as_external_data=large, location=f"{file.name}.data")
+    onnx.save(model, file, save_as_external_data=large, location=data_of(file).name)
 
 
 def wanted(names: Collection[str] | None, target: str, measured: bool) -> list[str]:

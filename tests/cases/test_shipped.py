@@ -102,7 +102,7 @@ def test_39_large_weights_go_beside_the_file(tmp_path, monkeypatch):
         Inputs(kwargs={"input": torch.randn(3, 64)}, dynamic={"input": {0: "batch"}}),
     )
     export_onnx(module, inputs, tmp_path / "m.onnx")
-    assert (tmp_path / "m.onnx.data").stat().st_size >= 64 * 64 * 4 and (tmp_path / "m.onnx").stat().st_size < 8000
+    assert (tmp_path / "m.onnx_data").stat().st_size >= 64 * 64 * 4 and (tmp_path / "m.onnx").stat().st_size < 8000
     assert [
         entry.value
         for one in onnx.load(tmp_path / "m.onnx", load_external_data=False).graph.initializer

@@ -13,6 +13,7 @@ import torch
 
 from rewriter import Session, SubspanError
 from rewriter.export import choose, latency, variants
+from rewriter.export.verify import open_file
 from rewriter.spec.models import Export
 from tests.cases.tiny import GPT2, task_spec
 from tests.pipelines.test_run import call
@@ -151,6 +152,29 @@ def test_a_decoder_is_judged_by_its_metric_and_its_next_tokens(tmp_path, monkeyp
         assert one["metric"] == pytest.approx(50, rel=0.3)
         assert one["holds"] == (one["agreement"] >= variants.VARIANTS[one["name"]].agreement)
     assert 0.5 < int4["agreement"] <= int8["agreement"] <= 1 and "of its decisions" in int4["reason"]
+
+
+def test_weights_beside_their_file_have_its_name(run, monkeypatch):
+    """As transformers.js looks for them, in both folders; of what ONNX Runtime quantises too."""
+    monkeypatch.setattr("rewriter.export.onnx.LIMIT", 1000)
+    monkeypatch.setattr("rewriter.export.variants.LIMIT", 1000)
+    edited(run, "variants: null", "variants: [float32, int8, int8-dynamic]")
+    _, by_name = exported(run)
+    assert all(one["holds"] for one in by_name.values())
+    shutil.move(run, run.with_name("elsewhere"))
+    for folder in ("onnx", "merged/onnx"):
+        files = sorted((run.with_name("elsewhere") / folder).glob("*.onnx"))
+        assert [file.name for file in files] == [
+            "model.onnx",
+            "model_fp32.onnx",
+            "model_int8.onnx",
+            "model_quantized.onnx",
+        ]
+        for file in files:
+            proto = onnx.load(file, load_external_data=False)
+            said = [entry.value for one in proto.graph.initializer for entry in one.external_data]
+            assert f"{file.name}_data" in said
+            open_file(file)
 
 
 def test_a_length_that_the_model_does_not_take(run):
