@@ -1,14 +1,21 @@
-"""Folders that ship, opened by those who read them: transformers.js, sentence-transformers, onnxruntime-genai.
+"""Folders that ship, opened by those who read them: transformers.js under Node and in Chromium, sentence-transformers,
+onnxruntime-genai.
 
 They come from elsewhere, or clash with our packages: SUBSPAN_NODE names a folder in which @huggingface/transformers was
-installed by npm, SUBSPAN_OPTIMUM a Python with sentence-transformers and optimum-onnx, SUBSPAN_GENAI one with
-onnxruntime-genai.
+installed by npm, which Chromium runs too where there is one, SUBSPAN_OPTIMUM a Python with sentence-transformers and
+optimum-onnx, SUBSPAN_GENAI one with onnxruntime-genai.
 """
 
+import contextlib
+import functools
+import http.server
 import json
 import os
+import queue
 import shutil
 import subprocess
+import threading
+import urllib.parse
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +25,16 @@ import transformers
 
 from rewriter import Session
 from rewriter.answer import answerer
+from rewriter.export.verify import open_file
 from rewriter.folder import spec_of
 from tests.export.test_decoder import exported
 from tests.pipelines.test_tasks import CASES, COMMON, LABELS, MORE, minilm, row, rows, sentence, text_model
 
 NODE, OPTIMUM = os.environ.get("SUBSPAN_NODE"), os.environ.get("SUBSPAN_OPTIMUM")
 node = pytest.mark.skipif(not NODE or not shutil.which("node"), reason="SUBSPAN_NODE names no folder of npm packages")
+chromium = pytest.mark.skipif(
+    not NODE or not shutil.which("chromium"), reason="no chromium, or SUBSPAN_NODE names no folder of npm packages"
+)
 genai = pytest.mark.skipif(not os.environ.get("SUBSPAN_GENAI"), reason="SUBSPAN_GENAI names no Python with it")
 optimum = pytest.mark.skipif(not OPTIMUM, reason="SUBSPAN_OPTIMUM names no Python with optimum-onnx")
 
@@ -51,29 +62,99 @@ def by_node(run, tmp_path, task, *texts):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@node
-def test_transformers_js_classifies(tmp_path):
+class _Pages(http.server.SimpleHTTPRequestHandler):
+    """Gives a page, packages and models; what the page posts is what it found."""
+
+    def __init__(self, *args, models, found, **kwargs):
+        self.places, self.found = {"packages": Path(NODE) / "node_modules", "models": models}, found
+        super().__init__(*args, **kwargs)
+
+    def translate_path(self, path):
+        first, _, rest = urllib.parse.unquote(urllib.parse.urlsplit(path).path).lstrip("/").partition("/")
+        return str(self.places[first] / rest if first in self.places else Path(__file__).with_name("consumers.html"))
+
+    def do_POST(self):
+        self.found.put(self.rfile.read(int(self.headers["Content-Length"])))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+def by_chromium(run, tmp_path, task, *texts):
+    found = queue.Queue()
+    handler = functools.partial(_Pages, models=run, found=found)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, contextlib.ExitStack() as stack:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        stack.callback(server.shutdown)
+        asked = urllib.parse.urlencode([("folder", "merged"), ("task", task), *(("text", one) for one in texts)])
+        line = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+        browser = subprocess.Popen(
+            [*line, f"http://127.0.0.1:{server.server_port}/?{asked}"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        stack.callback(browser.wait)
+        stack.callback(browser.kill)
+        answer = json.loads(found.get(timeout=120))
+    assert isinstance(answer, list), answer
+    return answer
+
+
+JAVASCRIPT = pytest.mark.parametrize(
+    "ask", [pytest.param(by_node, marks=node, id="node"), pytest.param(by_chromium, marks=chromium, id="chromium")]
+)
+
+
+@JAVASCRIPT
+def test_transformers_js_classifies(ask, tmp_path):
     run = shipped(tmp_path, "names")
     answer, texts = answerer(spec_of(run), run), [sentence(3), sentence(4)]
-    for text, found in zip(texts, by_node(run, tmp_path, "text-classification", *texts), strict=True):
+    for text, found in zip(texts, ask(run, tmp_path, "text-classification", *texts), strict=True):
         scores = answer({"text": text})["scores"]
         assert {one["label"]: pytest.approx(one["score"], abs=1e-4) for one in found} == scores
 
 
-@node
-def test_transformers_js_embeds(tmp_path):
+@JAVASCRIPT
+def test_transformers_js_embeds(ask, tmp_path):
     run = shipped(tmp_path, "scored")
-    found = by_node(run, tmp_path, "feature-extraction", sentence(3), sentence(8))
+    found = ask(run, tmp_path, "feature-extraction", sentence(3), sentence(8))
     answer = answerer(spec_of(run), run)
     expected = [answer({"text": text})["embedding"] for text in (sentence(3), sentence(8))]
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-@node
-def test_transformers_js_generates(tmp_path):
+@JAVASCRIPT
+def test_transformers_js_generates(ask, tmp_path):
     run = shipped(tmp_path, "llama")
-    ((found,),) = [by_node(run, tmp_path, "text-generation", sentence(3))]
+    ((found,),) = [ask(run, tmp_path, "text-generation", sentence(3))]
     assert found["generated_text"] == answerer(spec_of(run), run, tokens=8)({"text": sentence(3)})["text"]
+
+
+@node
+def test_transformers_js_reads_weights_beside_their_file(tmp_path, monkeypatch):
+    """By the name that it looks for, model.onnx_data."""
+    monkeypatch.setattr("rewriter.export.onnx.LIMIT", 1000)
+    run = shipped(tmp_path, "names")
+    config = json.loads((run / "merged" / "config.json").read_text())
+    config["transformers.js_config"] = {"use_external_data_format": True}
+    (run / "merged" / "config.json").write_text(json.dumps(config))
+    (found,) = by_node(run, tmp_path, "text-classification", sentence(3))
+    scores = answerer(spec_of(run), run)({"text": sentence(3)})["scores"]
+    assert {one["label"]: pytest.approx(one["score"], abs=1e-4) for one in found} == scores
+
+
+def test_triton_reads_batches_from_the_file(tmp_path):
+    """It makes its configuration of inputs and outputs whose first dimension varies, all in one way."""
+    run = shipped(tmp_path, "names")
+    session = open_file(run / "onnx" / "model.onnx")
+    values = [*session.get_inputs(), *session.get_outputs()]
+    assert {value.shape[0] for value in values} == {"batch"}
+    assert {value.name: value.type for value in values} == {
+        "input_ids": "tensor(int64)", "attention_mask": "tensor(int64)", "token_type_ids": "tensor(int64)",
+        "logits": "tensor(float)",
+    }  # fmt: skip
 
 
 @optimum
