@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ..errors import SubspanError
+from ..errors import SubspanError, reason
 from ..graph.traced import Inputs
 from ..trace import trace, twin
 from ..tuned import TunedModel
@@ -46,14 +46,12 @@ def decoder_of(
         None where the model keeps no keys and values, or reads more than tokens and their mask.
 
     Raises:
-        SubspanError: it can't be traced.
+        SubspanError: it takes no such cache, or can't be traced.
     """
     if set(inputs.kwargs) != {"input_ids", "attention_mask"}:
         return None
     short = {name: value[:1, :2] for name, value in inputs.kwargs.items()}
-    with torch.no_grad():
-        out = model(**short, use_cache=True, **{cache_name(model): DynamicCache()})
-    held = kept(getattr(out, cache_name(model), None))
+    held = kept(getattr(probed(model, short, DynamicCache()), cache_name(model), None))
     if not held:
         return None
     batch, sequence, past, total = _SIZES.values()
@@ -135,6 +133,19 @@ def cache_name(model: nn.Module) -> str:
     """What a model of transformers calls its cache, as an argument and in its output; of an older release in another
     way."""
     return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+
+
+def probed(model: nn.Module, batch: Mapping[str, Tensor], cache: Any) -> Any:
+    """What a model gives for a batch and an empty cache.
+
+    Raises:
+        SubspanError: it takes no such cache.
+    """
+    try:
+        with torch.no_grad():
+            return model(**batch, use_cache=True, **{cache_name(model): cache})
+    except Exception as error:  # Of any model.
+        raise SubspanError(f"the model takes no cache of keys and values alone: {reason(error)}") from error
 
 
 def cache_of(held: Sequence[Tensor]) -> DynamicCache:

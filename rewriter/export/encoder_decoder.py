@@ -11,7 +11,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from ..errors import SubspanError
 from ..graph.traced import Inputs
-from .decoder import cache_name, cache_of, kept, layered, reading
+from .decoder import cache_name, cache_of, kept, layered, probed, reading
 from .verify import PAST, PRESENT, Stage
 
 FILES = ("encoder_model.onnx", "decoder_model.onnx")
@@ -33,13 +33,15 @@ def parts_of(model: nn.Module, inputs: Inputs) -> tuple[_Part, _Part] | None:
 
     Returns:
         None where the model keeps no keys and values of both kinds, or reads more than tokens and their mask.
+
+    Raises:
+        SubspanError: it takes no such cache.
     """
     if set(inputs.kwargs) != {"input_ids", "attention_mask", "decoder_input_ids"}:
         return None
     plain, name = type(model).forward, cache_name(model)
-    with torch.no_grad():
-        own = {name: EncoderDecoderCache(DynamicCache(), DynamicCache()), "use_cache": True}
-        out = model(**{key: value[:1, :2] for key, value in inputs.kwargs.items()}, **own)
+    short = {key: value[:1, :2] for key, value in inputs.kwargs.items()}
+    out = probed(model, short, EncoderDecoderCache(DynamicCache(), DynamicCache()))
     cache = getattr(out, name, None)
     before, cross = (kept(getattr(cache, f"{kind}_attention_cache", None)) for kind in ("self", "cross"))
     if not before or not cross:
