@@ -90,7 +90,7 @@ def _decoder(model: nn.Module, before: Sequence[Tensor]) -> nn.Module:
         if rows:
             own = [self.get_buffer(f"before_{i}").expand(input_ids.shape[0], -1, -1, -1) for i in range(len(past))]
             past = [torch.cat(pair, dim=2) for pair in zip(own, past, strict=True)]
-            attention_mask = torch.cat([attention_mask[:, :1] * 0 + 1] * rows + [attention_mask], dim=1)
+            attention_mask = torch.cat([attention_mask.new_ones((input_ids.shape[0], rows)), attention_mask], dim=1)
         more = {cache_name(self): cache_of(past)} | ({"position_ids": position_ids + rows} if counts else {})
         out = plain(self, input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **more)
         return {"logits": out.logits, "present": [value[:, :, rows:] for value in kept(out[cache_name(self)])]}
