@@ -20,7 +20,8 @@ def export(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)],
     target: Annotated[Target, typer.Option(help="What the ONNX files are for.")] = Target.cpu,
     measure: Annotated[
-        bool, typer.Option(help="Make and time all variants, and ship the fastest that holds; else float32 alone.")
+        bool,
+        typer.Option(help="Make and time variants, and ship the fastest that holds; else float32, or the first named."),
     ] = True,
     transforms: Transforms = None,
 ) -> None:

@@ -26,6 +26,7 @@ def push(
     with failures(run):
         from huggingface_hub import CommitOperationAdd, HfApi
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+        from huggingface_hub.utils import validate_repo_id
 
         from rewriter.errors import SubspanError, reason
         from rewriter.folder import spec_of
@@ -34,7 +35,11 @@ def push(
         files = layout(run)
         if not files:
             raise SubspanError(f"{run} is not exported: subspan export {run}")
-        if repo.count("/") != 1 or not all(repo.split("/")):
+        try:
+            validate_repo_id(repo)
+        except HFValidationError as error:
+            raise SubspanError(reason(error)) from error
+        if repo.count("/") != 1:
             raise SubspanError(f"{repo!r} is no repository: owner/name")
         for name, file in files.items():
             console.print(f"{name}  {file.stat().st_size / 1e6:,.2f} MB", highlight=False)
@@ -47,7 +52,7 @@ def push(
             hub.create_repo(repo, private=private or None, exist_ok=True)
             added = [CommitOperationAdd(name, file) for name, file in files.items()]
             made = hub.create_commit(repo, added, commit_message=f"{run.resolve().name}, by subspan")
-        except (OfflineModeIsEnabled, HfHubHTTPError, HFValidationError, OSError) as error:
+        except (OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
             raise SubspanError(f"{repo} can't be reached: {reason(error)}") from error
         console.print(f"uploaded {len(files)} files, {total:,.1f} MB: {made.commit_url}", highlight=False)
 

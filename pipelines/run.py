@@ -32,19 +32,22 @@ def run(
     """Ask a run's shipped file, the merged checkpoint, or the tuned model. A row is a text, an image's path, or an
     object of JSON with what the task reads: {"question": ..., "context": ...}, {"text": ..., "text_pair": ...}.
 
-    Prints a line of JSON for each row and stage.
+    Prints a line of JSON for each row and stage, in order; a line with nothing on it is an empty text.
     """
     with failures(folder):
         from rewriter.answer import answerer, rows_of
+        from rewriter.errors import SubspanError
         from rewriter.folder import spec_of
 
         spec = spec_of(folder)
-        lines = texts or (file.read_text().splitlines() if file else sys.stdin.read().splitlines())
-        rows = rows_of(spec, [line for line in lines if line.strip()])
+        rows = rows_of(spec, texts or (file.read_text() if file else sys.stdin.read()).splitlines())
         answers = {str(one): answerer(spec, folder, str(one), tokens) for one in stages or [Stage.onnx]}
-        for row in rows:
+        for number, row in enumerate(rows, 1):
             for name, answer in answers.items():
-                found = answer(row)
+                try:
+                    found = answer(row)
+                except SubspanError as error:
+                    raise SubspanError(f"row {number}: {error}") from error
                 said = {"with": name} | found if len(answers) > 1 else found
                 print(json.dumps(said, ensure_ascii=False), flush=True)
 

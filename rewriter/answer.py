@@ -24,7 +24,19 @@ from .sources import bars
 from .spec import Spec
 from .tasks.base import Reading
 
-_TEXTS = ("text", "words", "image")
+_SAID = {"text": "text or whole number", "words": "list of words, none of them empty", "image": "path of an image"}
+_TEXTS = tuple(_SAID)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str | int) and not isinstance(value, bool)
+
+
+_CELLS: dict[str, Callable[[Any], bool]] = {
+    "text": _is_text,
+    "words": lambda value: isinstance(value, list) and all(_is_text(one) and str(one).strip() for one in value),
+    "image": lambda value: isinstance(value, str),
+}
 
 
 @dataclass(frozen=True)
@@ -62,10 +74,13 @@ def rows_of(spec: Spec, lines: Iterable[str]) -> list[dict[str, Any]]:
             row = {needed[0]: line}
         if set(needed) - set(row) or set(row) - {*needed, *optional}:
             like = json.dumps(dict.fromkeys(needed, "..."))
-            raise SubspanError(f"row {number} has {', '.join(row)}; {task.name} reads {like}")
+            raise SubspanError(f"row {number} has {', '.join(row) or 'nothing'}; {task.name} reads {like}")
         for name, value in row.items():
-            if task.roles[name].kind == "words" and isinstance(value, str):
-                row[name] = value.split()
+            kind = task.roles[name].kind
+            if kind == "words" and isinstance(value, str):
+                row[name] = value = value.split()
+            if not _CELLS[kind](value):
+                raise SubspanError(f"row {number}: {name} is {json.dumps(value)[:40]}, no {_SAID[kind]}")
         rows.append(row)
     return rows
 
@@ -82,7 +97,8 @@ def answerer(
         tokens: most that a text goes on by; the likeliest one each time, up to the end of the text.
 
     Raises:
-        SubspanError: the run has no such stage.
+        SubspanError: the run has no such stage; of a row, that it can't be read, or is longer than a text that goes on
+            may be. Other texts are read as far as the spec's `max_length`, like those that were tuned on.
     """
     opened = {"onnx": _onnx, "merged": _merged, "tuned": _tuned}[stage](spec, run)
     task, length = spec.task, spec.data.max_length if spec.data else opened.processor.model_max_length
@@ -90,9 +106,16 @@ def answerer(
 
     def answer(row: Mapping[str, Any]) -> dict[str, Any]:
         if task.writes:
-            ids = opened.processor(row["text"], truncation=True, max_length=length)["input_ids"]
+            ids = opened.processor(str(row["text"]))["input_ids"]
+            if opened.longest is not None and len(ids) >= opened.longest:
+                raise SubspanError(
+                    f"the text has {len(ids)} tokens; the model takes {opened.longest} with what it writes"
+                )
             return {"text": opened.processor.decode(_written(opened, ids, tokens), skip_special_tokens=True)}
         whole = {**row, **task.blank(row, opened.labels)}
+        for word in (word for name in row if task.roles[name].kind == "words" for word in row[name]):
+            if not opened.processor(str(word), add_special_tokens=False)["input_ids"]:
+                raise SubspanError(f"the tokenizer reads nothing of the word {word!r}")
         rows = datasets.Dataset.from_list([whole])
         if task.roles[task.asks[0]].kind == "image":
             rows = rows.cast_column(task.asks[0], datasets.Image())

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -370,6 +371,22 @@ def save_model(pretrained: Pretrained, folder: str) -> None:
             pretrained.model.save_pretrained(folder)
         except safetensors.SafetensorError as error:
             raise OSError(f"can't write {folder}: {error}") from None
+
+
+def save_processor(processor: Any, folder: str | Path, task: Task) -> None:
+    """Write a tokenizer or an image processor; for a decoder, whose rows grow, one that pads on the left.
+
+    Raises:
+        OSError: no space, no permission.
+    """
+    side = getattr(processor, "padding_side", None)
+    if task.decodes:
+        processor.padding_side = "left"
+    try:
+        processor.save_pretrained(folder)
+    finally:
+        if task.decodes:
+            processor.padding_side = side
 
 
 def for_onnx(model: nn.Module) -> nn.Module:

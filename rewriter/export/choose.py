@@ -19,6 +19,7 @@ from .variants import PLAIN, VARIANTS, attention_nodes, build
 from .verify import cast, on_cuda, onnx_stage, open_file
 
 SHIPPED = "model.onnx"
+_SAID = 300  # characters
 _KEYS = (
     "name", "file", "bytes", "holds", "reason", "metric", "agreement", "max_abs_diff", "mean_abs_diff",
     "fused_attention", "latency_ms",
@@ -26,19 +27,20 @@ _KEYS = (
 
 
 def offer(
-    truth: compare.Truth, names: Sequence[str], plain: Path, attentions: int, target: str
+    truth: compare.Truth, names: Sequence[str], plain: Path, attentions: int | None, target: str
 ) -> list[dict[str, Any]]:
     """Build the variants and compare each with the tuned run; one that fails does not stop the others.
 
     Args:
         names: of the variants.
         plain: the float32 file.
-        attentions: how many there are in the traced graph.
+        attentions: how many there are in the traced graph; None: some of no form that is known.
         target: what the files are for.
 
     Returns:
-        An entry of export.json for each: its name, file, bytes, whether it holds and why not, metric, agreement,
-        largest and mean difference from the tuned model, and how many attentions are one node.
+        An entry of export.json for each, and for the float32 one, which ships then, where none holds: its name, file,
+        bytes, whether it holds and why not, metric, agreement, largest and mean difference from the tuned model, and
+        how many attentions are one node.
     """
     offered = []
     for name in names:
@@ -48,13 +50,18 @@ def offer(
             entry |= {"file": str(file), "bytes": size_of(file)}
             entry["fused_attention"] = attention_nodes(file)
             entry |= _judged(truth, name, file, target)
-            apart = attentions - entry["fused_attention"]
-            if VARIANTS[name].fuses and apart > 0:
+            fuses, apart = VARIANTS[name].fuses, (attentions or 0) - entry["fused_attention"]
+            if fuses and attentions is None:
+                entry["reason"] = "its attention has no form that is known, so whether each is one node is not known"
+            elif fuses and apart > 0:
                 entry["reason"] = f"{apart} of {attentions} attentions are not one node"
             entry["holds"] = entry["reason"] is None
         except SubspanError as error:
-            entry["reason"] = str(error).split("; nothing is written")[0]
+            said = str(error).split("; nothing is written")[0].replace(f"{plain.parent}/", "")
+            entry["reason"] = said if len(said) < _SAID else f"{said[:_SAID]} ..."
         offered.append(entry)
+    if not any(entry["holds"] for entry in offered) and PLAIN not in names:
+        offered += offer(truth, [PLAIN], plain, attentions, target)
     return offered
 
 
@@ -67,12 +74,17 @@ def _judged(truth: compare.Truth, name: str, file: Path, target: str) -> dict[st
     one = found[name]
     metrics, share = truth.measured({name: stage}, tally).get(name, ({}, None))
     value, why, decided = metrics.get(spec.metric), None, share is not None
+    own = truth.rows.metrics[spec.metric] if truth.rows else None
+    if variant.mixes and truth.rows and truth.rows.most > truth.rows.size:
+        other = truth.batched(truth.rows.most)
+        metrics, least = other.measured({name: stage}, other.tally([name]))[name]
+        value = max(value, metrics[spec.metric], key=lambda found: abs(found - own))
+        share = min(share, least) if decided else None
     share = one.same / one.tokens if one.tokens else share
     if exact:
         why = truth.far(name, found, scale)
     elif truth.rows is None:
         why = f"nothing says what it costs: {truth.why}"
-    own = truth.rows.metrics[spec.metric] if truth.rows else None
     if why is None and share is not None and share < variant.agreement and (decided or not exact):
         why = f"{share:.2%} of its decisions are the tuned run's; {variant.agreement:.1%} at least"
     if why is None and not decided and not exact:
@@ -181,5 +193,5 @@ def settle(offered: Sequence[dict[str, Any]], plain: Path) -> str:
         for one in files_of(made):
             one.unlink()
     for entry in offered:
-        entry["file"] = Path(entry["file"]).name if entry["holds"] else None
+        entry["file"] = Path(entry["file"]).name if entry["holds"] or entry["name"] == chosen else None
     return chosen

@@ -4,7 +4,7 @@ whether its decisions on the validation rows are those that the run kept."""
 import itertools
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Rows:
 
     Attributes:
         encoded, collate, size: rows, how they become a batch, and how many of them.
+        most: how many a batch may have.
         wider: how many batches are compared with the wider run.
         kept: (n, k) what metrics needed of the tuned run's outputs; None for runs that kept none.
         metrics: the run's own on these rows.
@@ -50,6 +51,7 @@ class Rows:
     encoded: Dataset
     collate: Collate
     size: int
+    most: int
     wider: int
     kept: np.ndarray | None
     metrics: Mapping[str, float]
@@ -121,6 +123,10 @@ class Truth:
     why: str | None
     axes: list[str | None]
     eps: float | None
+
+    def batched(self, size: int) -> "Truth":
+        """The same rows in batches of another size, without samples."""
+        return replace(self, samples=[], rows=self.rows and replace(self.rows, size=size, wider=0))
 
     def tally(self, stages: Collection[str]) -> "Tally":
         """Of some stages."""

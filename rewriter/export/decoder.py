@@ -159,13 +159,14 @@ def kept(cache: Any) -> list[Tensor]:
     return found if all(isinstance(value, Tensor) and value.ndim == 4 for value in found) else []
 
 
-def layered(prefix: str, count: int, part: str = "") -> list[str]:
+def layered(which: str, count: int, part: str = "") -> list[str]:
     """Names of so many keys and values of each layer in turn.
 
     Args:
+        which: `PAST` or `PRESENT`.
         part: of an encoder-decoder: `.decoder` or `.encoder`.
     """
-    return [f"{prefix}.{i // 2}{part}.{('key', 'value')[i % 2]}" for i in range(count)]
+    return [f"{which}.{i // 2}{part}.{('key', 'value')[i % 2]}" for i in range(count)]
 
 
 def genai_config(file: Path, config: Any, processor: Any, longest: int | None) -> dict[str, Any]:

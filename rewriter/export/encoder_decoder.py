@@ -65,31 +65,39 @@ def parts_of(model: nn.Module, inputs: Inputs) -> tuple[_Part, _Part] | None:
         out = plain(self, decoder_input_ids=input_ids, attention_mask=encoder_attention_mask, **own)
         return {"logits": out.logits, "present": kept(out[name].self_attention_cache)}
 
+    encoder, decoder = _examples(before, cross)
+    given = _named("present", layered(PRESENT, len(cross), ".encoder"))
+    held = _named("past", layered(PAST, len(before), ".decoder")) | _named(
+        "cross", layered(PAST, len(cross), ".encoder")
+    )
+    held |= _named("present", layered(PRESENT, len(before), ".decoder"))
+    return (reading(model, encode).eval(), encoder, given), (reading(model, decode).eval(), decoder, held)
+
+
+def _examples(before: Sequence[Tensor], cross: Sequence[Tensor]) -> tuple[Inputs, Inputs]:
+    """Of what encoder and decoder read, as `parts_of` says.
+
+    Args:
+        before, cross: keys and values of self- and of cross-attention of each layer in turn, of any sizes.
+    """
     batch, encoded, sequence, past = _SIZES.values()
-    ids = inputs.kwargs["input_ids"]
-    text = {name: ids.new_ones(batch, encoded) for name in ("input_ids", "attention_mask")}
-    along = {0: "batch", 1: "encoder_sequence"}
-    encoder = Inputs((), text, dict.fromkeys(text, along))
+    ones = lambda *shape: torch.ones(shape, dtype=torch.long, device=cross[0].device)  # noqa: E731
     like = lambda held, size: [value.new_zeros(batch, value.shape[1], size, value.shape[3]) for value in held]  # noqa: E731
-    new = {"input_ids": ids.new_ones(batch, sequence), "encoder_attention_mask": text["attention_mask"]}
-    decoder = Inputs(
-        (),
-        new | {"past": like(before, past), "cross": like(cross, encoded)},
-        {
-            "input_ids": {0: "batch", 1: "sequence"},
-            "encoder_attention_mask": along,
-            "past": {0: "batch", 2: "past_sequence"},
-            "cross": {0: "batch", 2: "encoder_sequence"},
-        },
-    )
-    named = lambda what, names: {f"{what}_{i}": name for i, name in enumerate(names)}  # noqa: E731
-    given = named("present", layered(PRESENT, len(cross), ".encoder"))
-    own = named("past", layered(PAST, len(before), ".decoder")) | named("cross", layered(PAST, len(cross), ".encoder"))
-    own |= named("present", layered(PRESENT, len(before), ".decoder"))
-    return (
-        (reading(model, encode).eval(), encoder, given),
-        (reading(model, decode).eval(), decoder, own),
-    )
+    text = {name: ones(batch, encoded) for name in ("input_ids", "attention_mask")}
+    new = {"input_ids": ones(batch, sequence), "encoder_attention_mask": text["attention_mask"]}
+    along = {0: "batch", 1: "encoder_sequence"}
+    dynamic = {
+        "input_ids": {0: "batch", 1: "sequence"},
+        "encoder_attention_mask": along,
+        "past": {0: "batch", 2: "past_sequence"},
+        "cross": {0: "batch", 2: "encoder_sequence"},
+    }
+    read = new | {"past": like(before, past), "cross": like(cross, encoded)}
+    return Inputs((), text, dict.fromkeys(text, along)), Inputs((), read, dynamic)
+
+
+def _named(which: str, names: Sequence[str]) -> dict[str, str]:
+    return {f"{which}_{i}": name for i, name in enumerate(names)}
 
 
 def encoded(session: Any, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -16,7 +16,7 @@ from ..graph.ops import aten
 from .verify import fed
 
 SHAPES = ((1, 32), (8, 128))
-_AGAIN = 3
+_AGAIN, _PAUSE = 3, 0.05  # Seconds; at 0.01 a small step of PyTorch still takes 50 times as long.
 _ROUNDS = (3, 25)
 _PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.convolution.default)
 
@@ -44,7 +44,8 @@ def shapes_of(given: Sequence[Sequence[int]] | None, longest: int | None, sequen
 def interleaved(runs: Mapping[str, Run], seconds: float = 3.0) -> dict[str, float]:
     """Median milliseconds of each run, all of them in turn on the same machine.
 
-    Each has its turn several times in a row, and the first does not count: threads of the run before may still spin.
+    Each has its turn several times in a row after a pause, and the first does not count: threads of the run before may
+    still spin, and those of PyTorch wait for a core then.
 
     Args:
         seconds: about how long all of it may take; where one turn of all takes longer, each has one that counts.
@@ -56,8 +57,9 @@ def interleaved(runs: Mapping[str, Run], seconds: float = 3.0) -> dict[str, floa
     once = time.perf_counter() - started
     least, most = _ROUNDS if once < seconds else (1, 1)
     again = _AGAIN if once < seconds else 1
-    for _ in range(max(least, min(most, int(seconds / (once * (again + 1)))))):
+    for _ in range(max(least, min(most, int(seconds / (once * (again + 1) + _PAUSE * len(runs)))))):
         for name, run in runs.items():
+            time.sleep(_PAUSE)
             run()
             for _ in range(again):
                 begun = time.perf_counter()

@@ -15,9 +15,9 @@ from ..adapters.store import load_adapter, read_manifest
 from ..data import encode, load_rows
 from ..errors import SpecError, SubspanError, UnreachableError, reason
 from ..files import aside, read_json, write_json, write_text
-from ..graph.sublayers import attentions
+from ..graph.sublayers import known_attentions
 from ..graph.traced import Inputs, TracedModel
-from ..pretrained import Pretrained, collator, for_onnx, load_model, positions, processor_of, save_model
+from ..pretrained import Pretrained, collator, for_onnx, load_model, positions, processor_of, save_model, save_processor
 from ..sources import absent
 from ..spec import Spec
 from ..trace import trace
@@ -89,7 +89,7 @@ class _Model:
     Attributes:
         config, processor, inputs: its own, and examples of what it reads.
         rest: the tuned one, where something can't merge.
-        attentions: how many there are in the traced graph.
+        attentions: how many there are in the traced graph; None: some of no form that is known.
         varies, longest: whether it reads sequences, and the longest that it takes; None: any.
         metadata: of its ONNX file.
     """
@@ -98,7 +98,7 @@ class _Model:
     processor: Any
     inputs: Inputs
     rest: TunedModel | None
-    attentions: int
+    attentions: int | None
     varies: bool
     longest: int | None
     metadata: dict[str, object]
@@ -121,7 +121,7 @@ def _merged(spec: Spec, run: Path, folder: Path, scratch: Path) -> tuple[compare
         processor,
         inputs,
         None if tuned.plan.merges else tuned,
-        len(attentions(traced.graphs["eval"])),
+        known_attentions(traced.graphs["eval"]),
         tuned.varies,
         longest,
         _metadata(spec, pretrained, run, longest),
@@ -135,7 +135,7 @@ def _merged(spec: Spec, run: Path, folder: Path, scratch: Path) -> tuple[compare
     report = _compared(truth, {"merged": torch_stage(traced)})
     place = folder if spec.export.checkpoint else scratch / "merged"
     save_model(pretrained, str(place))
-    processor.save_pretrained(place)
+    save_processor(processor, place, spec.task)
     spec.task.ship(place, pretrained.module, spec.data.max_length if spec.data else processor.model_max_length)
     del pretrained, traced, tuned
     gc.collect()
@@ -180,7 +180,7 @@ def _write(truth: compare.Truth, model: _Model, again: _Again, folder: Path) -> 
     """
     spec = truth.spec
     folder.mkdir()
-    model.processor.save_pretrained(folder)
+    save_processor(model.processor, folder, spec.task)
     model.config.save_pretrained(folder)
     file = folder / VARIANTS[PLAIN].file
     how = (spec.export.onnx.opset, model.metadata, spec.train.passes.off)
@@ -378,9 +378,10 @@ def _rows(
     own = read_json(file).get("validation")
     if not isinstance(own, dict) or not isinstance(own.get(spec.metric, ""), int | float | None):
         raise SubspanError(f"{file}: not the metrics of this run")
-    size = max(1, min(spec.train.batch_size, compare.WIDE_ROWS, compare.BATCH_NUMBERS // per))
+    most = max(1, min(compare.WIDE_ROWS, compare.BATCH_NUMBERS // per))
+    size = min(spec.train.batch_size, most)
     kept = max(size, min(compare.WIDE_ROWS, compare.KEPT_NUMBERS // per))
-    return compare.Rows(encoded, collate, size, -(-kept // size), load_predictions(run), own), None
+    return compare.Rows(encoded, collate, size, most, -(-kept // size), load_predictions(run), own), None
 
 
 def load_merged(spec: Spec, folder: Path) -> Pretrained:

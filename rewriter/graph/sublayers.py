@@ -108,6 +108,13 @@ def attentions(graph: fx.Graph, module: str | None = None) -> list[Attention]:
     return found
 
 
+def known_attentions(graph: fx.Graph) -> int | None:
+    """How many attention ops a graph has; None where there is a softmax over more than classes that is of none."""
+    found = {one.node for one in attentions(graph)}
+    others = [node for node in graph.nodes if node.target in SOFTMAX and len(shape_of(node)) == 4]
+    return None if set(others) - found else len(found)
+
+
 def _sdpa(node: fx.Node) -> Attention:
     query, keys, values = (*node.args, *node.kwargs.values())[:3]
     cross = _source(query) is not _source(keys)

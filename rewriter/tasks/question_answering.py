@@ -142,9 +142,11 @@ class QuestionAnswering(Task):
         return {"answers": {"text": [], "answer_start": []}}
 
     def answer(self, out: Any, targets: Batch, row: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
-        """The best span, where it stands in the context, its score, and that of no answer: sums of two logits."""
+        """The best span, where it stands in the context, its score, and that of no answer: sums of two logits; no
+        score where nothing of the context was read."""
         found = self.summary(out, targets)
         _, start, end, score, _ = found[found[:, 3].argmax()].tolist()
+        start, end, score = (start, end, score) if score > -np.inf else (0, 0, None)
         span = {"start": int(start), "end": int(end), "score": score, "no_answer": found[:, 4].min().item()}
         return {"answer": str(row["context"])[int(start) : int(end)], **span}
 

@@ -154,6 +154,24 @@ def test_a_decoder_is_judged_by_its_metric_and_its_next_tokens(tmp_path, monkeyp
     assert 0.5 < int4["agreement"] <= int8["agreement"] <= 1 and "of its decisions" in int4["reason"]
 
 
+def test_where_nothing_that_is_named_holds_float32_ships_and_is_listed(run, monkeypatch):
+    monkeypatch.setitem(variants.VARIANTS, "int4", dataclasses.replace(variants.VARIANTS["int4"], agreement=1.01))
+    edited(run, "variants: null", "variants: [int4]")
+    found, by_name = exported(run, measure=True)
+    assert found["chosen"] == "float32" and list(by_name) == ["int4", "float32"]
+    assert by_name["int4"]["file"] is None and by_name["float32"]["file"] == "model_fp32.onnx"
+    assert by_name["float32"]["bytes"] == (run / "onnx" / "model.onnx").stat().st_size
+    assert by_name["float32"]["latency_ms"]
+
+
+def test_what_mixes_rows_is_counted_in_large_batches_too(run, monkeypatch):
+    sizes, batched = [], choose.compare.Truth.batched
+    monkeypatch.setattr(choose.compare.Truth, "batched", lambda self, size: sizes.append(size) or batched(self, size))
+    edited(run, "variants: null", "variants: [float32, int8, int8-dynamic]")
+    exported(run)
+    assert sizes == [64]
+
+
 def test_weights_beside_their_file_have_its_name(run, monkeypatch):
     """As transformers.js looks for them, in both folders; of what ONNX Runtime quantises too."""
     monkeypatch.setattr("rewriter.export.onnx.LIMIT", 1000)
