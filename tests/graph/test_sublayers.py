@@ -8,10 +8,17 @@ from rewriter import Inputs, trace
 from rewriter.graph.sublayers import known_attentions
 from tests.cases.tiny import BERT, LLAMA
 
-SINKS = {**LLAMA, "num_local_experts": 2, "head_dim": 16, "layer_types": ["full_attention"] * 2, "num_hidden_layers": 2}
+SINKS = {
+    **LLAMA,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "head_dim": 16,
+    "layer_types": ["full_attention"] * 2,
+    "num_hidden_layers": 2,
+}
 MODELS = {
-    "bert": (lambda: hf.BertModel(hf.BertConfig(**BERT)), BERT.get("num_hidden_layers", 1)),
-    "explicit": (lambda: hf.BertModel._from_config(hf.BertConfig(**BERT), attn_implementation="eager"), 1),
+    "bert": (lambda: hf.BertModel(hf.BertConfig(**BERT)), 2),
+    "explicit": (lambda: hf.BertModel._from_config(hf.BertConfig(**BERT), attn_implementation="eager"), 2),
     "sinks": (lambda: hf.GptOssModel(hf.GptOssConfig(**SINKS)), None),
     "none": (lambda: hf.ResNetModel(hf.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])), 0),
 }
