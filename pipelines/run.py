@@ -22,7 +22,7 @@ class Stage(StrEnum):
 def run(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of an exported run.", show_default=False)],
     texts: Annotated[list[str] | None, typer.Argument(help="What is asked, a row each.", show_default=False)] = None,
-    file: Annotated[Path | None, typer.Option(help="A row a line, instead; without texts, stdin is read.")] = None,
+    file: Annotated[Path | None, typer.Option(help="A row a line, instead; `-`, or neither: stdin.")] = None,
     stages: Annotated[
         list[Stage] | None, typer.Option("--with", help="What answers, default onnx; given twice, both, side by side.")
     ] = None,
@@ -40,8 +40,13 @@ def run(
         from rewriter.folder import spec_of
 
         spec = spec_of(folder)
-        rows = rows_of(spec, texts or (file.read_text() if file else sys.stdin.read()).splitlines())
-        answers = {str(one): answerer(spec, folder, str(one), tokens) for one in stages or [Stage.onnx]}
+        if texts and file:
+            raise SubspanError("texts, or --file: not both")
+        read = file.read_text() if file and str(file) != "-" else "" if texts else sys.stdin.read()
+        rows, notes = rows_of(spec, texts or read.splitlines()), []
+        if not rows:
+            raise SubspanError("nothing is asked: give texts, --file, or lines on stdin")
+        answers = {str(one): answerer(spec, folder, str(one), tokens, notes) for one in stages or [Stage.onnx]}
         for number, row in enumerate(rows, 1):
             for name, answer in answers.items():
                 try:
@@ -50,6 +55,9 @@ def run(
                     raise SubspanError(f"row {number}: {error}") from error
                 said = {"with": name} | found if len(answers) > 1 else found
                 print(json.dumps(said, ensure_ascii=False), flush=True)
+            for note in dict.fromkeys(notes):
+                print(f"row {number}: {note}", file=sys.stderr, flush=True)
+            notes.clear()
 
 
 if __name__ == "__main__":

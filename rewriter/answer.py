@@ -55,15 +55,17 @@ class _Opened:
 
 
 def rows_of(spec: Spec, lines: Iterable[str]) -> list[dict[str, Any]]:
-    """What is asked, a row a line: a text, or an object of JSON with the task's roles.
+    """What is asked, a row a line: a text, or an object of JSON with the task's roles, or one with the columns of the
+    spec's data, whatever else stands beside them.
 
     Raises:
         SubspanError: at a line that is none.
     """
-    task, rows = spec.task, []
-    optional = [name for name, role in task.roles.items() if role.kind in _TEXTS and name not in ("label", *task.asks)]
-    needed = [*task.asks, *(name for name in optional if spec.data and name in spec.data.columns)]
-    needed = [name for name in needed if name not in task.blank(dict.fromkeys(needed, ""), [""])]
+    task, rows, columns = spec.task, [], spec.data.columns if spec.data else {}
+    texts = [name for name, role in task.roles.items() if role.kind in _TEXTS and name not in ("label", *task.asks)]
+    blank = task.blank(dict.fromkeys([*task.asks, *texts], ""), [""])
+    optional = [name for name in texts if name in columns or name in blank or spec.data is None]
+    needed = [name for name in [*task.asks, *optional] if name not in blank and (name in task.asks or name in columns)]
     for number, line in enumerate(lines, 1):
         if line.lstrip().startswith("{"):
             try:
@@ -72,7 +74,10 @@ def rows_of(spec: Spec, lines: Iterable[str]) -> list[dict[str, Any]]:
                 raise SubspanError(f"row {number} is no JSON: {reason(error)}") from None
         else:
             row = {needed[0]: line}
-        if set(needed) - set(row) or set(row) - {*needed, *optional}:
+        fits = set(needed) <= set(row) <= {*needed, *optional}
+        if not fits and columns and {columns[name] for name in needed} <= set(row):
+            row = {name: row[columns[name]] for name in [*needed, *optional] if columns.get(name) in row}
+        elif not fits:
             like = json.dumps(dict.fromkeys(needed, "..."))
             raise SubspanError(f"row {number} has {', '.join(row) or 'nothing'}; {task.name} reads {like}")
         for name, value in row.items():
@@ -86,7 +91,7 @@ def rows_of(spec: Spec, lines: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def answerer(
-    spec: Spec, run: Path, stage: str = "onnx", tokens: int = 64
+    spec: Spec, run: Path, stage: str = "onnx", tokens: int = 64, notes: list[str] | None = None
 ) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     """A function from a row of `rows_of` to what the run says of it.
 
@@ -95,6 +100,7 @@ def answerer(
         run: its folder.
         stage: `onnx`, the file that ships; `merged`, the checkpoint; `tuned`, the base with its adapter.
         tokens: most that a text goes on by; the likeliest one each time, up to the end of the text.
+        notes: gets what there is to say of a row: that it is cut.
 
     Raises:
         SubspanError: the run has no such stage; of a row, that it can't be read, or is longer than a text that goes on
@@ -121,7 +127,7 @@ def answerer(
             rows = rows.cast_column(task.asks[0], datasets.Image())
         reading = Reading({name: name for name in whole}, rows.features, opened.processor, opened.labels, length)
         with bars():
-            encoded = task.encode(rows, reading, [])
+            encoded = task.encode(rows, reading, [] if notes is None else notes)
         if len(encoded) == 0:
             raise SubspanError(f"there is nothing to read in {json.dumps(dict(row))}")
         batch = collate([encoded[i] for i in range(len(encoded))])

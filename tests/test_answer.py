@@ -29,6 +29,7 @@ IMAGE = asked("image-classification", {"image": "a", "label": "b"})
 WRONG = [
     (TEXT, "{}", "row 1 has nothing; sequence-classification reads"),
     (TEXT, '{"txt": "a"}', "row 1 has txt; sequence-classification reads"),
+    (TEXT, '{"text": "a", "text_pair": "b"}', "row 1 has text, text_pair; sequence-classification reads"),
     (TEXT, '{"text": null}', "row 1: text is null, no text or whole number"),
     (TEXT, '{"text": ["a"]}', 'row 1: text is ["a"], no text or whole number'),
     (TEXT, '{"text": 1.5}', "row 1: text is 1.5, no text or whole number"),
@@ -51,6 +52,9 @@ def test_what_is_no_row_is_refused(spec, line, said):
 
 def test_what_is_a_row():
     assert rows_of(TEXT, ["a text", "", '{"text": 5}']) == [{"text": "a text"}, {"text": ""}, {"text": 5}]
+    assert rows_of(TEXT, ['{"a": "x", "b": 1, "c": 2}']) == [{"text": "x"}]
+    same = asked("sequence-classification", {"text": "text", "label": "label"})
+    assert rows_of(same, ['{"text": "x", "label": 1}']) == [{"text": "x"}]
     assert rows_of(WORDS, ["two words", '{"tokens": ["one", 2]}']) == [
         {"tokens": ["two", "words"]},
         {"tokens": ["one", 2]},
@@ -65,6 +69,9 @@ def test_each_line_has_its_answer(tmp_path):
     (tmp_path / "asked.txt").write_text("\n".join(lines[:3]) + "\n")
     again = call("run", tmp_path / "run", "--file", tmp_path / "asked.txt", "--with", "tuned").stdout.splitlines()
     assert again == found[:3]
+    noted = call("run", tmp_path / "run", *lines, "--with", "tuned").stderr.splitlines()
+    assert [line.split(":")[0] for line in noted if "are cut to 16 tokens" in line] == ["row 3"]
+    assert fails("run", tmp_path / "run", "a", "--file", tmp_path / "asked.txt") == "texts, or --file: not both"
     assert "merged is missing: subspan export" in fails("run", tmp_path / "run", "a", "--with", "merged")
 
 

@@ -1,6 +1,7 @@
 """The model card: what a run was made of, how well it does, what was compared, and how it is loaded."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ..files import read_json
 from ..resources import PACKAGE, is_local
 from ..spec import Spec
 from . import compare
-from .listing import listing, markdown
+from .listing import listing, markdown, where
 
 _DRAWS = 200
 
@@ -29,13 +30,21 @@ def deviation(spec: Spec, rows: compare.Rows | None) -> float | None:
     return float(np.std([spec.task.measure(spec.metric, rows.kept[some], rows.encoded) for some in draw]))
 
 
-def card(spec: Spec, run: Path, report: Mapping[str, Any], found: Mapping[str, Any] | None, error: float | None) -> str:
+def card(
+    spec: Spec,
+    run: Path,
+    report: Mapping[str, Any],
+    found: Mapping[str, Any] | None,
+    error: float | None,
+    labels: Sequence[str],
+) -> str:
     """Markdown with the header that hubs read.
 
     Args:
         run: the run's folder.
         report, found: the content of verify.json and of export.json.
         error: from `deviation`.
+        labels: names of classes.
     """
     metrics, plan = (
         read_json(run / f"{name}.json") if (run / f"{name}.json").exists() else {} for name in ("metrics", "plan")
@@ -57,28 +66,47 @@ def card(spec: Spec, run: Path, report: Mapping[str, Any], found: Mapping[str, A
     )
     known = Path(base).name if is_local(base) else base.removeprefix(PACKAGE)
     share = f"{plan['trainable_parameters']:,} of {plan['total_parameters']:,} parameters tuned" if plan else ""
-    rules = "; ".join(
-        f"`{rule.target}`: {', '.join(next(iter(one)) for one in rule.model_dump(exclude_defaults=True)['apply'])}"
-        for rule in spec.rules
-    )
     lines = [
         "---", header.to_yaml().rstrip(), "---", "",
         f"# {run.resolve().name}", "",
         f"{known}, adapted by [Subspan](https://arxiv.org/abs/2407.05417): {share}.", "",
         "| | |", "| --- | --- |",
         f"| task | {spec.task.name} |",
-        f"| rules | {rules} |",
     ]  # fmt: skip
+    lines += [f"| labels | {', '.join(labels)} |"] if labels else []
+    lines += [f"| {name} | {value} |" for name, value in _tuned(spec).items()]
     if own is not None:
         spread = f" ± {error:.4f} (one standard error)" if error is not None else ""
         rows = metrics["validation"].get("rows")
-        lines += [f"| data | {_named(spec)} |", f"| {spec.metric} | {own:.4f}{spread} on {rows} validation rows |"]
-    lines += ["", "## What was compared", "", "| | largest difference from the tuned model |", "| --- | --- |"]
-    lines += [f"| {name} | {value:.1e} |" for name, value in report["stages"].items()]
+        lines += [f"| {spec.metric} when tuned | {own:.4f}{spread} on {rows} validation rows |"]
+    lines += ["", "## What was compared", ""]
+    if report["rows"]["why"] is not None:
+        lines += [f"On random rows, not on validation rows: {report['rows']['why']}.", ""]
+    lines += ["| | largest difference from the tuned model |", "| --- | --- |"]
+    called = {"onnx": "onnx, in float32"}
+    lines += [f"| {called.get(name, name)} | {value:.1e} |" for name, value in report["stages"].items()]
     if found:
         lines += ["", *_files(found)]
     lines += ["", *_loading(spec, bool(plan.get("merges")) and spec.export.checkpoint, found is not None)]
     return "\n".join(lines) + "\n"
+
+
+def _tuned(spec: Spec) -> dict[str, str]:
+    """What was tuned, on what, and how."""
+    steps = lambda rule: ", ".join(  # noqa: E731
+        json.dumps(one) if any(one.values()) else next(iter(one))
+        for one in rule.model_dump(mode="json", exclude_defaults=True)["apply"]
+    )
+    found = {"rules": "; ".join(f"`{rule.target}`: {steps(rule)}" for rule in spec.rules)}
+    if spec.data:
+        limit = {f"{part} rows": n for part, n in spec.data.limit.model_dump().items() if n is not None}
+        some = {**spec.data.where, **limit}
+        found["data"] = _named(spec) + "".join(f"; {name}: {value}" for name, value in some.items())
+        found["longest text"] = f"{spec.data.max_length} tokens"
+    train = spec.train
+    length = f"{train.max_steps} steps" if train.max_steps else f"{train.epochs:g} epochs"
+    found["training"] = f"{length}, {train.batch_size} rows a step, learning rate {train.learning_rate:g}"
+    return found
 
 
 def _named(spec: Spec) -> str:
@@ -91,16 +119,24 @@ def _named(spec: Spec) -> str:
 
 def _files(found: Mapping[str, Any]) -> list[str]:
     shapes, rows, _ = listing(found)
-    columns = ("name", "holds", "MB", "metric", "same decisions", *shapes)
-    heads = ["file", *columns[1:5], *(f"{shape}, ms" for shape in shapes)]
-    table = markdown(heads, [[row[column] for column in columns] for row in rows])
-    return ["## Files", "", f"`onnx/model.onnx` is {found['chosen']}, for {found['target']}.", "", *table]
+    columns = ("name", "file", "holds", "MB", "metric", "same decisions", "largest difference", *shapes)
+    table = markdown(
+        [*columns[:7], *(f"{shape}, ms" for shape in shapes)], [[row[one] for one in columns] for row in rows]
+    )
+    said = f"`onnx/model.onnx` is {found['chosen']}, for {found['target']}."
+    on = [f"Times on {where(found)}.", ""] if where(found) else []
+    return ["## Files", "", said, "", *on, *table]
 
 
 def _loading(spec: Spec, merged: bool, onnx: bool) -> list[str]:
-    task, lines = spec.task, ["## Loading", "", "```python"]
+    """The files of the folder, wherever it is."""
+    task = spec.task
+    lines = ["## Loading", "", "```python", *(["import pathlib", ""] if onnx else []), "import huggingface_hub"]
     lines += ["import onnxruntime"] if onnx else []
-    lines += ["import transformers", "", f'processor = transformers.{task.processor}.from_pretrained("FOLDER")']
-    lines += [f'model = transformers.{task.auto}.from_pretrained("FOLDER")  # the merged checkpoint'] if merged else []
-    lines += ['session = onnxruntime.InferenceSession("FOLDER/onnx/model.onnx")'] if onnx else []
+    lines += ["import transformers", ""]
+    lines += ['folder = huggingface_hub.snapshot_download("owner/name")  # or the path of this folder']
+    lines += [f"processor = transformers.{task.processor}.from_pretrained(folder)"]
+    lines += [f"model = transformers.{task.auto}.from_pretrained(folder)  # the merged checkpoint"] if merged else []
+    lines += ['file = next(pathlib.Path(folder).rglob("model.onnx"))'] if onnx else []
+    lines += ["session = onnxruntime.InferenceSession(file)"] if onnx else []
     return [*lines, "```"]

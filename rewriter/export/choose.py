@@ -54,7 +54,7 @@ def offer(
             if fuses and attentions is None:
                 entry["reason"] = "its attention has no form that is known, so whether each is one node is not known"
             elif fuses and apart > 0:
-                entry["reason"] = f"{apart} of {attentions} attentions are not one node"
+                entry["reason"] = f"{apart} of {attentions} attentions are not one node: no rule of onnxscript matches"
             entry["holds"] = entry["reason"] is None
         except SubspanError as error:
             said = str(error).split("; nothing is written")[0].replace(f"{plain.parent}/", "")

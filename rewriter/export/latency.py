@@ -1,9 +1,13 @@
 """Latency: the same batch through several runs in turn, and the least that a model's matrix products take."""
 
+import os
+import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import onnxruntime
@@ -66,6 +70,16 @@ def interleaved(runs: Mapping[str, Run], seconds: float = 3.0) -> dict[str, floa
                 run()
                 times[name].append(time.perf_counter() - begun)
     return {name: 1000 * statistics.median(found) for name, found in times.items()}
+
+
+def machine() -> dict[str, Any]:
+    """Where times are taken: the processor, PyTorch's threads, how many tasks ran or waited in the last minute, and the
+    GPU if there is one."""
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    found = {"processor": named[1] if named else platform.machine(), "threads": torch.get_num_threads()}
+    found["load"] = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
+    return found | ({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
 
 
 def forward(module: nn.Module, batch: Mapping[str, Tensor]) -> Run:

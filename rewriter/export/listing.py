@@ -10,7 +10,7 @@ def listing(found: Mapping[str, Any]) -> tuple[list[str], list[dict[str, str]], 
     """What export.json says, as cells.
 
     Returns:
-        Names of the batches that were timed; a row of cells for each file, by column: `name`, `holds`, `MB`,
+        Names of the batches that were timed; a row of cells for each file, by column: `name`, `file`, `holds`, `MB`,
         `metric`, `same decisions`, `largest difference` and the batches; and one for each run beside them: `name` and
         the batches.
     """
@@ -21,6 +21,7 @@ def listing(found: Mapping[str, Any]) -> tuple[list[str], list[dict[str, str]], 
     rows = [
         {
             "name": one["name"],
+            "file": one["file"] or "",
             "holds": "yes" if one["holds"] else f"no: {one['reason']}",
             "MB": _number(one["bytes"] and one["bytes"] / 1e6, ".1f"),
             "metric": _number(one["metric"], ".4f"),
@@ -37,6 +38,16 @@ def called(name: str) -> str:
     """What a run beside the files is called: `eager-float16` -> `PyTorch, float16`."""
     what, _, dtype = name.partition("-")
     return f"{NAMES[what]}, {dtype}" if dtype else NAMES[what]
+
+
+def where(found: Mapping[str, Any]) -> str | None:
+    """What export.json says of the machine that times were taken on; None where nothing was timed."""
+    one = found["machine"]
+    if one is None:
+        return None
+    load = "" if one["load"] is None else f", load {one['load']}"
+    gpu = f"{one['gpu']}, " if "gpu" in one and found["target"] == "cuda" else ""
+    return f"{gpu}{one['processor']}, {one['threads']} threads{load}; medians in turn; 8x128 is 8 rows of 128 tokens"
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

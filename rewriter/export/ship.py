@@ -27,7 +27,7 @@ from . import compare, encoder_decoder
 from .card import card, deviation
 from .choose import SHIPPED, beside_checkpoint, offer, settle, timed
 from .decoder import decoder_of, decoding_stage, genai_config
-from .latency import shapes_of
+from .latency import machine, shapes_of
 from .merge import merge, rest
 from .onnx import export_onnx, files_of
 from .variants import PLAIN, VARIANTS, wanted
@@ -68,7 +68,7 @@ def ship(spec: Spec, run: Path, target: str = "cpu", measure: bool = False) -> d
         write_json(verify, report)
         if spec.export.onnx:
             offered = offer(truth, wanted(spec.export.variants, target, measure), plain, model.attentions, target)
-            found = {"target": target, "variants": offered}
+            found = {"target": target, "variants": offered, "machine": machine() if shapes else None}
             found["beside"] = _timed(spec, model, again, offered, shapes, grows, target) if shapes else {}
             found |= {"chosen": settle(offered, plain)} | ({"cache": cache} if spec.task.writes else {})
             write_json(export, found)
@@ -78,7 +78,7 @@ def ship(spec: Spec, run: Path, target: str = "cpu", measure: bool = False) -> d
             if merged.is_dir():
                 beside_checkpoint(onnx, merged)
         for folder in (folder for folder in (merged, onnx) if folder.is_dir()):
-            write_text(folder / "README.md", card(spec, run, report, found, deviation(spec, truth.rows)))
+            write_text(folder / "README.md", card(spec, run, report, found, deviation(spec, truth.rows), model.labels))
     return report
 
 
@@ -91,6 +91,7 @@ class _Model:
         rest: the tuned one, where something can't merge.
         attentions: how many there are in the traced graph; None: some of no form that is known.
         varies, longest: whether it reads sequences, and the longest that it takes; None: any.
+        labels: names of its classes.
         metadata: of its ONNX file.
     """
 
@@ -101,6 +102,7 @@ class _Model:
     attentions: int | None
     varies: bool
     longest: int | None
+    labels: list[str]
     metadata: dict[str, object]
 
 
@@ -124,6 +126,7 @@ def _merged(spec: Spec, run: Path, folder: Path, scratch: Path) -> tuple[compare
         known_attentions(traced.graphs["eval"]),
         tuned.varies,
         longest,
+        pretrained.labels,
         _metadata(spec, pretrained, run, longest),
     )
     truth = _truth(spec, run, pretrained, traced, tuned, inputs, scratch)

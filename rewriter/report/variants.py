@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..export.listing import listing
+from ..export.listing import listing, where
 from ..files import read_json
 
 
@@ -21,3 +21,5 @@ def print_variants(run: Path, console: Console) -> None:
     for row in others:
         table.add_row(row["name"], *(row.get(column, "") for column in columns))
     console.print(table)
+    if (said := where(found)) is not None:
+        console.print(f"on {said}", highlight=False)

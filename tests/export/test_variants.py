@@ -117,7 +117,7 @@ def test_an_attention_that_is_not_one_node_is_said(run, monkeypatch):
     monkeypatch.setattr(choose, "attention_nodes", lambda file: 1)
     edited(run, "variants: null", "variants: [float32-fused]")
     _, by_name = exported(run)
-    assert by_name["float32-fused"]["reason"] == "1 of 2 attentions are not one node"
+    assert by_name["float32-fused"]["reason"] == "1 of 2 attentions are not one node: no rule of onnxscript matches"
 
 
 def test_half_precision_keeps_its_ends_wide(run):

@@ -27,7 +27,7 @@ def test_the_card_is_one_that_hubs_read(run):
     (result,) = card.data.eval_results
     assert (result.metric_type, result.metric_value) == ("accuracy", metrics["accuracy"])
     assert card.data.pipeline_tag == "text-classification" and "base_model" not in card.data.to_dict()
-    assert f"{metrics['accuracy']:.4f} ± 0." in card.text and "| onnx | " in card.text and "float32" in card.text
+    assert f"{metrics['accuracy']:.4f} ± 0." in card.text and "| onnx, in float32 | " in card.text and "float32" in card.text
     assert str(run.parent) not in card.content
     assert (run / "onnx" / "README.md").read_text() == card.content
 
@@ -62,9 +62,9 @@ def test_questions_that_are_none(run, line, said):
 def test_rows_from_a_file_are_those_of_the_command_line(run, tmp_path):
     (tmp_path / "rows.txt").write_text("a good film\n\nthe plot\n")
     found = succeeds("run", run, "--file", tmp_path / "rows.txt")
-    assert found == succeeds("run", run, "a good film", "the plot")
+    assert found == succeeds("run", run, "a good film", "", "the plot")
     answers = [json.loads(line) for line in found.splitlines()]
-    assert len(answers) == 2 and all(sum(one["scores"].values()) == pytest.approx(1) for one in answers)
+    assert len(answers) == 3 and all(sum(one["scores"].values()) == pytest.approx(1) for one in answers)
 
 
 def test_what_is_not_there_is_said(run, tmp_path):
