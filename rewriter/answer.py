@@ -24,8 +24,13 @@ from .sources import bars
 from .spec import Spec
 from .tasks.base import Reading
 
-_SAID = {"text": "text or whole number", "words": "list of words, none of them empty", "image": "path of an image"}
-_TEXTS = tuple(_SAID)
+_SAID = {
+    "messages": "list of turns, {role: ..., content: ...}",
+    "text": "text or whole number",
+    "words": "list of words, none of them empty",
+    "image": "path of an image",
+}
+_TEXTS = ("text", "words", "image")
 
 
 def _is_text(value: Any) -> bool:
@@ -35,6 +40,7 @@ def _is_text(value: Any) -> bool:
 _CELLS: dict[str, Callable[[Any], bool]] = {
     "text": _is_text,
     "words": lambda value: isinstance(value, list) and all(_is_text(one) and str(one).strip() for one in value),
+    "messages": lambda value: isinstance(value, list) and bool(value) and all("role" in one for one in value),
     "image": lambda value: isinstance(value, str),
 }
 
@@ -62,10 +68,12 @@ def rows_of(spec: Spec, lines: Iterable[str]) -> list[dict[str, Any]]:
         SubspanError: at a line that is none.
     """
     task, rows, columns = spec.task, [], spec.data.columns if spec.data else {}
-    texts = [name for name, role in task.roles.items() if role.kind in _TEXTS and name not in ("label", *task.asks)]
-    blank = task.blank(dict.fromkeys([*task.asks, *texts], ""), [""])
+    asks = task.asks_of(columns)
+    texts = [name for name, role in task.roles.items() if role.kind in _TEXTS and name not in ("label", *asks)]
+    texts = [] if task.writes else texts
+    blank = task.blank(dict.fromkeys([*asks, *texts], ""), [""])
     optional = [name for name in texts if name in columns or name in blank or spec.data is None]
-    needed = [name for name in [*task.asks, *optional] if name not in blank and (name in task.asks or name in columns)]
+    needed = [name for name in [*asks, *optional] if name not in blank and (name in asks or name in columns)]
     for number, line in enumerate(lines, 1):
         if line.lstrip().startswith("{"):
             try:
@@ -84,6 +92,8 @@ def rows_of(spec: Spec, lines: Iterable[str]) -> list[dict[str, Any]]:
             kind = task.roles[name].kind
             if kind == "words" and isinstance(value, str):
                 row[name] = value = value.split()
+            if kind == "messages" and isinstance(value, str):
+                row[name] = value = [{"role": "user", "content": value}]
             if not _CELLS[kind](value):
                 raise SubspanError(f"row {number}: {name} is {json.dumps(value)[:40]}, no {_SAID[kind]}")
         rows.append(row)
@@ -112,7 +122,7 @@ def answerer(
 
     def answer(row: Mapping[str, Any]) -> dict[str, Any]:
         if task.writes:
-            ids = opened.processor(str(row["text"]))["input_ids"]
+            ids = task.starts(row, opened.processor)
             if opened.longest is not None and len(ids) >= opened.longest:
                 raise SubspanError(
                     f"the text has {len(ids)} tokens; the model takes {opened.longest} with what it writes"

@@ -209,7 +209,11 @@ def encode(
             or nothing is left.
     """
     check_length(spec, getattr(processor, "model_max_length", None))
-    reading = Reading(spec.data.columns, rows.features, processor, labels, spec.data.max_length)
+    data, how = spec.data, {}
+    if data.turns is not None:
+        how = {"turns": {"role": data.turns.role, "content": data.turns.content}, "spoken": data.turns.roles}
+    how |= {"long": data.long, "loss": data.loss}
+    reading = Reading(data.columns, rows.features, processor, labels, data.max_length, **how)
     with bars():
         try:
             found = spec.task.encode(rows, reading, [] if notes is None else notes)

@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-from rewriter.tasks import TASKS
+from rewriter.tasks import TASKS, task_of
 from rewriter.transforms import TRANSFORMS
 
 ROOT = Path(__file__).parents[1]
@@ -60,8 +60,10 @@ OUTSIDE = [file for file in SOURCES if "methods" not in file.parts and file.name
 
 
 def test_no_transform_is_known_outside_its_file():
-    found = {named(file): list(knowledge(file)) for file in OUTSIDE}
-    assert not {file: what for file, what in found.items() if what}
+    """A column that a task reads may be called like one."""
+    found = {named(file): {word for _, word in knowledge(file)} for file in OUTSIDE}
+    roles = {f"tasks/{name.replace('-', '_')}.py": set(task_of(name).roles) for name in TASKS}
+    assert not {file: what - roles.get(file, set()) for file, what in found.items() if what - roles.get(file, set())}
 
 
 def words_of(tree):

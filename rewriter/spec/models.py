@@ -105,6 +105,14 @@ Scalar = str | int | float | bool | None
 Format = Literal["csv", "json", "parquet", "arrow", "text", "imagefolder"]
 
 
+class Turns(_Model):
+    """How a column writes turns, where it is not as templates do, e.g. {role: from, content: value}."""
+
+    role: str = Field("role", min_length=1, description="what a turn's role is called")
+    content: str = Field("content", min_length=1, description="what its text is called")
+    roles: dict[str, str] = Field(default_factory=dict, description="role as written -> role as templates call it")
+
+
 class Data(_Model):
     """The data set, as `datasets.load_dataset` reads it."""
 
@@ -123,7 +131,15 @@ class Data(_Model):
     split: Split | None = Field(None, description="hold out a part of the training data")
     limit: Limit = Field(Limit(), description="use only so many rows, after filter and split")
     columns: dict[str, str] = Field(description="role -> column; which roles there are, the task says")
-    max_length: Count = Field(128, le=2**20, description="longest sequence, in tokens; longer texts are cut")
+    max_length: Count = Field(128, le=2**20, description="longest sequence, in tokens")
+    long: Literal["truncate", "split", "refuse"] = Field(
+        "truncate", description="what becomes of longer texts; `split`: several rows"
+    )
+    turns: Turns | None = Field(None, description="how turns are written; default: {role: ..., content: ...}")
+    template: str | None = Field(None, description="chat template, or a file of one; default: the tokenizer's")
+    loss: Literal["assistant", "completion", "all"] | None = Field(
+        None, description="which tokens are learnt; default: the assistant's turns, or the completion, or else all"
+    )
 
     @model_validator(mode="after")
     def _source(self) -> "Data":
@@ -384,6 +400,7 @@ class Spec(_Model):
         ):
             if getattr(self.train, key) and not there:
                 raise SpecError(f"{self.model.task} has no use for it", ("train", key), at_key=True)
+        _check_chat(self.task, self.data)
         if self.model.labels and not self.task.labelled:
             raise SpecError(f"{self.model.task} has no labels", ("model", "labels"), at_key=True)
         if self.data and self.train.batch_size < (least := self.task.least(self.columns)):
@@ -412,6 +429,18 @@ class Spec(_Model):
         return self._locate(error) if self._locate else error
 
 
+def _check_chat(task: Task, data: Data | None) -> None:
+    """What says how texts become tokens is for tasks that read it, and for the columns that it is of."""
+    if data is None:
+        return
+    given = {
+        key for key in ("long", "turns", "template", "loss") if getattr(data, key) != Data.model_fields[key].default
+    }
+    for key in sorted(given):
+        if (why := task.useless(key, getattr(data, key), data.columns)) is not None:
+            raise SpecError(why, ("data", key), at_key=True)
+
+
 def _check_columns(task: Task, columns: dict[str, str]) -> None:
     required = [role for role, one in task.roles.items() if one.required]
     known = [*required, *(role for role in task.roles if role not in required)]
@@ -426,6 +455,9 @@ def _check_columns(task: Task, columns: dict[str, str]) -> None:
         if role not in columns:
             needs = f"{task.name} needs the columns {', '.join(required)}"
             raise SpecError(f"{role!r} is missing: {needs}", ("data", "columns"))
+    if task.ways and not any(set(way) == columns.keys() - task.extras for way in task.ways):
+        ways = ", or ".join(" and ".join(way) for way in task.ways)
+        raise SpecError(f"{task.name} reads {ways}; not {', '.join(columns)}", ("data", "columns"))
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

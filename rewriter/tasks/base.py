@@ -7,7 +7,7 @@ targets, by name.
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,7 +39,7 @@ class Role:
     """A column that a task reads.
 
     Attributes:
-        kind: what its cells hold: text, label, labels (a list of them), words, number, image, answers.
+        kind: what its cells hold: text, label, labels (a list of them), words, number, image, answers, messages, tools.
         required: whether a spec has to name it.
     """
 
@@ -73,6 +73,10 @@ class Reading:
         processor: the tokenizer, or the image processor.
         labels: class names in order.
         length: longest sequence, in tokens.
+        long: what becomes of longer ones: `truncate`, `split` or `refuse`.
+        loss: which tokens are learnt; None: as the task says.
+        turns: what a turn's `role` and `content` are called.
+        spoken: a turn's role as written -> as templates call it.
     """
 
     columns: Mapping[str, str]
@@ -80,6 +84,10 @@ class Reading:
     processor: Any
     labels: Sequence[str]
     length: int
+    long: str = "truncate"
+    loss: str | None = None
+    turns: Mapping[str, str] = field(default_factory=lambda: {"role": "role", "content": "content"})
+    spoken: Mapping[str, str] = field(default_factory=dict)
 
 
 class Task:
@@ -100,6 +108,7 @@ class Task:
         writes: whether its answer is a text, written token by token.
         sequences: whether rows differ in length.
         asks: the roles that a question has; the others are its answer.
+        ways: the roles that go together, where there are several ways; `extras` may be there too.
     """
 
     Options: ClassVar[type[Options]] = Options
@@ -115,6 +124,8 @@ class Task:
     writes: ClassVar[bool] = False
     sequences: ClassVar[bool] = True
     asks: ClassVar[tuple[str, ...]] = ("text",)
+    ways: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    extras: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, name: str, options: Options):
         self.name, self.options = name, options
@@ -124,6 +135,11 @@ class Task:
     def metrics_of(self, columns: Mapping[str, str]) -> tuple[str, ...]:
         """The metrics that data with these roles -> columns can be measured by, the default first."""
         return self.metrics
+
+    def useless(self, key: str, value: Any, columns: Mapping[str, str]) -> str | None:
+        """Why a key of a spec's data that says how texts become tokens (`long`, `template`, `loss`, `turns`) is of no
+        use with these roles -> columns; None where it is of use."""
+        return f"{self.name} has no use for it"
 
     def least(self, columns: Mapping[str, str]) -> int:
         """The fewest rows of a batch that have something to learn from."""
@@ -303,6 +319,14 @@ class Task:
         return True
 
     # What is asked.
+
+    def asks_of(self, columns: Mapping[str, str]) -> tuple[str, ...]:
+        """The roles that a question has where data has these roles -> columns."""
+        return self.asks
+
+    def starts(self, row: Mapping[str, Any], processor: Any) -> list[int]:
+        """The token ids that a text goes on from, or that it is written of."""
+        return processor(str(row["text"]))["input_ids"]
 
     def blank(self, row: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
         """What stands for the answer in a row that is asked, where `encode` reads one."""

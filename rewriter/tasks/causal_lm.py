@@ -1,19 +1,33 @@
-"""The next token of a text."""
+"""The next token of a text, of a completion, or of the assistant's turns in a chat."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .base import IGNORED, Batch, Reading, Role, Task, likelihoods, padded_lists, perplexity, tokenised
+from ..errors import SpecError, reason
+from .base import IGNORED, WHOLE, Batch, Reading, Role, Task, likelihoods, padded_lists, perplexity
+from .cells import words
+from .chat import ALL, ASSISTANT, COMPLETION, objects_of, tokens_of, turns_of
+
+_Learnt = tuple[list[int], list[bool]]
 
 
 class CausalLM(Task):
-    """Cross entropy of each next token, the end of the text among them; labels are shifted already: position t holds
-    the token of t + 1."""
+    """Cross entropy of each next token that is learnt, the end of the text among them; labels are shifted already:
+    position t holds the token of t + 1."""
 
-    roles = {"text": Role("text")}
+    roles = {
+        "text": Role("text", False),
+        "messages": Role("messages", False),
+        "tools": Role("tools", False),
+        "prompt": Role("text", False),
+        "completion": Role("text", False),
+    }
+    ways = (("text",), ("messages",), ("prompt", "completion"))
+    extras = frozenset({"tools"})
     metrics = ("perplexity", "loss", "accuracy")
     auto = "AutoModelForCausalLM"
     tag = "text-generation"
@@ -22,19 +36,48 @@ class CausalLM(Task):
     decodes = True
     writes = True
 
+    def useless(self, key: str, value: Any, columns: Mapping[str, str]) -> str | None:
+        if key == "long" or (key == "loss" and value == ALL):
+            return None
+        if key == "loss":
+            fits = {ASSISTANT: "messages", COMPLETION: "prompt"}[value] in columns
+            return None if fits else f"the columns {', '.join(columns)} have no {value}"
+        return None if "messages" in columns else "it is for the column messages"
+
+    def asks_of(self, columns: Mapping[str, str]) -> tuple[str, ...]:
+        return next((way[:1] for way in self.ways if way[0] in columns), self.asks)
+
+    def starts(self, row: Mapping[str, Any], processor: Any) -> list[int]:
+        """Turns as the template renders them where the assistant is to answer."""
+        if "messages" not in row:
+            return processor(str(row.get("prompt", row.get("text"))))["input_ids"]
+        options = {"tools": row.get("tools"), "add_generation_prompt": True, "tokenize": True, "return_dict": True}
+        return processor.apply_chat_template(row["messages"], **options)["input_ids"]
+
     def example_batch(self, model: nn.Module, batch: int, length: int, processor: Any = None) -> dict[str, Tensor]:
         inputs = self.inputs(model, batch, length, processor).kwargs
         return {**inputs, "labels": torch.zeros_like(inputs["input_ids"])}
 
     def tokens(self, batch: dict[str, list], index: list[int], reading: Reading) -> dict[str, Any]:
-        """A text that is not cut ends with the end token, which is learnt too."""
-        out, end = tokenised(batch, reading), reading.processor.eos_token_id
-        for i, ids in enumerate(out["input_ids"]):
-            if end is not None and 0 < len(ids) < reading.length and ids[-1] != end:
-                for name in out.keys() & {"attention_mask", "token_type_ids"}:
-                    out[name][i].append(out[name][i][-1])
-                ids.append(end)
-        out["labels"] = [[*ids[1:], IGNORED] for ids in out["input_ids"]]
+        """A text that is not cut ends with the end token, which is learnt too; one that is split becomes several rows,
+        the first token of each but the first being learnt in the one before."""
+        columns, out = reading.columns, {"input_ids": [], "attention_mask": [], "labels": [], WHOLE: []}
+        read = _chats if "messages" in columns else _completions if "prompt" in columns else _texts
+        for number, (ids, learnt) in zip(index, read(batch, index, reading), strict=True):
+            whole, length = len(ids), reading.length
+            if whole > length and reading.long == "refuse":
+                raise SpecError(f"row {number} has {whole} tokens", ("data", "max_length"))
+            labels = [one if kept else IGNORED for one, kept in zip(ids[1:], learnt[1:], strict=True)] + [IGNORED]
+            starts = range(0, max(whole, 1), length) if reading.long == "split" else (0,)
+            for start in starts:
+                part = ids[start : start + length]
+                own = labels[start : start + length]
+                # Truncated, the last token has no next one that is read.
+                cut = start + length < whole and reading.long != "split"
+                out["labels"].append([*own[:-1], IGNORED] if cut else own)
+                out["input_ids"].append(part)
+                out["attention_mask"].append([1] * len(part))
+                out[WHOLE].append(len(part) if reading.long == "split" else whole)
         return out
 
     def padded_labels(self, labels: list[Any]) -> Tensor:
@@ -45,3 +88,40 @@ class CausalLM(Task):
 
     def measure(self, metric: str, found: np.ndarray, rows: Any) -> float:
         return perplexity(metric, found)
+
+
+def _ended(ids: list[int], learnt: list[bool], end: int | None) -> _Learnt:
+    """With the end token, learnt, where a text has any token."""
+    if end is None or not ids:
+        return ids, learnt
+    return ([*ids[:-1], end], [*learnt[:-1], True]) if ids[-1] == end else ([*ids, end], [*learnt, True])
+
+
+def _texts(batch: dict[str, list], index: list[int], reading: Reading) -> list[_Learnt]:
+    made = reading.processor(words(batch[reading.columns["text"]]), verbose=False)["input_ids"]
+    return [_ended(ids, [True] * len(ids), reading.processor.eos_token_id) for ids in made]
+
+
+def _completions(batch: dict[str, list], index: list[int], reading: Reading) -> list[_Learnt]:
+    prompts, completions = (words(batch[reading.columns[role]]) for role in ("prompt", "completion"))
+    whole = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    made, found = reading.processor(whole, verbose=False, return_offsets_mapping=True), []
+    for ids, places, prompt in zip(made["input_ids"], made["offset_mapping"], prompts, strict=True):
+        # Special tokens are at no place, and what a prompt and its completion share is the completion's.
+        learnt = [reading.loss == ALL or (stop > len(prompt) and stop > start) for start, stop in places]
+        found.append(_ended(ids, learnt, reading.processor.eos_token_id))
+    return found
+
+
+def _chats(batch: dict[str, list], index: list[int], reading: Reading) -> list[_Learnt]:
+    columns, found = reading.columns, []
+    for place, number in enumerate(index):
+        try:
+            turns = turns_of(batch[columns["messages"]][place], reading.turns, reading.spoken)
+            tools = objects_of(batch[columns["tools"]][place]) if "tools" in columns else None
+        except ValueError as error:
+            said = f"row {number} of column {columns['messages']!r}: {reason(error)}"
+            raise SpecError(said, ("data", "columns", "messages")) from None
+        learn = reading.loss or ASSISTANT
+        found.append(tokens_of(reading.processor, turns, learn, tools))
+    return found

@@ -170,6 +170,10 @@ def fits(kind: str, feature: Any) -> bool:
         return inner is not None and _plain(inner)
     if kind == "answers":
         return isinstance(feature, dict)
+    if kind in ("messages", "tools"):
+        return (
+            isinstance(inner, dict) or type(feature).__name__ == "Json" or getattr(feature, "dtype", None) == "string"
+        )
     if kind == "text":
         return _text(feature)
     return type(feature).__name__ == "Image" if kind == "image" else _plain(feature)
@@ -192,6 +196,8 @@ KINDS = {
     "words": "a list of words a row",
     "number": "a number a row",
     "image": "images",
+    "messages": "turns, lists of {role: ..., content: ...}",
+    "tools": "tools, lists of objects",
     "answers": "answers as SQuAD writes them, {text: [...], answer_start: [...]}",
 }
 

@@ -27,7 +27,11 @@ def test_the_card_is_one_that_hubs_read(run):
     (result,) = card.data.eval_results
     assert (result.metric_type, result.metric_value) == ("accuracy", metrics["accuracy"])
     assert card.data.pipeline_tag == "text-classification" and "base_model" not in card.data.to_dict()
-    assert f"{metrics['accuracy']:.4f} ± 0." in card.text and "| onnx, in float32 | " in card.text and "float32" in card.text
+    assert (
+        f"{metrics['accuracy']:.4f} ± 0." in card.text
+        and "| onnx, in float32 | " in card.text
+        and "float32" in card.text
+    )
     assert str(run.parent) not in card.content
     assert (run / "onnx" / "README.md").read_text() == card.content
 

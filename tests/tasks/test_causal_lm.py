@@ -1,0 +1,139 @@
+"""Texts, completions and chats as rows: what is read, what is learnt, what becomes of long ones."""
+
+import json
+
+import datasets
+import pytest
+import torch
+import transformers as hf
+
+from rewriter import Session, SpecError, SubspanError
+from rewriter.answer import answerer, rows_of
+from rewriter.data import encode
+from rewriter.export.ship import load_tuned
+from rewriter.spec import Spec
+from rewriter.tasks import IGNORED
+from tests.cases.tiny import LLAMA, saved
+from tests.pipelines.test_run import fails
+from tests.tiny import make_tokenizer
+
+CHATML = (
+    "{% for m in messages %}{{'[CLS] ' + m.role + ' ' + m.content + ' [SEP] '}}{% endfor %}"
+    "{% if add_generation_prompt %}{{'[CLS] assistant '}}{% endif %}"
+)
+TEXTS = ["good film", "bad the plot was bad", "a fine film and a good plot"]
+
+
+def spec_of(model="model", files="rows.jsonl", **data):
+    data = {"format": "json", "files": str(files), "split": {"validation": 8}, "max_length": 32, **data}
+    rule = {"target": "**.{q,v}_proj.weight", "apply": [{"lora": {"rank": 2}}]}
+    train = {"max_steps": 3, "batch_size": 4}
+    model = {"name": str(model), "task": "causal-lm"}
+    return Spec.model_validate({"version": 1, "model": model, "data": data, "rules": [rule], "train": train})
+
+
+def read(rows, **data):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHATML
+    notes = []
+    found = encode(spec_of(**data), datasets.Dataset.from_list(rows), tokenizer, [], notes)
+    return tokenizer, found, notes
+
+
+def learnt(tokenizer, row):
+    return tokenizer.decode([one for one in row["labels"] if one != IGNORED])
+
+
+def test_a_completion_is_learnt_with_its_end():
+    rows = [{"p": "good film", "c": " bad plot"}, {"p": "the", "c": " plot"}]
+    columns = {"prompt": "p", "completion": "c"}
+    tokenizer, found, _ = read(rows, columns=columns)
+    assert tokenizer.decode(found[0]["input_ids"]) == "[CLS] good film bad plot [SEP]"
+    assert [learnt(tokenizer, row) for row in found] == ["bad plot [SEP]", "plot [SEP]"]
+    everything = read(rows, columns=columns, loss="all")[1]
+    assert learnt(tokenizer, everything[0]) == "good film bad plot [SEP]"
+
+
+def test_a_chat_is_read_once_and_its_answers_are_learnt():
+    turns = [{"role": "user", "content": "the film"}, {"role": "assistant", "content": "good film"}]
+    rows = [{"m": turns}, {"m": turns * 2}, {"m": turns[:1]}]
+    tokenizer, found, notes = read(rows, columns={"messages": "m"})
+    assert [learnt(tokenizer, row) for row in found] == ["good film [SEP]", "good film [SEP] good film [SEP]"]
+    assert notes == ["1 of 3 rows have nothing to learn from and are left out"]
+    ids = found[0]["input_ids"]
+    assert ids.count(tokenizer.cls_token_id) == ids.count(tokenizer.sep_token_id) == 2
+    named = [{"m": json.dumps([{"from": "human", "value": "the film"}, {"from": "gpt", "value": "good film"}])}]
+    spoken = {"role": "from", "content": "value", "roles": {"human": "user", "gpt": "assistant"}}
+    assert read(named, columns={"messages": "m"}, turns=spoken)[1][0]["labels"] == found[0]["labels"]
+    with pytest.raises(SpecError, match="row 1 of column 'm': turn 0 has the role 'bot'"):
+        read([{"m": turns}, {"m": [{"role": "bot", "content": "a"}]}], columns={"messages": "m"})
+
+
+def test_long_texts_are_cut_split_or_refused():
+    rows = [{"text": "good film " * 5}, {"text": "bad"}]
+    options = {"columns": {"text": "text"}, "max_length": 5}
+    tokenizer, cut, notes = read(rows, **options)
+    assert [len(row["input_ids"]) for row in cut] == [5, 3] and len(learnt(tokenizer, cut[0]).split()) == 4
+    assert "1 of 2 rows are cut to 5 tokens: 46.7% of all tokens are not read" in notes[0]
+    _, split, notes = read(rows, **options, long="split")
+    assert [len(row["input_ids"]) for row in split] == [5, 5, 2, 3] and not notes
+    whole = [one for row in list(split)[:3] for one in row["labels"]]
+    assert (
+        tokenizer.decode(whole[:-1]) == "good film good film good film good film good film [SEP]"
+        and whole[-1] == IGNORED
+    )
+    with pytest.raises(SpecError, match="row 0 has 12 tokens") as caught:
+        read(rows, **options, long="refuse")
+    assert caught.value.path == ("data", "max_length")
+
+
+WRONG = [
+    (
+        {"columns": {"text": "a", "messages": "b"}},
+        "causal-lm reads text, or messages, or prompt and completion; not text",
+    ),
+    ({"columns": {"prompt": "a"}}, "causal-lm reads text, or messages, or prompt and completion; not prompt"),
+    ({"columns": {"text": "a"}, "loss": "assistant"}, "the columns text have no assistant"),
+    ({"columns": {"messages": "a"}, "loss": "completion"}, "the columns messages have no completion"),
+    ({"columns": {"text": "a"}, "template": "{{x}}"}, "it is for the column messages"),
+]
+
+
+@pytest.mark.parametrize(("data", "said"), WRONG)
+def test_what_does_not_go_together_is_refused(data, said):
+    with pytest.raises(SpecError, match=said):
+        spec_of(**data)
+
+
+def test_a_run_of_chats_asks_by_the_template(tmp_path):
+    saved(tmp_path / "model", hf.LlamaConfig(**LLAMA), "CausalLM")
+    turns = lambda i: [{"role": "user", "content": TEXTS[i % 3]}, {"role": "assistant", "content": TEXTS[(i + 1) % 3]}]  # noqa: E731
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"chat": turns(i)}) + "\n" for i in range(40)))
+    data = {"columns": {"messages": "chat"}, "template": CHATML}
+    spec = spec_of(tmp_path / "model", tmp_path / "rows.jsonl", **data)
+    session = Session(spec)
+    session.tune(tmp_path / "run")
+    session.export()
+    (row,) = rows_of(spec, ["good film"])
+    assert row == {"messages": [{"role": "user", "content": "good film"}]}
+    assert rows_of(spec, [json.dumps({"chat": turns(0)})]) == [{"messages": turns(0)}]
+    tuned = load_tuned(spec, tmp_path / "run")[-1]
+    tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / "run" / "merged")
+    assert tokenizer.chat_template == CHATML
+    ids = torch.tensor([tokenizer("[CLS] user good film [SEP] [CLS] assistant", add_special_tokens=False)["input_ids"]])
+    start = ids.shape[1]
+    for _ in range(3):
+        with torch.no_grad():
+            logits = tuned(input_ids=ids, attention_mask=torch.ones_like(ids))["logits"]
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+    written = answerer(spec, tmp_path / "run", "onnx", 3)(row)["text"]
+    assert written == tokenizer.decode(ids[0, start:], skip_special_tokens=True).partition("[SEP]")[0]
+    assert "no list of turns" in fails("run", tmp_path / "run", '{"messages": []}')
+
+
+def test_a_template_file_that_is_not_there(tmp_path):
+    saved(tmp_path / "model", hf.LlamaConfig(**LLAMA), "CausalLM")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"m": [{"role": "user", "content": "a"}]}) + "\n")
+    spec = spec_of(tmp_path / "model", tmp_path / "rows.jsonl", columns={"messages": "m"}, template="chat.jinja")
+    with pytest.raises(SubspanError, match=r"chat\.jinja: .*No such file"):
+        Session(spec).tune(tmp_path / "run")

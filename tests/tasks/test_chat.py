@@ -1,0 +1,155 @@
+"""Chats as templates render them: which tokens are learnt, by marks or by what is given and what ends a turn."""
+
+import json
+import re
+
+import pytest
+import tokenizers
+import transformers as hf
+
+from rewriter import SpecError
+from rewriter.tasks.chat import tokens_of, turns_of
+
+MARKERS = ["<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+MARKERS += ["<bos>", "<start_of_turn>", "<end_of_turn>", "<s>", "</s>", "[INST]", "[/INST]", "<think>", "</think>"]
+# After the published ones.
+TEMPLATES = {
+    "chatml": "{% for m in messages %}{{'<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<|im_start|>assistant\\n'}}{% endif %}",
+    "llama3": "{{'<|begin_of_text|>'}}{% for m in messages %}{{'<|start_header_id|>' + m.role"
+    " + '<|end_header_id|>\\n\\n' + m.content | trim + '<|eot_id|>'}}{% endfor %}{% if add_generation_prompt %}"
+    "{{'<|start_header_id|>assistant<|end_header_id|>\\n\\n'}}{% endif %}",
+    "gemma": "{{'<bos>'}}{% for m in messages %}{% set role = 'model' if m.role == 'assistant' else m.role %}"
+    "{{'<start_of_turn>' + role + '\\n' + m.content | trim + '<end_of_turn>\\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<start_of_turn>model\\n'}}{% endif %}",
+    "mistral": "{{'<s>'}}{% for m in messages %}{% if m.role == 'user' %}{{'[INST] ' + m.content + ' [/INST]'}}"
+    "{% else %}{{' ' + m.content + '</s>'}}{% endif %}{% endfor %}",
+    # A last turn has a place to think, the others have none; tools are told of in a system turn.
+    "qwen3": "{% if tools %}{{'<|im_start|>system\\n' + tools | tojson + '<|im_end|>\\n'}}{% endif %}"
+    "{% for m in messages %}{{'<|im_start|>' + ('user' if m.role == 'tool' else m.role) + '\\n'}}"
+    "{% if m.role == 'assistant' and loop.last %}{{'<think>\\n\\n</think>\\n\\n'}}{% endif %}{{m.content or ''}}"
+    "{% for call in m.tool_calls or [] %}{{call.function | tojson}}{% endfor %}{{'<|im_end|>\\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<|im_start|>assistant\\n'}}{% endif %}",
+}
+LEARNT = {
+    "chatml": ["fine film<|im_end|>\n", "bad plot<|im_end|>\n"],
+    "llama3": ["fine film<|eot_id|>", "bad plot<|eot_id|>"],
+    "gemma": ["fine film<end_of_turn>\n", "bad plot<end_of_turn>\n"],
+    "mistral": [" fine film</s>", " bad plot</s>"],
+    "qwen3": ["fine film<|im_end|>\n", "<think>\n\n</think>\n\nbad plot<|im_end|>\n"],
+}
+CHAT = [
+    {"role": "user", "content": "how was the film"},
+    {"role": "assistant", "content": "fine film"},
+    {"role": "user", "content": "and the plot"},
+    {"role": "assistant", "content": "bad plot"},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Of bytes, with the markers of all templates as special tokens."""
+    core = tokenizers.Tokenizer(tokenizers.models.BPE(dict.fromkeys(()), []))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator(
+        ["a film"], tokenizers.trainers.BpeTrainer(special_tokens=MARKERS, initial_alphabet=alphabet)
+    )
+    return hf.PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+def learnt(tokenizer, ids, kept):
+    """The texts that are learnt, one for each run of tokens."""
+    runs, before = [], False
+    for token, now in zip(ids, kept, strict=True):
+        if now:
+            runs = [*runs, [token]] if not before else [*runs[:-1], [*runs[-1], token]]
+        before = now
+    return [tokenizer.decode(run) for run in runs]
+
+
+def read(tokenizer, template, turns, learn, tools=None):
+    tokenizer.chat_template = template
+    return tokens_of(tokenizer, turns, learn, tools)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_assistants_turns_are_learnt(tokenizer, name):
+    ids, kept = read(tokenizer, TEMPLATES[name], CHAT, "assistant")
+    rendered = tokenizer.apply_chat_template(CHAT, chat_template=TEMPLATES[name], tokenize=False)
+    assert ids == tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    assert learnt(tokenizer, ids, kept) == LEARNT[name]
+    assert learnt(tokenizer, *read(tokenizer, TEMPLATES[name], CHAT, "all")) == [rendered]
+
+
+@pytest.mark.parametrize("name", ["chatml", "gemma"])
+def test_marks_say_the_same(tokenizer, name):
+    """Of transformers' own, where a template has them."""
+    marked = re.sub(
+        r"\{\{(.*?) \+ (m\.content(?: \| trim)?) \+ ('[^']*')\}\}",
+        r"{{\1}}{% if m.role == 'assistant' %}{% generation %}{{\2 + \3}}{% endgeneration %}"
+        r"{% else %}{{\2 + \3}}{% endif %}",
+        TEMPLATES[name],
+    )
+    assert "generation %}" in marked
+    plain = read(tokenizer, TEMPLATES[name], CHAT, "assistant")
+    assert read(tokenizer, marked, CHAT, "assistant") == plain
+
+
+def test_tools_and_their_calls(tokenizer):
+    call = {"type": "function", "function": {"name": "rate", "arguments": {"film": "a"}}}
+    turns = [
+        {"role": "user", "content": "rate it"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "5"},
+        {"role": "assistant", "content": "it is fine"},
+    ]
+    tools = [{"type": "function", "function": {"name": "rate"}}]
+    ids, kept = read(tokenizer, TEMPLATES["qwen3"], turns, "assistant", tools)
+    assert learnt(tokenizer, ids, kept) == [
+        '{"name": "rate", "arguments": {"film": "a"}}<|im_end|>\n',
+        "<think>\n\n</think>\n\nit is fine<|im_end|>\n",
+    ]
+    assert '"function": {"name": "rate"}' in tokenizer.decode(ids)
+
+
+def test_whose_tokens_are_whose_is_known_or_refused(tokenizer):
+    backwards = "{% for m in messages | reverse %}{{m.role + m.content}}{% endfor %}"
+    with pytest.raises(SpecError, match="which tokens are the assistant's is not known"):
+        read(tokenizer, backwards, CHAT, "assistant")
+    with pytest.raises(SpecError, match="its chat template can't render the turns: no system"):
+        read(tokenizer, "{{raise_exception('no system')}}", CHAT, "assistant")
+    with pytest.raises(SpecError, match="has no chat template"):
+        read(tokenizer, None, CHAT, "assistant")
+
+
+SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+NAMES, ROLES = {"role": "role", "content": "content"}, {"human": "user", "gpt": "assistant"}
+
+
+@pytest.mark.parametrize(
+    ("cell", "names", "expected"),
+    [
+        (
+            SHAREGPT,
+            {"role": "from", "content": "value"},
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+        ),
+        (json.dumps(CHAT), NAMES, CHAT),
+        ([{"role": "user", "content": "a", "tool_calls": None}], NAMES, [{"role": "user", "content": "a"}]),
+        ([], NAMES, "no turns"),
+        (None, NAMES, "no turns"),
+        ("good", NAMES, "Expecting value"),
+        ('{"a": 1}', NAMES, "no list of objects"),
+        ([{"role": "bot", "content": "a"}], NAMES, "turn 0 has the role 'bot', not one of system"),
+        ([{"role": "user"}], NAMES, "turn 0 has no content"),
+        (SHAREGPT, NAMES, "turn 0 has the role None"),
+    ],
+)
+def test_turns_are_read_or_refused(cell, names, expected):
+    if isinstance(expected, list):
+        assert turns_of(cell, names, ROLES) == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            turns_of(cell, names, ROLES)
