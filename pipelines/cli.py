@@ -2,6 +2,7 @@
 
 import typer
 
+from pipelines.data import data
 from pipelines.export import export
 from pipelines.passes import passes
 from pipelines.plan import plan
@@ -23,7 +24,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the installed command."""
-    for command in (validate, plan, passes, show, train, export, run, push, schema):
+    for command in (validate, plan, data, passes, show, train, export, run, push, schema):
         app.command()(command)
     app()
 

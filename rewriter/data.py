@@ -13,8 +13,8 @@ from PIL import Image
 
 from .errors import SpecError, reason
 from .sources import bars, read
-from .spec import Data, Spec
-from .tasks import TASKS, Reading, Role, check_readings, check_texts, columns_error, fits, task_of
+from .spec import Data, Spec, Turns
+from .tasks import TASKS, Reading, Role, check_readings, check_texts, check_turns, columns_error, fits, task_of
 
 _DATA = ("data",)
 _SHOWN = 5
@@ -176,6 +176,8 @@ def _check_rows(spec: Spec, rows: datasets.Dataset, labels: list[str]) -> None:
             raise columns_error(task.name, task.roles[role].kind, role, column, others)
         if task.roles[role].kind == "text":
             check_texts(rows[column], role, column)
+        if task.roles[role].kind == "messages":
+            check_turns(rows[column], column, *_turns(spec.data))
     task.check(rows, columns, labels)
 
 
@@ -209,11 +211,10 @@ def encode(
             or nothing is left.
     """
     check_length(spec, getattr(processor, "model_max_length", None))
-    data, how = spec.data, {}
-    if data.turns is not None:
-        how = {"turns": {"role": data.turns.role, "content": data.turns.content}, "spoken": data.turns.roles}
-    how |= {"long": data.long, "loss": data.loss}
-    reading = Reading(data.columns, rows.features, processor, labels, data.max_length, **how)
+    data = spec.data
+    reading = Reading(
+        data.columns, rows.features, processor, labels, data.max_length, data.long, data.loss, *_turns(data)
+    )
     with bars():
         try:
             found = spec.task.encode(rows, reading, [] if notes is None else notes)
@@ -224,6 +225,12 @@ def encode(
     if len(found) == 0:
         raise SpecError(f"none of {len(rows)} rows has anything to learn from", _DATA)
     return found
+
+
+def _turns(data: Data) -> tuple[dict[str, str], dict[str, str]]:
+    """What a turn's role and content are called, and roles as written -> as templates call them."""
+    turns = data.turns or Turns()
+    return {"role": turns.role, "content": turns.content}, turns.roles
 
 
 def digest_of(rows: datasets.Dataset) -> str:

@@ -385,6 +385,15 @@ def save_model(pretrained: Pretrained, folder: str) -> None:
             raise OSError(f"can't write {folder}: {error}") from None
 
 
+def set_ends(model: nn.Module, ends: Sequence[int]) -> None:
+    """Let a model stop at these tokens too. In place."""
+    for config in (model.config, getattr(model, "generation_config", None)) if ends else ():
+        if config is not None:
+            own = config.eos_token_id
+            own = own if isinstance(own, list) else [] if own is None else [own]
+            config.eos_token_id = list(dict.fromkeys([*own, *ends]))
+
+
 def save_processor(processor: Any, folder: str | Path, task: Task) -> None:
     """Write a tokenizer or an image processor; for a decoder, whose rows grow, one that pads on the left.
 

@@ -240,6 +240,18 @@ class Session:
             return session.export()
 
     @_placed
+    def read(self, part: Literal["train", "validation"] = "train") -> tuple[Dataset, list[str], Any]:
+        """The encoded rows of a part of the data, what there is to say of them, and what they were read by.
+
+        Raises:
+            SubspanError: they can't be read, or do not fit the task.
+        """
+        shapes, notes = self.shapes()[1], []
+        processor = processor_of(self.spec, shapes)
+        rows = getattr(load_rows(self.spec, shapes.labels), part)
+        return encode(self.spec, rows, processor, shapes.labels, notes), notes, processor
+
+    @_placed
     def prepare(self) -> Job:
         """Encode the data, then load the model's weights: what is wrong with rows is said first."""
         spec, task, notes = self.spec, self.spec.task, []

@@ -17,7 +17,17 @@ from ..errors import SpecError, SubspanError, UnreachableError, reason
 from ..files import aside, read_json, write_json, write_text
 from ..graph.sublayers import known_attentions
 from ..graph.traced import Inputs, TracedModel
-from ..pretrained import Pretrained, collator, for_onnx, load_model, positions, processor_of, save_model, save_processor
+from ..pretrained import (
+    Pretrained,
+    collator,
+    for_onnx,
+    load_model,
+    positions,
+    processor_of,
+    save_model,
+    save_processor,
+    set_ends,
+)
 from ..sources import absent
 from ..spec import Spec
 from ..trace import trace
@@ -162,6 +172,7 @@ def load_tuned(spec: Spec, run: Path) -> tuple[Pretrained, Any, Inputs, TracedMo
     """The base of a run, its processor, examples of what it reads, its eval graph, and that with the run's adapter."""
     pretrained, passes = load_model(spec), spec.train.passes
     processor = processor_of(spec, pretrained)
+    set_ends(pretrained.model, spec.task.ends(spec.columns, processor))
     inputs = spec.task.inputs(pretrained.model, processor=processor)
     traced = trace(pretrained.module, inputs, ("eval",), passes.off)
     tuned = load_adapter(traced, run / "adapter", without=passes.off, also=passes.on)

@@ -1,6 +1,6 @@
 """Specs: their models, how they are read, and what is said of mistakes in them."""
 
-from .models import Data, Limits, Model, Passes, Rule, Spec, Train, link_model
+from .models import Data, Limits, Model, Passes, Rule, Spec, Train, Turns, link_model
 from .read import decisive, dump_spec, is_dump, load_spec, load_specs, located, warned
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Rule",
     "Spec",
     "Train",
+    "Turns",
     "decisive",
     "dump_spec",
     "is_dump",

@@ -9,6 +9,7 @@ from typing import Any
 
 from .base import IGNORED, Criterion, Options, Reading, Role, Task
 from .cells import check_readings, check_texts, columns_error, fits
+from .chat import check_turns
 
 # name -> class
 TASKS = {
@@ -46,6 +47,7 @@ __all__ = [
     "Task",
     "check_readings",
     "check_texts",
+    "check_turns",
     "columns_error",
     "fits",
     "task_of",

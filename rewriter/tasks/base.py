@@ -267,6 +267,12 @@ class Task:
         labels = row.get("labels")
         return len(row["input_ids"]) > 0 and (not isinstance(labels, list) or any(one != IGNORED for one in labels))
 
+    def marks(self, row: Mapping[str, Any]) -> list[bool]:
+        """Of each token of an encoded row, whether it is learnt, or has a label that is."""
+        labels = row.get("labels")
+        own = isinstance(labels, list) and len(labels) == len(row["input_ids"])
+        return [one != IGNORED for one in labels] if own else [False] * len(row["input_ids"])
+
     def length(self, row: Mapping[str, Any]) -> int:
         """Tokens of an encoded row, for batches of rows of like lengths."""
         return len(row["input_ids"])
@@ -323,6 +329,10 @@ class Task:
     def asks_of(self, columns: Mapping[str, str]) -> tuple[str, ...]:
         """The roles that a question has where data has these roles -> columns."""
         return self.asks
+
+    def ends(self, columns: Mapping[str, str], processor: Any) -> list[int]:
+        """The tokens that end what is written, beside the model's own."""
+        return []
 
     def starts(self, row: Mapping[str, Any], processor: Any) -> list[int]:
         """The token ids that a text goes on from, or that it is written of."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import SpecError, reason
 from .base import IGNORED, WHOLE, Batch, Reading, Role, Task, likelihoods, padded_lists, perplexity
 from .cells import words
-from .chat import ALL, ASSISTANT, COMPLETION, objects_of, tokens_of, turns_of
+from .chat import ALL, ASSISTANT, COMPLETION, objects_of, tokens_of, turn_ends, turns_of
 
 _Learnt = tuple[list[int], list[bool]]
 
@@ -47,6 +47,10 @@ class CausalLM(Task):
     def asks_of(self, columns: Mapping[str, str]) -> tuple[str, ...]:
         return next((way[:1] for way in self.ways if way[0] in columns), self.asks)
 
+    def ends(self, columns: Mapping[str, str], processor: Any) -> list[int]:
+        """What ends a turn of the assistant, where it is a special token."""
+        return turn_ends(processor) if "messages" in columns else []
+
     def starts(self, row: Mapping[str, Any], processor: Any) -> list[int]:
         """Turns as the template renders them where the assistant is to answer."""
         if "messages" not in row:
@@ -79,6 +83,9 @@ class CausalLM(Task):
                 out["attention_mask"].append([1] * len(part))
                 out[WHOLE].append(len(part) if reading.long == "split" else whole)
         return out
+
+    def marks(self, row: Mapping[str, Any]) -> list[bool]:
+        return [False, *(one != IGNORED for one in row["labels"][:-1])]
 
     def padded_labels(self, labels: list[Any]) -> Tensor:
         return padded_lists(labels)

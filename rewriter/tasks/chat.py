@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..errors import SpecError, reason
@@ -40,6 +40,23 @@ def turns_of(cell: Any, names: Mapping[str, str], roles: Mapping[str, str]) -> l
             raise ValueError(f"turn {number} has no content")
         turns.append(turn | {"role": role})
     return turns
+
+
+def check_turns(cells: Iterable[Any], column: str, names: Mapping[str, str], roles: Mapping[str, str]) -> None:
+    """Every cell of a column holds turns.
+
+    Args:
+        names, roles: as of `turns_of`.
+
+    Raises:
+        SpecError: at the column, with the first row that has none.
+    """
+    for row, cell in enumerate(cells):
+        try:
+            turns_of(cell, names, roles)
+        except ValueError as error:
+            said = f"row {row} of column {column!r}: {reason(error)}"
+            raise SpecError(said, ("data", "columns", "messages")) from None
 
 
 def objects_of(cell: Any) -> list[dict[str, Any]]:
@@ -118,6 +135,15 @@ def _spans(processor: Any, turns: list[Turn], tools: Any, whole: str) -> list[tu
             )
         spans.append((len(before), stop))
     return spans
+
+
+def turn_ends(processor: Any) -> list[int]:
+    """The last special token of an assistant's turn, if it has one."""
+    turns = [{"role": "user", "content": _SAID}, {"role": "assistant", "content": _SAID}]
+    end = _applied(processor, turns, None, tokenize=False).rpartition(_SAID)[2]
+    special = set(processor.all_special_ids) | set(processor.added_tokens_decoder)
+    found = [one for one in processor(end, add_special_tokens=False)["input_ids"] if one in special]
+    return found[-1:]
 
 
 def _applied(processor: Any, turns: list[Turn], tools: Any, **options: Any) -> Any:

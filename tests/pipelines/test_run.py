@@ -15,6 +15,7 @@ import transformers
 import typer
 from typer.testing import CliRunner
 
+from pipelines.data import data
 from pipelines.export import export
 from pipelines.passes import passes
 from pipelines.plan import plan
@@ -29,7 +30,7 @@ from tests.tiny import project, save_model
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = {}
-for command in (validate, plan, passes, show, train, export, ask, push):
+for command in (validate, plan, data, passes, show, train, export, ask, push):
     COMMANDS[command.__name__] = typer.Typer(pretty_exceptions_enable=False)
     COMMANDS[command.__name__].command()(command)
 

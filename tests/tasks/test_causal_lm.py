@@ -11,10 +11,10 @@ from rewriter import Session, SpecError, SubspanError
 from rewriter.answer import answerer, rows_of
 from rewriter.data import encode
 from rewriter.export.ship import load_tuned
-from rewriter.spec import Spec
+from rewriter.spec import Spec, dump_spec
 from rewriter.tasks import IGNORED
 from tests.cases.tiny import LLAMA, saved
-from tests.pipelines.test_run import fails
+from tests.pipelines.test_run import fails, succeeds
 from tests.tiny import make_tokenizer
 
 CHATML = (
@@ -120,6 +120,11 @@ def test_a_run_of_chats_asks_by_the_template(tmp_path):
     tuned = load_tuned(spec, tmp_path / "run")[-1]
     tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / "run" / "merged")
     assert tokenizer.chat_template == CHATML
+    for name in ("config", "generation_config"):
+        written = json.loads((tmp_path / "run" / "merged" / f"{name}.json").read_text())
+        assert tokenizer.sep_token_id in written["eos_token_id"]
+    written = json.loads((tmp_path / "run" / "onnx" / "genai_config.json").read_text())
+    assert tokenizer.sep_token_id in written["model"]["eos_token_id"]
     ids = torch.tensor([tokenizer("[CLS] user good film [SEP] [CLS] assistant", add_special_tokens=False)["input_ids"]])
     start = ids.shape[1]
     for _ in range(3):
@@ -129,6 +134,20 @@ def test_a_run_of_chats_asks_by_the_template(tmp_path):
     written = answerer(spec, tmp_path / "run", "onnx", 3)(row)["text"]
     assert written == tokenizer.decode(ids[0, start:], skip_special_tokens=True).partition("[SEP]")[0]
     assert "no list of turns" in fails("run", tmp_path / "run", '{"messages": []}')
+
+
+def test_rows_are_shown_as_they_are_read(tmp_path):
+    saved(tmp_path / "model", hf.LlamaConfig(**LLAMA), "CausalLM")
+    turns = [{"role": "user", "content": "the film"}, {"role": "assistant", "content": "good film"}]
+    (tmp_path / "rows.jsonl").write_text((json.dumps({"m": turns}) + "\n") * 9)
+    spec = spec_of(tmp_path / "model", tmp_path / "rows.jsonl", columns={"messages": "m"}, template=CHATML)
+    (tmp_path / "spec.yaml").write_text(dump_spec(spec))
+    said = succeeds("data", tmp_path / "spec.yaml", "--rows", 1, "--set", "data.split.validation=1")
+    lines = said.splitlines()
+    assert lines[0] == "[CLS] [UNK] the film [SEP] [CLS] [UNK]good film [SEP]" and "row 0: 10 tokens" in lines[1]
+    assert "8 rows, 80 tokens, 24 of them learnt" in said and "10 to 10            8" in said
+    (tmp_path / "rows.jsonl").write_text('{"m": [{"role": "bot", "content": "a"}]}\n' * 9)
+    assert "row 0 of column 'm': turn 0 has the role 'bot'" in fails("data", tmp_path / "spec.yaml")
 
 
 def test_a_template_file_that_is_not_there(tmp_path):

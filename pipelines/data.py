@@ -1,0 +1,80 @@
+"""Show the rows of a spec as a model reads them: what is learnt, what is not, how long they are, what is cut."""
+
+import itertools
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.text import Text
+
+from pipelines.console import Settings, Transforms, console, failures, overrides
+
+BINS, WIDTH = 8, 40
+
+
+class Part(StrEnum):
+    """Which rows."""
+
+    train = "train"
+    validation = "validation"
+
+
+def data(
+    spec: Annotated[
+        Path, typer.Argument(help="The spec (YAML); <file>#<row> for one of its variants.", show_default=False)
+    ],
+    rows: Annotated[int, typer.Option(min=0, help="How many to show.")] = 3,
+    part: Annotated[Part, typer.Option(help="Of which part of the data.")] = Part.train,
+    settings: Settings = None,
+    transforms: Transforms = None,
+) -> None:
+    """Print the first rows of a spec as the model reads them, learnt tokens in green, and how long all rows are.
+
+    A line says where a row ends. No weight is read.
+    """
+    with failures():
+        from rewriter import Session, SubspanError
+
+        found, notes, processor = Session(spec, *overrides(settings)).read(str(part))
+        if "input_ids" not in found.column_names:
+            raise SubspanError("its rows are no tokens")
+        task = Session(spec).spec.task
+        for number in range(min(rows, len(found))):
+            row = found[number]
+            console.print(written(processor, row, task.marks(row)), soft_wrap=True)
+            others = {name: value for name, value in row.items() if not isinstance(value, list)}
+            said = "".join(f", {name} {value}" for name, value in others.items())
+            console.rule(f"row {number}: {len(row['input_ids'])} tokens{said}", style="dim")
+        lengths = np.array([len(ids) for ids in found["input_ids"]])
+        marks = [sum(task.marks(row)) for row in found]
+        console.print(f"{len(lengths)} rows, {lengths.sum():,} tokens, {sum(marks):,} of them learnt", highlight=False)
+        for line in histogram(lengths):
+            console.print(line, highlight=False)
+        for note in notes:
+            console.print(note, highlight=False)
+
+
+def written(processor: Any, row: dict[str, Any], marks: Sequence[bool]) -> Text:
+    """A row's tokens as a text: learnt ones in green, others dim."""
+    text = Text()
+    for learnt, group in itertools.groupby(zip(row["input_ids"], marks, strict=True), key=lambda one: one[1]):
+        text.append(processor.decode([token for token, _ in group]), style="green" if learnt else "dim")
+    return text
+
+
+def histogram(lengths: np.ndarray) -> list[str]:
+    """Lines of a histogram of lengths, in tokens."""
+    edges = np.unique(np.linspace(lengths.min(), lengths.max() + 1, BINS + 1).astype(int))
+    counts = np.histogram(lengths, edges)[0]
+    lines = []
+    for first, stop, count in zip(edges, edges[1:], counts, strict=False):
+        bar = "█" * round(WIDTH * count / counts.max())
+        lines.append(f"{first:>6} to {stop - 1:<6} {count:>8,}  {bar}")
+    return lines
+
+
+if __name__ == "__main__":
+    typer.run(data)
