@@ -1,5 +1,6 @@
 import gc
 import os
+import sys
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -21,6 +22,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
+@pytest.fixture(autouse=True)
+def hurried(monkeypatch):
+    """Latencies are measured no longer than it takes to have some."""
+    if "rewriter.export.latency" in sys.modules:
+        monkeypatch.setattr("rewriter.export.latency.SECONDS", 0.1)
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,7 @@ from ..graph.ops import aten
 from .verify import fed
 
 SHAPES = ((1, 32), (8, 128))
+SECONDS = 3.0
 _AGAIN, _PAUSE = 3, 0.05  # Seconds; at 0.01 a small step of PyTorch still takes 50 times as long.
 _ROUNDS = (3, 25)
 _PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.convolution.default)
@@ -45,23 +46,22 @@ def shapes_of(given: Sequence[Sequence[int]] | None, longest: int | None, sequen
     return list(dict.fromkeys(made))
 
 
-def interleaved(runs: Mapping[str, Run], seconds: float = 3.0) -> dict[str, float]:
+def interleaved(runs: Mapping[str, Run]) -> dict[str, float]:
     """Median milliseconds of each run, all of them in turn on the same machine.
 
     Each has its turn several times in a row after a pause, and the first does not count: threads of the run before may
     still spin, and those of PyTorch wait for a core then.
 
-    Args:
-        seconds: about how long all of it may take; where one turn of all takes longer, each has one that counts.
+    All of it takes about `SECONDS`; where one turn of all takes longer, each has one that counts.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     started = time.perf_counter()
     for run in runs.values():
         run()
     once = time.perf_counter() - started
-    least, most = _ROUNDS if once < seconds else (1, 1)
-    again = _AGAIN if once < seconds else 1
-    for _ in range(max(least, min(most, int(seconds / (once * (again + 1) + _PAUSE * len(runs)))))):
+    least, most = _ROUNDS if once < SECONDS else (1, 1)
+    again = _AGAIN if once < SECONDS else 1
+    for _ in range(max(least, min(most, int(SECONDS / (once * (again + 1) + _PAUSE * len(runs)))))):
         for name, run in runs.items():
             time.sleep(_PAUSE)
             run()

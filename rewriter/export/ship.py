@@ -69,8 +69,7 @@ def ship(spec: Spec, run: Path, target: str = "cpu", measure: bool = False) -> d
         scratch = merged.parent.parent / "compared"
         scratch.mkdir()
         truth, report, model, again = _merged(spec, run, merged, scratch)
-        shapes = shapes_of(spec.export.latency, model.longest, model.varies) if measure else []
-        found = None
+        shapes, found = model.shapes if measure else [], None
         if spec.export.onnx:
             plain, cache = _write(truth, model, again, onnx)
             grows = spec.task.decodes and cache["holds"]
@@ -100,7 +99,8 @@ class _Model:
         config, processor, inputs: its own, and examples of what it reads.
         rest: the tuned one, where something can't merge.
         attentions: how many there are in the traced graph; None: some of no form that is known.
-        varies, longest: whether it reads sequences, and the longest that it takes; None: any.
+        longest: the longest sequence that it takes; None: any.
+        shapes: batch sizes and lengths to time.
         labels: names of its classes.
         metadata: of its ONNX file.
     """
@@ -110,8 +110,8 @@ class _Model:
     inputs: Inputs
     rest: TunedModel | None
     attentions: int | None
-    varies: bool
     longest: int | None
+    shapes: list[tuple[int, int]]
     labels: list[str]
     metadata: dict[str, object]
 
@@ -134,8 +134,8 @@ def _merged(spec: Spec, run: Path, folder: Path, scratch: Path) -> tuple[compare
         inputs,
         None if tuned.plan.merges else tuned,
         known_attentions(traced.graphs["eval"]),
-        tuned.varies,
         longest,
+        shapes_of(spec.export.latency, longest, tuned.varies),
         pretrained.labels,
         _metadata(spec, pretrained, run, longest),
     )

@@ -211,12 +211,14 @@ def test_products_of_a_module():
     torch.testing.assert_close(mode.found[-1](), seen[0])
 
 
-def test_runs_have_their_turns():
+def test_runs_have_their_turns(monkeypatch):
     turns = []
-    found = latency.interleaved({name: lambda name=name: turns.append(name) for name in "ab"}, seconds=0.0)
+    monkeypatch.setattr(latency, "SECONDS", 0.0)
+    found = latency.interleaved({name: lambda name=name: turns.append(name) for name in "ab"})
     assert set(found) == {"a", "b"} and turns == ["a", "b", "a", "a", "b", "b"]
     turns.clear()
-    latency.interleaved({name: lambda name=name: turns.append(name) for name in "ab"}, seconds=1e-3)
+    monkeypatch.setattr(latency, "SECONDS", 1e-3)
+    latency.interleaved({name: lambda name=name: turns.append(name) for name in "ab"})
     assert turns[2:10] == ["a"] * 4 + ["b"] * 4
 
 

@@ -49,7 +49,7 @@ GOLDEN = [
     ('text: text, ', '', '10:12+14', "data.columns: 'text' is missing: sequence-classification needs the columns text, label"),
     ('label: label}', 'label: label, labels: label}', '10:39+6', "data.columns.labels: unknown key 'labels'; did you mean 'label'?; sequence-classification reads text, label, text_pair"),
     ('max_length: 16', 'max_length: 65', '11:15+2', 'data.max_length: the model takes at most 64 tokens'),
-    ('max_length: 16', 'max_lenght: 16', '11:3+10', "data.max_lenght: unknown key 'max_lenght'; did you mean 'max_length'? (known: format, options, files, name, config, where, split, limit, columns, max_length)"),
+    ('max_length: 16', 'max_lenght: 16', '11:3+10', "data.max_lenght: unknown key 'max_lenght'; did you mean 'max_length'? (known: format, options, files, name, config, where, split, limit, columns, max_length, long, turns, template, loss)"),
     ('target: "bert.encoder.layer.*.attention.self.{query,value}.weight"', 'target: "bert.encoder.layer.*.attention.self.{query,value.weight"', '13:13+57', "rules[0].target: 'bert.encoder.layer.*.attention.self.{query,value.weight': a brace is not closed"),
     ('self.{query,value}.weight', 'self.querry.weight', '13:13+51', "rules[0].target: 'bert.encoder.layer.*.attention.self.querry.weight' matches no parameter; nearest: bert.encoder.layer.0.attention.self.query.weight, bert.encoder.layer.1.attention.self.query.weight, bert.encoder.layer.0.attention.self.key.weight"),
     ('self.{query,value}.weight', 'self.query', '13:13+43', "rules[0].target: 'bert.encoder.layer.*.attention.self.query' matches no parameter; nearest: bert.encoder.layer.0.attention.self.query.bias, bert.encoder.layer.0.attention.self.query.weight, bert.encoder.layer.1.attention.self.query.bias"),
