@@ -38,10 +38,10 @@ def data(
     with failures():
         from rewriter import Session, SubspanError
 
-        found, notes, processor = Session(spec, *overrides(settings)).read(str(part))
+        session = Session(spec, *overrides(settings))
+        (found, notes, processor), task = session.read(str(part)), session.spec.task
         if "input_ids" not in found.column_names:
             raise SubspanError("its rows are no tokens")
-        task = Session(spec).spec.task
         for number in range(min(rows, len(found))):
             row = found[number]
             console.print(written(processor, row, task.marks(row)), soft_wrap=True)

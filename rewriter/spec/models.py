@@ -455,7 +455,7 @@ def _check_columns(task: Task, columns: dict[str, str]) -> None:
         if role not in columns:
             needs = f"{task.name} needs the columns {', '.join(required)}"
             raise SpecError(f"{role!r} is missing: {needs}", ("data", "columns"))
-    if task.ways and not any(set(way) == columns.keys() - task.extras for way in task.ways):
+    if task.ways and not any(set(way) == columns.keys() for way in task.ways):
         ways = ", or ".join(" and ".join(way) for way in task.ways)
         raise SpecError(f"{task.name} reads {ways}; not {', '.join(columns)}", ("data", "columns"))
 

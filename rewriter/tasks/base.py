@@ -108,7 +108,7 @@ class Task:
         writes: whether its answer is a text, written token by token.
         sequences: whether rows differ in length.
         asks: the roles that a question has; the others are its answer.
-        ways: the roles that go together, where there are several ways; `extras` may be there too.
+        ways: the roles that go together, where there are several ways.
     """
 
     Options: ClassVar[type[Options]] = Options
@@ -125,7 +125,6 @@ class Task:
     sequences: ClassVar[bool] = True
     asks: ClassVar[tuple[str, ...]] = ("text",)
     ways: ClassVar[tuple[tuple[str, ...], ...]] = ()
-    extras: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, name: str, options: Options):
         self.name, self.options = name, options

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import SpecError, reason
 from .base import IGNORED, WHOLE, Batch, Reading, Role, Task, likelihoods, padded_lists, perplexity
 from .cells import words
-from .chat import ALL, ASSISTANT, COMPLETION, objects_of, tokens_of, turn_ends, turns_of
+from .chat import ALL, ASSISTANT, COMPLETION, objects_of, placed, tokens_of, turn_ends, turns_of
 
 _Learnt = tuple[list[int], list[bool]]
 
@@ -26,8 +26,7 @@ class CausalLM(Task):
         "prompt": Role("text", False),
         "completion": Role("text", False),
     }
-    ways = (("text",), ("messages",), ("prompt", "completion"))
-    extras = frozenset({"tools"})
+    ways = (("text",), ("messages",), ("messages", "tools"), ("prompt", "completion"))
     metrics = ("perplexity", "loss", "accuracy")
     auto = "AutoModelForCausalLM"
     tag = "text-generation"
@@ -112,7 +111,7 @@ def _texts(batch: dict[str, list], index: list[int], reading: Reading) -> list[_
 def _completions(batch: dict[str, list], index: list[int], reading: Reading) -> list[_Learnt]:
     prompts, completions = (words(batch[reading.columns[role]]) for role in ("prompt", "completion"))
     whole = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-    made, found = reading.processor(whole, verbose=False, return_offsets_mapping=True), []
+    made, found = placed(reading.processor, whole, verbose=False), []
     for ids, places, prompt in zip(made["input_ids"], made["offset_mapping"], prompts, strict=True):
         # Special tokens are at no place, and what a prompt and its completion share is the completion's.
         learnt = [reading.loss == ALL or (stop > len(prompt) and stop > start) for start, stop in places]

@@ -104,7 +104,7 @@ def tokens_of(
         ids, learnt = list(made["input_ids"]), [bool(one) for one in made["assistant_masks"]]
     else:
         text = _applied(processor, turns, tools, tokenize=False)
-        made = processor(text, add_special_tokens=False, return_offsets_mapping=True)
+        made = placed(processor, text, add_special_tokens=False)
         ids = list(made["input_ids"])
         spans = [(0, len(text))] if learn == ALL else _spans(processor, turns, tools, text)
         learnt = [any(start <= first < stop for start, stop in spans) for first, _ in made["offset_mapping"]]
@@ -135,6 +135,18 @@ def _spans(processor: Any, turns: list[Turn], tools: Any, whole: str) -> list[tu
             )
         spans.append((len(before), stop))
     return spans
+
+
+def placed(processor: Any, text: str | Sequence[str], **options: Any) -> Any:
+    """Token ids with `offset_mapping`, where in the text each stands.
+
+    Raises:
+        SpecError: the tokenizer doesn't know.
+    """
+    if not processor.is_fast:
+        said = f"{type(processor).__name__} doesn't say where its tokens stand in a text: a fast tokenizer is needed"
+        raise SpecError(said, ("model", "name"))
+    return processor(text, return_offsets_mapping=True, **options)
 
 
 def turn_ends(processor: Any) -> list[int]:

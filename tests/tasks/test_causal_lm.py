@@ -90,9 +90,10 @@ def test_long_texts_are_cut_split_or_refused():
 WRONG = [
     (
         {"columns": {"text": "a", "messages": "b"}},
-        "causal-lm reads text, or messages, or prompt and completion; not text",
+        "or messages and tools, or prompt and completion; not text, messages",
     ),
-    ({"columns": {"prompt": "a"}}, "causal-lm reads text, or messages, or prompt and completion; not prompt"),
+    ({"columns": {"text": "a", "tools": "b"}}, "or messages and tools, or prompt and completion; not text, tools"),
+    ({"columns": {"prompt": "a"}}, "causal-lm reads text, or messages, or messages and tools, or .*; not prompt"),
     ({"columns": {"text": "a"}, "loss": "assistant"}, "the columns text have no assistant"),
     ({"columns": {"messages": "a"}, "loss": "completion"}, "the columns messages have no completion"),
     ({"columns": {"text": "a"}, "template": "{{x}}"}, "it is for the column messages"),
