@@ -12,7 +12,7 @@ from rewriter.answer import answerer, rows_of
 from rewriter.data import encode
 from rewriter.export.ship import load_tuned
 from rewriter.spec import Spec, dump_spec
-from rewriter.tasks import IGNORED
+from rewriter.tasks import IGNORED, task_of
 from tests.cases.tiny import LLAMA, saved
 from tests.pipelines.test_run import fails, succeeds
 from tests.tiny import make_tokenizer
@@ -67,6 +67,30 @@ def test_a_chat_is_read_once_and_its_answers_are_learnt():
     assert read(named, columns={"messages": "m"}, turns=spoken)[1][0]["labels"] == found[0]["labels"]
     with pytest.raises(SpecError, match="row 1 of column 'm': turn 0 has the role 'bot'"):
         read([{"m": turns}, {"m": [{"role": "bot", "content": "a"}]}], columns={"messages": "m"})
+
+
+def test_losses_and_gradients_are_those_of_transformers():
+    """Of whole chats with labels where they are learnt; the mean is over the batch's learnt tokens."""
+    turns = [{"role": "user", "content": "the film"}, {"role": "assistant", "content": "good film"}]
+    tokenizer, found, _ = read([{"m": turns}, {"m": [*turns, *turns]}], columns={"messages": "m"})
+    task = task_of("causal-lm")
+    batch = task.collator(tokenizer, ["input_ids", "attention_mask"], None)(list(found))
+    own, theirs = (hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA)).double() for _ in range(2))
+    theirs.load_state_dict(own.state_dict())
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    loss = task.loss(own(**inputs), batch) / task.count(batch)
+    labels = torch.full_like(batch["input_ids"], IGNORED)
+    for i, row in enumerate(found):
+        marks = torch.tensor(task.marks(row))
+        labels[i, : len(marks)][marks] = torch.tensor(row["input_ids"])[marks]
+    expected = theirs(**inputs, labels=labels).loss
+    torch.testing.assert_close(
+        loss.float(), expected, rtol=1e-6, atol=0.0
+    )  # The loss is taken in float32 in transformers.
+    loss.backward()
+    expected.backward()
+    for one, other in zip(own.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-7)
 
 
 def test_long_texts_are_cut_split_or_refused():
