@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.utils import ModelOutput
 
+from .data import turn_names
 from .errors import SubspanError, reason
 from .export.choose import SHIPPED
 from .export.decoder import step
@@ -22,10 +23,11 @@ from .export.verify import PAST, cast, fed, has_cache, open_file, outputs_of
 from .pretrained import load_processor
 from .sources import bars
 from .spec import Spec
+from .tasks import turns_of
 from .tasks.base import Reading
 
 _SAID = {
-    "messages": "list of turns, {role: ..., content: ...}",
+    "tools": "list of objects",
     "text": "text or whole number",
     "words": "list of words, none of them empty",
     "image": "path of an image",
@@ -40,7 +42,7 @@ def _is_text(value: Any) -> bool:
 _CELLS: dict[str, Callable[[Any], bool]] = {
     "text": _is_text,
     "words": lambda value: isinstance(value, list) and all(_is_text(one) and str(one).strip() for one in value),
-    "messages": lambda value: isinstance(value, list) and bool(value) and all("role" in one for one in value),
+    "tools": lambda value: isinstance(value, list),
     "image": lambda value: isinstance(value, str),
 }
 
@@ -70,7 +72,7 @@ def rows_of(spec: Spec, lines: Iterable[str]) -> list[dict[str, Any]]:
     task, rows, columns = spec.task, [], spec.data.columns if spec.data else {}
     asks = task.asks_of(columns)
     texts = [name for name, role in task.roles.items() if role.kind in _TEXTS and name not in ("label", *asks)]
-    texts = [] if task.writes else texts
+    texts = [name for name, role in task.roles.items() if role.kind == "tools"] if task.writes else texts
     blank = task.blank(dict.fromkeys([*asks, *texts], ""), [""])
     optional = [name for name in texts if name in columns or name in blank or spec.data is None]
     needed = [name for name in [*asks, *optional] if name not in blank and (name in asks or name in columns)]
@@ -92,12 +94,25 @@ def rows_of(spec: Spec, lines: Iterable[str]) -> list[dict[str, Any]]:
             kind = task.roles[name].kind
             if kind == "words" and isinstance(value, str):
                 row[name] = value = value.split()
-            if kind == "messages" and isinstance(value, str):
-                row[name] = value = [{"role": "user", "content": value}]
-            if not _CELLS[kind](value):
+            if kind == "messages":
+                row[name] = _asked(spec, value, number)
+            elif not _CELLS[kind](value):
                 raise SubspanError(f"row {number}: {name} is {json.dumps(value)[:40]}, no {_SAID[kind]}")
         rows.append(row)
     return rows
+
+
+def _asked(spec: Spec, value: Any, number: int) -> list[dict[str, Any]]:
+    """A text as the user's turn, or turns as the spec's data has them, less those of the assistant at the end."""
+    if isinstance(value, str) and not value.lstrip().startswith("["):
+        return [{"role": "user", "content": value}]
+    try:
+        turns = turns_of(value, *turn_names(spec.data))
+    except ValueError as error:
+        raise SubspanError(f"row {number}: {reason(error)}") from None
+    while turns and turns[-1]["role"] == "assistant":
+        turns.pop()
+    return turns
 
 
 def answerer(

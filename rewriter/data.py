@@ -177,7 +177,7 @@ def _check_rows(spec: Spec, rows: datasets.Dataset, labels: list[str]) -> None:
         if task.roles[role].kind == "text":
             check_texts(rows[column], role, column)
         if task.roles[role].kind == "messages":
-            check_turns(rows[column], column, *_turns(spec.data))
+            check_turns(rows[column], column, *turn_names(spec.data))
     task.check(rows, columns, labels)
 
 
@@ -213,7 +213,7 @@ def encode(
     check_length(spec, getattr(processor, "model_max_length", None))
     data = spec.data
     reading = Reading(
-        data.columns, rows.features, processor, labels, data.max_length, data.long, data.loss, *_turns(data)
+        data.columns, rows.features, processor, labels, data.max_length, data.long, data.loss, *turn_names(data)
     )
     with bars():
         try:
@@ -227,9 +227,9 @@ def encode(
     return found
 
 
-def _turns(data: Data) -> tuple[dict[str, str], dict[str, str]]:
+def turn_names(data: Data | None) -> tuple[dict[str, str], dict[str, str]]:
     """What a turn's role and content are called, and roles as written -> as templates call them."""
-    turns = data.turns or Turns()
+    turns = (data and data.turns) or Turns()
     return {"role": turns.role, "content": turns.content}, turns.roles
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from .base import IGNORED, Criterion, Options, Reading, Role, Task
 from .cells import check_readings, check_texts, columns_error, fits
-from .chat import check_turns
+from .chat import check_turns, turns_of
 
 # name -> class
 TASKS = {
@@ -51,4 +51,5 @@ __all__ = [
     "columns_error",
     "fits",
     "task_of",
+    "turns_of",
 ]

@@ -141,7 +141,7 @@ def test_a_run_of_chats_asks_by_the_template(tmp_path):
     session.export()
     (row,) = rows_of(spec, ["good film"])
     assert row == {"messages": [{"role": "user", "content": "good film"}]}
-    assert rows_of(spec, [json.dumps({"chat": turns(0)})]) == [{"messages": turns(0)}]
+    assert rows_of(spec, [json.dumps({"chat": turns(0), "id": 3})]) == [{"messages": turns(0)[:1]}]
     tuned = load_tuned(spec, tmp_path / "run")[-1]
     tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / "run" / "merged")
     assert tokenizer.chat_template == CHATML
@@ -158,7 +158,7 @@ def test_a_run_of_chats_asks_by_the_template(tmp_path):
         ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
     written = answerer(spec, tmp_path / "run", "onnx", 3)(row)["text"]
     assert written == tokenizer.decode(ids[0, start:], skip_special_tokens=True).partition("[SEP]")[0]
-    assert "no list of turns" in fails("run", tmp_path / "run", '{"messages": []}')
+    assert "row 1: no turns" in fails("run", tmp_path / "run", '{"messages": []}')
 
 
 def test_rows_are_shown_as_they_are_read(tmp_path):
