@@ -15,7 +15,7 @@ from tests.cases.tiny import BART, T5, task_spec
 
 START = {"decoder_start_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
 MODELS = {
-    "t5": (lambda: hf.T5Config(**{**T5, "num_layers": 2}, **START), "decoder.**.{q,v}.weight"),
+    "t5": (lambda: hf.T5Config(**T5, **START), "decoder.**.{q,v}.weight"),
     "bart": (lambda: hf.BartConfig(**{**BART, **START}), "model.decoder.layers.*.self_attn.{q,v}_proj.weight"),
 }
 NEW = 12
