@@ -43,7 +43,8 @@ def run(
         if texts and file:
             raise SubspanError("texts, or --file: not both")
         read = file.read_text() if file and str(file) != "-" else "" if texts else sys.stdin.read()
-        rows, notes = rows_of(spec, texts or read.splitlines()), []
+        lines = [line.removesuffix("\r") for line in read.removesuffix("\n").split("\n")] if read else []
+        rows, notes = rows_of(spec, texts or lines), []
         if not rows:
             raise SubspanError("nothing is asked: give texts, --file, or lines on stdin")
         answers = {str(one): answerer(spec, folder, str(one), tokens, notes) for one in stages or [Stage.onnx]}

@@ -42,7 +42,7 @@ def _is_text(value: Any) -> bool:
 _CELLS: dict[str, Callable[[Any], bool]] = {
     "text": _is_text,
     "words": lambda value: isinstance(value, list) and all(_is_text(one) and str(one).strip() for one in value),
-    "tools": lambda value: isinstance(value, list),
+    "tools": lambda value: value is None or isinstance(value, list),
     "image": lambda value: isinstance(value, str),
 }
 
@@ -76,6 +76,7 @@ def rows_of(spec: Spec, lines: Iterable[str]) -> list[dict[str, Any]]:
     blank = task.blank(dict.fromkeys([*asks, *texts], ""), [""])
     optional = [name for name in texts if name in columns or name in blank or spec.data is None]
     needed = [name for name in [*asks, *optional] if name not in blank and (name in asks or name in columns)]
+    needed = [name for name in needed if task.roles[name].kind != "tools"]
     for number, line in enumerate(lines, 1):
         if line.lstrip().startswith("{"):
             try:
@@ -104,14 +105,16 @@ def rows_of(spec: Spec, lines: Iterable[str]) -> list[dict[str, Any]]:
 
 def _asked(spec: Spec, value: Any, number: int) -> list[dict[str, Any]]:
     """A text as the user's turn, or turns as the spec's data has them, less those of the assistant at the end."""
-    if isinstance(value, str) and not value.lstrip().startswith("["):
-        return [{"role": "user", "content": value}]
     try:
         turns = turns_of(value, *turn_names(spec.data))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
+        if isinstance(value, str):
+            return [{"role": "user", "content": value}]
         raise SubspanError(f"row {number}: {reason(error)}") from None
     while turns and turns[-1]["role"] == "assistant":
         turns.pop()
+    if not turns:
+        raise SubspanError(f"row {number}: nobody has asked: all turns are the assistant's")
     return turns
 
 

@@ -265,7 +265,7 @@ def load_processor(spec: Spec, folder: str | None = None):
             processor.pad_token = processor.eos_token
         if processor.pad_token is None:
             raise SpecError(f"the tokenizer of {spec.model.name} has no token to pad with, and none for the end", NAME)
-    if spec.data and spec.data.template is not None:
+    if spec.data and spec.data.template is not None and folder is None:
         processor.chat_template = _template(spec.data)
     spec.task.settle(processor)
     return processor

@@ -136,7 +136,9 @@ class Data(_Model):
         "truncate", description="what becomes of longer texts; `split`: several rows"
     )
     turns: Turns | None = Field(None, description="how turns are written; default: {role: ..., content: ...}")
-    template: str | None = Field(None, description="chat template, or a file of one; default: the tokenizer's")
+    template: str | None = Field(
+        None, min_length=1, description="chat template, or a file of one; default: the tokenizer's"
+    )
     loss: Literal["assistant", "completion", "all"] | None = Field(
         None, description="which tokens are learnt; default: the assistant's turns, or the completion, or else all"
     )

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from ..errors import SpecError, reason
 from .base import IGNORED, WHOLE, Batch, Reading, Role, Task, likelihoods, padded_lists, perplexity
 from .cells import words
-from .chat import ALL, ASSISTANT, COMPLETION, objects_of, placed, tokens_of, turn_ends, turns_of
+from .chat import ALL, ASSISTANT, COMPLETION, asked, objects_of, placed, tokens_of, turn_ends, turns_of
 
+_SHOWN = 8  # tokens
 _Learnt = tuple[list[int], list[bool]]
 
 
@@ -52,10 +53,10 @@ class CausalLM(Task):
 
     def starts(self, row: Mapping[str, Any], processor: Any) -> list[int]:
         """Turns as the template renders them where the assistant is to answer."""
-        if "messages" not in row:
-            return processor(str(row.get("prompt", row.get("text"))))["input_ids"]
-        options = {"tools": row.get("tools"), "add_generation_prompt": True, "tokenize": True, "return_dict": True}
-        return processor.apply_chat_template(row["messages"], **options)["input_ids"]
+        if "messages" in row:
+            return asked(processor, row["messages"], row.get("tools"))
+        ids = processor(str(row.get("prompt", row.get("text"))))["input_ids"]
+        return ids[:-1] if "prompt" in row and ids[-1:] == [processor.eos_token_id] else ids
 
     def example_batch(self, model: nn.Module, batch: int, length: int, processor: Any = None) -> dict[str, Tensor]:
         inputs = self.inputs(model, batch, length, processor).kwargs
@@ -66,10 +67,11 @@ class CausalLM(Task):
         the first token of each but the first being learnt in the one before."""
         columns, out = reading.columns, {"input_ids": [], "attention_mask": [], "labels": [], WHOLE: []}
         read = _chats if "messages" in columns else _completions if "prompt" in columns else _texts
-        for number, (ids, learnt) in zip(index, read(batch, index, reading), strict=True):
+        for ids, learnt in read(batch, index, reading):
             whole, length = len(ids), reading.length
             if whole > length and reading.long == "refuse":
-                raise SpecError(f"row {number} has {whole} tokens", ("data", "max_length"))
+                said = f"a text has {whole} tokens: {reading.processor.decode(ids[:_SHOWN])!r} ..."
+                raise SpecError(f"{said}; data.long: truncate or split takes it", ("data", "max_length"))
             labels = [one if kept else IGNORED for one, kept in zip(ids[1:], learnt[1:], strict=True)] + [IGNORED]
             starts = range(0, max(whole, 1), length) if reading.long == "split" else (0,)
             for start in starts:
@@ -111,23 +113,36 @@ def _texts(batch: dict[str, list], index: list[int], reading: Reading) -> list[_
 def _completions(batch: dict[str, list], index: list[int], reading: Reading) -> list[_Learnt]:
     prompts, completions = (words(batch[reading.columns[role]]) for role in ("prompt", "completion"))
     whole = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-    made, found = placed(reading.processor, whole, verbose=False), []
-    for ids, places, prompt in zip(made["input_ids"], made["offset_mapping"], prompts, strict=True):
-        # Special tokens are at no place, and what a prompt and its completion share is the completion's.
-        learnt = [reading.loss == ALL or (stop > len(prompt) and stop > start) for start, stop in places]
+    made, found = placed(reading.processor, whole, verbose=False, return_special_tokens_mask=True), []
+    parts = (made[name] for name in ("input_ids", "offset_mapping", "special_tokens_mask"))
+    for ids, places, special, prompt in zip(*parts, prompts, strict=True):
+        # What a prompt and its completion share is the completion's.
+        learnt = [
+            reading.loss == ALL or (stop > len(prompt) and not added)
+            for (_, stop), added in zip(places, special, strict=True)
+        ]
         found.append(_ended(ids, learnt, reading.processor.eos_token_id))
     return found
 
 
 def _chats(batch: dict[str, list], index: list[int], reading: Reading) -> list[_Learnt]:
-    columns, found = reading.columns, []
+    columns, found, ended = reading.columns, [], None
     for place, number in enumerate(index):
         try:
             turns = turns_of(batch[columns["messages"]][place], reading.turns, reading.spoken)
-            tools = objects_of(batch[columns["tools"]][place]) if "tools" in columns else None
         except ValueError as error:
             said = f"row {number} of column {columns['messages']!r}: {reason(error)}"
             raise SpecError(said, ("data", "columns", "messages")) from None
-        learn = reading.loss or ASSISTANT
-        found.append(tokens_of(reading.processor, turns, learn, tools))
+        try:
+            tools = objects_of(batch[columns["tools"]][place]) if "tools" in columns else None
+        except ValueError as error:
+            said = f"row {number} of column {columns['tools']!r}: {reason(error)}"
+            raise SpecError(said, ("data", "columns", "tools")) from None
+        try:
+            ids, learnt = tokens_of(reading.processor, turns, reading.loss or ASSISTANT, tools)
+            ended = turn_ends(reading.processor) if ended is None else ended
+        except SpecError as error:
+            raise SpecError(f"{error.message} (a chat that starts with {str(turns[0])[:40]} ...)", error.path) from None
+        own = turns[-1]["role"] == "assistant" and not ended
+        found.append(_ended(ids, learnt, reading.processor.eos_token_id) if own else (ids, learnt))
     return found

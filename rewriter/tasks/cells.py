@@ -171,9 +171,8 @@ def fits(kind: str, feature: Any) -> bool:
     if kind == "answers":
         return isinstance(feature, dict)
     if kind in ("messages", "tools"):
-        return (
-            isinstance(inner, dict) or type(feature).__name__ == "Json" or getattr(feature, "dtype", None) == "string"
-        )
+        json = "Json" in (type(feature).__name__, type(inner).__name__)
+        return isinstance(inner, dict) or json or getattr(feature, "dtype", None) in ("string", "large_string")
     if kind == "text":
         return _text(feature)
     return type(feature).__name__ == "Image" if kind == "image" else _plain(feature)

@@ -1,5 +1,6 @@
 """Chats: the tokens of turns as a template renders them, and which of them are learnt."""
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +11,7 @@ from ..errors import SpecError, reason
 ASSISTANT, COMPLETION, ALL = "assistant", "completion", "all"
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _SAID = "\u2402said\u2403"
-_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_MARKS, _COMMENTS = re.compile(r"\{%-?\s*generation\s*-?%\}"), re.compile(r"\{#.*?#\}", re.DOTALL)
 
 Turn = dict[str, Any]
 
@@ -33,8 +34,9 @@ def turns_of(cell: Any, names: Mapping[str, str], roles: Mapping[str, str]) -> l
         for name, called in names.items():
             if called in turn:
                 turn[name] = turn.pop(called)
-        role = roles.get(turn.get("role"), turn.get("role"))
-        if role not in _ROLES:
+        role = turn.get("role")
+        role = roles.get(role, role) if isinstance(role, str) else role
+        if not isinstance(role, str) or role not in _ROLES:
             raise ValueError(f"turn {number} has the role {role!r}, not one of {', '.join(_ROLES)}")
         if "content" not in turn and "tool_calls" not in turn:
             raise ValueError(f"turn {number} has no content")
@@ -99,7 +101,7 @@ def tokens_of(
     turns, tools = list(turns), list(tools) if tools else None
     if processor.chat_template is None:
         raise SpecError("its tokenizer has no chat template; set data.template", ("model", "name"))
-    if learn == ASSISTANT and _MARKS.search(processor.get_chat_template(tools=tools)):
+    if learn == ASSISTANT and _MARKS.search(_COMMENTS.sub("", processor.get_chat_template(tools=tools))):
         made = _applied(processor, turns, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         ids, learnt = list(made["input_ids"]), [bool(one) for one in made["assistant_masks"]]
     else:
@@ -107,34 +109,54 @@ def tokens_of(
         made = placed(processor, text, add_special_tokens=False)
         ids = list(made["input_ids"])
         spans = [(0, len(text))] if learn == ALL else _spans(processor, turns, tools, text)
-        learnt = [any(start <= first < stop for start, stop in spans) for first, _ in made["offset_mapping"]]
+        # What a turn shares with what is before it is the turn's.
+        inside = lambda first, last: any(start < max(last, first + 1) and first < stop for start, stop in spans)  # noqa: E731
+        learnt = [inside(first, last) for first, last in made["offset_mapping"]]
     return ids, learnt
 
 
 def _spans(processor: Any, turns: list[Turn], tools: Any, whole: str) -> list[tuple[int, int]]:
-    """Where the assistant's turns are in a rendered chat: each from what is given when the model is asked for it, to
-    what ends a turn."""
+    """Where the assistant's turns are in a rendered chat: each from what is given when the model is asked for it, or
+    else from its text, to what ends a turn."""
     spans = []
     for i in (i for i, turn in enumerate(turns) if turn["role"] == "assistant"):
-        before = _applied(processor, turns[:i], tools, tokenize=False, add_generation_prompt=True)
-        if not whole.startswith(before):
-            before = _applied(processor, turns[:i], tools, tokenize=False)
-        after = whole if i + 1 == len(turns) else _applied(processor, turns[: i + 1], tools, tokenize=False)
-        stop = len(after)
-        if not whole.startswith(after):  # Some templates write a last turn in another way.
-            last = [*turns[:i], {"role": "assistant", "content": _SAID}]
-            end = _applied(processor, last, tools, tokenize=False).rpartition(_SAID)[2]
-            place = whole.find(end, len(before)) if end.strip() else -1
-            stop = place + len(end) if place >= 0 else -1
-        if not whole.startswith(before) or stop < 0:
+        given = _applied(processor, turns[:i], tools, tokenize=False, add_generation_prompt=True) if i else ""
+        start = len(given) if given and whole.startswith(given) else _begins(processor, turns, tools, whole, i)
+        stop = _ends(processor, turns, tools, whole, i, start)
+        if stop is None or stop < start:
             raise SpecError(
-                f"what the template renders of the first {i} turns is no start of what it renders of all {len(turns)}: "
-                "which tokens are the assistant's is not known; mark them in data.template by {% generation %}, or set "
-                "data.loss: all",
+                f"what the template renders of the first {i + 1} turns is no start of what it renders of all "
+                f"{len(turns)}: which tokens are the assistant's is not known; mark them in data.template by "
+                "{% generation %}, or set data.loss: all",
                 ("data", "loss"),
             )
-        spans.append((len(before), stop))
+        spans.append((start, stop))
     return spans
+
+
+def _begins(processor: Any, turns: list[Turn], tools: Any, whole: str, i: int) -> int:
+    """Where the text of a turn begins: up to there it is rendered alike with another text."""
+    other = [*turns[:i], turns[i] | {"content": _SAID}, *turns[i + 1 :]]
+    rendered = _applied(processor, other, tools, tokenize=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(whole, rendered, strict=False)))
+
+
+def _ends(processor: Any, turns: list[Turn], tools: Any, whole: str, i: int, start: int) -> int | None:
+    """Where a turn ends, with what ends it; None where that is not known."""
+    if i + 1 == len(turns):
+        return len(whole)
+    after = _applied(processor, turns[: i + 1], tools, tokenize=False)
+    for part in (after, after.rstrip().removesuffix(processor.eos_token or "")):  # Some end the whole chat with it.
+        if part and whole.startswith(part):
+            return len(part)
+    # Some templates write a last turn in another way.
+    last = [*turns[:i], {"role": "assistant", "content": _SAID}]
+    end = _applied(processor, last, tools, tokenize=False).rpartition(_SAID)[2]
+    said = turns[i].get("content")
+    own = whole.find(said.strip(), start) if isinstance(said, str) else -1
+    place = whole.find(end, own + len(said.strip()) if own >= 0 else start) if end.strip() else -1
+    following = _begins(processor, turns, tools, whole, i + 1)
+    return place + len(end) if place >= 0 and place + len(end) <= following else None
 
 
 def placed(processor: Any, text: str | Sequence[str], **options: Any) -> Any:
@@ -149,10 +171,23 @@ def placed(processor: Any, text: str | Sequence[str], **options: Any) -> Any:
     return processor(text, return_offsets_mapping=True, **options)
 
 
+def asked(processor: Any, turns: Sequence[Turn], tools: Sequence[Any] | None) -> list[int]:
+    """The tokens of turns where the assistant is to answer.
+
+    Raises:
+        SpecError: the template can't render them.
+    """
+    text = _applied(processor, list(turns), tools or None, tokenize=False, add_generation_prompt=True)
+    return processor(text, add_special_tokens=False)["input_ids"]
+
+
 def turn_ends(processor: Any) -> list[int]:
     """The last special token of an assistant's turn, if it has one."""
     turns = [{"role": "user", "content": _SAID}, {"role": "assistant", "content": _SAID}]
-    end = _applied(processor, turns, None, tokenize=False).rpartition(_SAID)[2]
+    try:
+        end = _applied(processor, turns, None, tokenize=False).rpartition(_SAID)[2]
+    except SpecError:  # It wants other turns.
+        return []
     special = set(processor.all_special_ids) | set(processor.added_tokens_decoder)
     found = [one for one in processor(end, add_special_tokens=False)["input_ids"] if one in special]
     return found[-1:]

@@ -69,6 +69,14 @@ def test_a_chat_is_read_once_and_its_answers_are_learnt():
         read([{"m": turns}, {"m": [{"role": "bot", "content": "a"}]}], columns={"messages": "m"})
 
 
+def test_a_template_that_ends_no_turn_gets_the_end_token():
+    turns = [{"role": "user", "content": "the film"}, {"role": "assistant", "content": "good film"}]
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{m.role + ' ' + m.content + ' '}}{% endfor %}"
+    found = encode(spec_of(columns={"messages": "m"}), datasets.Dataset.from_list([{"m": turns}]), tokenizer, [])
+    assert learnt(tokenizer, found[0]) == "[UNK] good film [SEP]"
+
+
 def test_losses_and_gradients_are_those_of_transformers():
     """Of whole chats with labels where they are learnt; the mean is over the batch's learnt tokens."""
     turns = [{"role": "user", "content": "the film"}, {"role": "assistant", "content": "good film"}]
@@ -106,7 +114,7 @@ def test_long_texts_are_cut_split_or_refused():
         tokenizer.decode(whole[:-1]) == "good film good film good film good film good film [SEP]"
         and whole[-1] == IGNORED
     )
-    with pytest.raises(SpecError, match="row 0 has 12 tokens") as caught:
+    with pytest.raises(SpecError, match=r"a text has 12 tokens: .* data\.long: truncate or split") as caught:
         read(rows, **options, long="refuse")
     assert caught.value.path == ("data", "max_length")
 

@@ -97,6 +97,47 @@ def test_marks_say_the_same(tokenizer, name):
     assert read(tokenizer, marked, CHAT, "assistant") == plain
 
 
+_TURNS = "{% for m in messages %}{{'<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n'}}{% endfor %}"
+ODD = {
+    "ends the chat with the end token": (
+        _TURNS + "{% if add_generation_prompt %}{{'<|im_start|>assistant\n'}}{% else %}{{'</s>'}}{% endif %}",
+        CHAT,
+        ["fine film<|im_end|>\n", "bad plot<|im_end|>\n</s>"],
+    ),
+    "asks for a thought that no row has": (
+        _TURNS + "{% if add_generation_prompt %}{{'<|im_start|>assistant\n<think>\n'}}{% endif %}",
+        CHAT,
+        ["fine film<|im_end|>\n", "bad plot<|im_end|>\n"],
+    ),
+    "speaks first": (TEMPLATES["llama3"], CHAT[1:], ["fine film<|eot_id|>", "bad plot<|eot_id|>"]),
+    "marks in a comment": ("{# {% generation %} #}" + TEMPLATES["chatml"], CHAT, LEARNT["chatml"]),
+    "an end inside a text": (
+        TEMPLATES["qwen3"],
+        [CHAT[0], {"role": "assistant", "content": "a<|im_end|>\nb"}, *CHAT[2:]],
+        ["a<|im_end|>\nb<|im_end|>\n", LEARNT["qwen3"][1]],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_templates_and_chats(tokenizer, name):
+    template, turns, expected = ODD[name]
+    assert learnt(tokenizer, *read(tokenizer, template, turns, "assistant")) == expected
+
+
+def test_what_a_turn_shares_with_what_is_given_is_learnt(tokenizer):
+    """A space before a word, of one token with it."""
+    spaced = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a:": 0, "b:": 1, "film": 2, "[UNK]": 3}, "[UNK]"))
+    spaced.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r" ?\S+"), "isolated")
+    spaced.add_tokens([" film"])
+    made = hf.PreTrainedTokenizerFast(tokenizer_object=spaced, eos_token="b:")
+    template = "{% for m in messages %}{{m.role[:1] + ': ' + m.content}}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{'a: '}}{% endif %}"
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "film"}]
+    ids, kept = read(made, template, turns, "assistant")
+    assert [token for token, now in zip(ids, kept, strict=True) if now] == made(" film")["input_ids"]
+
+
 def test_tools_and_their_calls(tokenizer):
     call = {"type": "function", "function": {"name": "rate", "arguments": {"film": "a"}}}
     turns = [
