@@ -42,15 +42,16 @@ def data(
         (found, notes, processor), task = session.read(str(part)), session.spec.task
         if "input_ids" not in found.column_names:
             raise SubspanError("its rows are no tokens")
+        marks = [task.marks(row) for row in found]
         for number in range(min(rows, len(found))):
             row = found[number]
-            console.print(written(processor, row, task.marks(row)), soft_wrap=True)
+            console.print(written(processor, row, marks[number]), soft_wrap=True)
             others = {name: value for name, value in row.items() if not isinstance(value, list)}
             said = "".join(f", {name} {value}" for name, value in others.items())
             console.rule(f"row {number}: {len(row['input_ids'])} tokens{said}", style="dim")
         lengths = np.array([len(ids) for ids in found["input_ids"]])
-        marks = [sum(task.marks(row)) for row in found]
-        console.print(f"{len(lengths)} rows, {lengths.sum():,} tokens, {sum(marks):,} of them learnt", highlight=False)
+        learnt = sum(map(sum, marks))
+        console.print(f"{len(lengths)} rows, {lengths.sum():,} tokens, {learnt:,} of them learnt", highlight=False)
         for line in histogram(lengths):
             console.print(line, highlight=False)
         for note in notes:

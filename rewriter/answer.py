@@ -26,12 +26,6 @@ from .spec import Spec
 from .tasks import turns_of
 from .tasks.base import Reading
 
-_SAID = {
-    "tools": "list of objects",
-    "text": "text or whole number",
-    "words": "list of words, none of them empty",
-    "image": "path of an image",
-}
 _TEXTS = ("text", "words", "image")
 
 
@@ -39,11 +33,16 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str | int) and not isinstance(value, bool)
 
 
-_CELLS: dict[str, Callable[[Any], bool]] = {
-    "text": _is_text,
-    "words": lambda value: isinstance(value, list) and all(_is_text(one) and str(one).strip() for one in value),
-    "tools": lambda value: value is None or isinstance(value, list),
-    "image": lambda value: isinstance(value, str),
+def _are_words(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_text(one) and str(one).strip() for one in value)
+
+
+# Kind of a role -> what a cell of it is, and whether a value is one.
+_CELLS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "text": ("text or whole number", _is_text),
+    "words": ("list of words, none of them empty", _are_words),
+    "tools": ("list of objects", lambda value: value is None or isinstance(value, list)),
+    "image": ("path of an image", lambda value: isinstance(value, str)),
 }
 
 
@@ -71,8 +70,8 @@ def rows_of(spec: Spec, lines: Iterable[str]) -> list[dict[str, Any]]:
     """
     task, rows, columns = spec.task, [], spec.data.columns if spec.data else {}
     asks = task.asks_of(columns)
-    texts = [name for name, role in task.roles.items() if role.kind in _TEXTS and name not in ("label", *asks)]
-    texts = [name for name, role in task.roles.items() if role.kind == "tools"] if task.writes else texts
+    kinds = ("tools",) if task.writes else _TEXTS
+    texts = [name for name, role in task.roles.items() if role.kind in kinds and name not in ("label", *asks)]
     blank = task.blank(dict.fromkeys([*asks, *texts], ""), [""])
     optional = [name for name in texts if name in columns or name in blank or spec.data is None]
     needed = [name for name in [*asks, *optional] if name not in blank and (name in asks or name in columns)]
@@ -97,8 +96,8 @@ def rows_of(spec: Spec, lines: Iterable[str]) -> list[dict[str, Any]]:
                 row[name] = value = value.split()
             if kind == "messages":
                 row[name] = _asked(spec, value, number)
-            elif not _CELLS[kind](value):
-                raise SubspanError(f"row {number}: {name} is {json.dumps(value)[:40]}, no {_SAID[kind]}")
+            elif not _CELLS[kind][1](value):
+                raise SubspanError(f"row {number}: {name} is {json.dumps(value)[:40]}, no {_CELLS[kind][0]}")
         rows.append(row)
     return rows
 
@@ -155,10 +154,10 @@ def answerer(
             rows = rows.cast_column(task.asks[0], datasets.Image())
         reading = Reading({name: name for name in whole}, rows.features, opened.processor, opened.labels, length)
         with bars():
-            encoded = task.encode(rows, reading, [] if notes is None else notes)
-        if len(encoded) == 0:
+            read = task.encode(rows, reading, [] if notes is None else notes)
+        if len(read) == 0:
             raise SubspanError(f"there is nothing to read in {json.dumps(dict(row))}")
-        batch = collate([encoded[i] for i in range(len(encoded))])
+        batch = collate([read[i] for i in range(len(read))])
         inputs = {name: batch.pop(name) for name in opened.names}
         return task.answer(opened.forward(inputs), batch, row, opened.labels)
 

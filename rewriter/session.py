@@ -20,7 +20,7 @@ from torch import Tensor
 from .adapters.store import check_tied, save_adapter
 from .adapters.ties import fingerprint
 from .base import NAME, identity
-from .data import check_length, digest_of, encode, load_rows
+from .data import Rows, check_length, digest_of, encode, load_rows
 from .errors import SpecError, SubspanError, raise_all
 from .files import read_json, write_json, write_text
 from .folder import LOCK, MARKER, check_folder, claimed, clear, spec_of
@@ -246,28 +246,32 @@ class Session:
         Raises:
             SubspanError: they can't be read, or do not fit the task.
         """
-        shapes, notes = self.shapes()[1], []
-        processor = processor_of(self.spec, shapes)
-        rows = getattr(load_rows(self.spec, shapes.labels), part)
-        return encode(self.spec, rows, processor, shapes.labels, notes), notes, processor
+        _, processor, parts = self._encoded(part)
+        return *parts[part], processor
+
+    def _encoded(self, *names: str) -> tuple[Rows, Any, dict[str, tuple[Dataset, list[str]]]]:
+        """The rows of the data, what they are read by, and parts of them encoded, each with what there is to say."""
+        shapes = self.shapes()[1]
+        rows, processor = load_rows(self.spec, shapes.labels), processor_of(self.spec, shapes)
+        parts = {}
+        for name in names:
+            notes: list[str] = []
+            parts[name] = encode(self.spec, getattr(rows, name), processor, shapes.labels, notes), notes
+        return rows, processor, parts
 
     @_placed
     def prepare(self) -> Job:
         """Encode the data, then load the model's weights: what is wrong with rows is said first."""
-        spec, task, notes = self.spec, self.spec.task, []
-        shapes = self.shapes()[1]
-        rows, parts, processor = load_rows(spec, shapes.labels), {}, processor_of(spec, shapes)
-        for name in ("train", "validation"):
-            said: list[str] = []
-            parts[name] = encode(spec, getattr(rows, name), processor, shapes.labels, said)
-            notes += [f"{name}: {one}" for one in said]
+        spec, task = self.spec, self.spec.task
+        rows, _, parts = self._encoded("train", "validation")
+        notes = [f"{name}: {one}" for name, (_, said) in parts.items() for one in said]
         pretrained = load_model(spec)
         notes += pretrained.notes
         inputs = task.inputs(pretrained.model, processor=pretrained.processor)
         counts = task.label_counts(rows.train, spec.data.columns, pretrained.labels) if spec.train.class_weights else []
         weights = label_weights(spec, pretrained.labels, counts)
         collate = collator(spec, pretrained, list(inputs.kwargs))
-        return Job(pretrained, inputs, parts["train"], parts["validation"], collate, weights, notes)
+        return Job(pretrained, inputs, parts["train"][0], parts["validation"][0], collate, weights, notes)
 
     @_placed
     def tune(

@@ -187,8 +187,7 @@ def elements(graph: fx.Graph, longest: int) -> int:
     Args:
         longest: tokens of a row.
     """
-    nodes = [node for node in pytree.tree_leaves(graph.output_node().args[0]) if isinstance(node, fx.Node)]
-    sizes = [[size if isinstance(size, int) else longest for size in shape_of(node)[1:]] for node in nodes]
+    sizes = [[size if isinstance(size, int) else longest for size in shape[1:]] for shape in _shapes(graph)]
     return max(map(math.prod, sizes), default=1)
 
 
@@ -229,8 +228,12 @@ def sequences(graph: fx.Graph, names: Sequence[str]) -> list[str | None]:
     for name, node in zip(names, graph.find_nodes(op="placeholder"), strict=True):
         if len(shape := shape_of(node)) > 1 and isinstance(shape[1], torch.SymInt):
             axes.setdefault(str(shape[1]), name)
-    shapes = [shape_of(node) for node in pytree.tree_leaves(graph.output_node().args[0]) if isinstance(node, fx.Node)]
-    return [axes.get(str(shape[1])) if len(shape) > 1 else None for shape in shapes]
+    return [axes.get(str(shape[1])) if len(shape) > 1 else None for shape in _shapes(graph)]
+
+
+def _shapes(graph: fx.Graph) -> list[torch.Size]:
+    """Of a graph's outputs."""
+    return [shape_of(node) for node in pytree.tree_leaves(graph.output_node().args[0]) if isinstance(node, fx.Node)]
 
 
 class Tally:

@@ -143,20 +143,20 @@ def files_of(file: Path) -> list[Path]:
 def placed(file: Path, place: Path) -> None:
     """The same model under another name, its weights beside it: links, and copies on file systems without links."""
     if data_of(file).exists():
-        model = onnx.load(file, load_external_data=False)
-        locate(model, data_of(place).name)
-        onnx.save(model, place)
+        locate(file, place)
         _linked(data_of(file), data_of(place))
     else:
         _linked(file, place)
 
 
-def locate(model: onnx.ModelProto, name: str) -> None:
-    """Say that a model's weights lie in a file of that name."""
+def locate(file: Path, place: Path) -> None:
+    """Write a file's graph elsewhere, saying that its weights lie beside it there."""
+    model = onnx.load(file, load_external_data=False)
     for value in model.graph.initializer:
         for entry in value.external_data:
             if entry.key == "location":
-                entry.value = name
+                entry.value = data_of(place).name
+    onnx.save(model, place)
 
 
 def _linked(file: Path, place: Path) -> None:

@@ -227,11 +227,15 @@ def _with_cache(truth: compare.Truth, model: _Model, again: _Again, file: Path, 
         export_onnx(decoder, examples, file, *how, called)
         del found, decoder
         gc.collect()
-        stage = {"decoding": decoding_stage(open_file(file))}
-        why = truth.far("decoding", *truth.distances(stage, truth.tally(stage)))
+        why = _far(truth, decoding_stage(open_file(file)))
     except SubspanError as error:
         why = str(error)
     return {"holds": why is None, "reason": why}
+
+
+def _far(truth: compare.Truth, stage: Stage) -> str | None:
+    """Why what is decoded with a cache is too far from the tuned model, if it is."""
+    return truth.far("decoding", *truth.distances({"decoding": stage}, truth.tally(["decoding"])))
 
 
 def _in_parts(truth: compare.Truth, model: _Model, again: _Again, whole: Path, how: tuple) -> dict[str, Any]:
@@ -255,8 +259,7 @@ def _in_parts(truth: compare.Truth, model: _Model, again: _Again, whole: Path, h
         del parts, module
         gc.collect()
         outputs = [value.name for value in onnx_ir.load(whole).graph.outputs]
-        stage = {"decoding": encoder_decoder.decoding_stage(*map(open_file, files), outputs)}
-        why = truth.far("decoding", *truth.distances(stage, truth.tally(stage)))
+        why = _far(truth, encoder_decoder.decoding_stage(*map(open_file, files), outputs))
     except SubspanError as error:
         why = str(error)
     for one in (one for file in files for one in files_of(file) if why is not None):

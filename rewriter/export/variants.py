@@ -72,9 +72,7 @@ def int8_dynamic(source: Path, file: Path) -> None:
         extra_options={"WeightSymmetric": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
     )
     if (data := file.with_name(f"{file.name}.data")).exists():  # Its own name for them.
-        model = onnx.load(file, load_external_data=False)
-        locate(model, data_of(file).name)
-        onnx.save(model, file)
+        locate(file, file)
         data.rename(data_of(file))
 
 

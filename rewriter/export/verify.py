@@ -226,10 +226,10 @@ def differences(
 class Gap(NamedTuple):
     """Absolute differences of two arrays: the largest and the row it is in, and the sum of how many there are."""
 
-    largest: float = 0.0
-    row: int = 0
-    total: float = 0.0
-    count: int = 0
+    largest: float
+    row: int
+    total: float
+    count: int
 
 
 def gap(one: np.ndarray, other: np.ndarray, mask: np.ndarray | None = None) -> Gap:

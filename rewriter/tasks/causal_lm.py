@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import SpecError, reason
+from ..errors import SpecError
 from .base import IGNORED, WHOLE, Batch, Reading, Role, Task, likelihoods, padded_lists, perplexity
 from .cells import words
-from .chat import ALL, ASSISTANT, COMPLETION, asked, objects_of, placed, tokens_of, turn_ends, turns_of
+from .chat import ALL, ASSISTANT, COMPLETION, asked, at_row, objects_of, placed, tokens_of, turn_ends, turns_of
 
 _SHOWN = 8  # tokens
 _Learnt = tuple[list[int], list[bool]]
@@ -128,16 +128,12 @@ def _completions(batch: dict[str, list], index: list[int], reading: Reading) -> 
 def _chats(batch: dict[str, list], index: list[int], reading: Reading) -> list[_Learnt]:
     columns, found, ended = reading.columns, [], None
     for place, number in enumerate(index):
-        try:
+        with at_row(number, columns["messages"], "messages"):
             turns = turns_of(batch[columns["messages"]][place], reading.turns, reading.spoken)
-        except ValueError as error:
-            said = f"row {number} of column {columns['messages']!r}: {reason(error)}"
-            raise SpecError(said, ("data", "columns", "messages")) from None
-        try:
-            tools = objects_of(batch[columns["tools"]][place]) if "tools" in columns else None
-        except ValueError as error:
-            said = f"row {number} of column {columns['tools']!r}: {reason(error)}"
-            raise SpecError(said, ("data", "columns", "tools")) from None
+        tools = None
+        if "tools" in columns:
+            with at_row(number, columns["tools"], "tools"):
+                tools = objects_of(batch[columns["tools"]][place])
         try:
             ids, learnt = tokens_of(reading.processor, turns, reading.loss or ASSISTANT, tools)
             ended = turn_ends(reading.processor) if ended is None else ended

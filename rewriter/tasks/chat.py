@@ -1,9 +1,10 @@
 """Chats: the tokens of turns as a template renders them, and which of them are learnt."""
 
+import contextlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import SpecError, reason
@@ -54,11 +55,17 @@ def check_turns(cells: Iterable[Any], column: str, names: Mapping[str, str], rol
         SpecError: at the column, with the first row that has none.
     """
     for row, cell in enumerate(cells):
-        try:
+        with at_row(row, column, "messages"):
             turns_of(cell, names, roles)
-        except ValueError as error:
-            said = f"row {row} of column {column!r}: {reason(error)}"
-            raise SpecError(said, ("data", "columns", "messages")) from None
+
+
+@contextlib.contextmanager
+def at_row(row: int, column: str, role: str) -> Iterator[None]:
+    """What is wrong with a cell (ValueError), as a SpecError at the column."""
+    try:
+        yield
+    except ValueError as error:
+        raise SpecError(f"row {row} of column {column!r}: {reason(error)}", ("data", "columns", role)) from None
 
 
 def objects_of(cell: Any) -> list[dict[str, Any]]:
@@ -194,8 +201,6 @@ def turn_ends(processor: Any) -> list[int]:
 
 
 def _applied(processor: Any, turns: list[Turn], tools: Any, **options: Any) -> Any:
-    if not turns and not tools:
-        return ""
     try:
         return processor.apply_chat_template(turns, tools=tools, **options)
     except Exception as error:  # Of a template: it raises its own.

@@ -30,6 +30,7 @@ from rewriter.folder import spec_of
 from tests.export.test_decoder import exported
 from tests.pipelines.test_tasks import CASES, COMMON, LABELS, MORE, minilm, row, rows, sentence, text_model
 
+HERE = Path(__file__).parent
 NODE, OPTIMUM = os.environ.get("SUBSPAN_NODE"), os.environ.get("SUBSPAN_OPTIMUM")
 node = pytest.mark.skipif(not NODE or not shutil.which("node"), reason="SUBSPAN_NODE names no folder of npm packages")
 chromium = pytest.mark.skipif(
@@ -54,9 +55,9 @@ def shipped(folder, case):
 
 
 def by_node(run, tmp_path, task, *texts):
-    script = Path(NODE) / "consumers.mjs"
-    shutil.copy(Path(__file__).with_name("consumers.mjs"), script)
-    line = ["node", script, run / "merged", task, *texts]
+    for script in ("ask.mjs", "consumers.mjs"):
+        shutil.copy(HERE / script, NODE)
+    line = ["node", Path(NODE) / "consumers.mjs", run / "merged", task, *texts]
     done = subprocess.run(line, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -66,12 +67,13 @@ class _Pages(http.server.SimpleHTTPRequestHandler):
     """Gives a page, packages and models; what the page posts is what it found."""
 
     def __init__(self, *args, models, found, **kwargs):
-        self.places, self.found = {"packages": Path(NODE) / "node_modules", "models": models}, found
+        self.places = {"packages": Path(NODE) / "node_modules", "models": models, "scripts": HERE}
+        self.found = found
         super().__init__(*args, **kwargs)
 
     def translate_path(self, path):
         first, _, rest = urllib.parse.unquote(urllib.parse.urlsplit(path).path).lstrip("/").partition("/")
-        return str(self.places[first] / rest if first in self.places else Path(__file__).with_name("consumers.html"))
+        return str(self.places[first] / rest if first in self.places else HERE / "consumers.html")
 
     def do_POST(self):
         self.found.put(self.rfile.read(int(self.headers["Content-Length"])))
