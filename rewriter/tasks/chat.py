@@ -35,6 +35,8 @@ def turns_of(cell: Any, names: Mapping[str, str], roles: Mapping[str, str]) -> l
         for name, called in names.items():
             if called in turn:
                 turn[name] = turn.pop(called)
+            elif name in turn:
+                raise ValueError(f"turn {number} has {name!r} and no {called!r}, as data.turns calls it")
         role = turn.get("role")
         role = roles.get(role, role) if isinstance(role, str) else role
         if not isinstance(role, str) or role not in _ROLES:

@@ -186,6 +186,7 @@ NAMES, ROLES = {"role": "role", "content": "content"}, {"human": "user", "gpt": 
         ([{"role": "bot", "content": "a"}], NAMES, "turn 0 has the role 'bot', not one of system"),
         ([{"role": "user"}], NAMES, "turn 0 has no content"),
         (SHAREGPT, NAMES, "turn 0 has the role None"),
+        (CHAT, {"role": "from", "content": "value"}, "turn 0 has 'role' and no 'from', as data.turns calls it"),
     ],
 )
 def test_turns_are_read_or_refused(cell, names, expected):
