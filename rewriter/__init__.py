@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from .spec import Rule, Spec, dump_spec, load_spec, load_specs
     from .tasks import TASKS, Task, task_of
     from .trace import trace
-    from .training.loop import evaluate, label_weights, objective, tune
+    from .training.evaluation import evaluate, objective
+    from .training.loop import label_weights, tune
     from .training.schedules import Budget, allocate, settle
     from .transforms import TRANSFORMS, transform
     from .tuned import TunedModel, tuned_parameters
@@ -51,7 +52,7 @@ _PLACES = {
     "differences": ".export.verify",
     "dump_spec": ".spec",
     "encode": ".data",
-    "evaluate": ".training.loop",
+    "evaluate": ".training.evaluation",
     "example_inputs": ".pretrained",
     "export_onnx": ".export.onnx",
     "fingerprint": ".adapters.ties",
@@ -65,7 +66,7 @@ _PLACES = {
     "load_specs": ".spec",
     "merge": ".export.merge",
     "merged_weights": ".export.merge",
-    "objective": ".training.loop",
+    "objective": ".training.evaluation",
     "onnx_stage": ".export.verify",
     "plan": ".plan",
     "print_plan": ".report.table",

@@ -37,7 +37,8 @@ from .smoke import small_model, small_spec
 from .spec import Spec, dump_spec, load_spec, located
 from .trace import capture, trace
 from .training.checkpoint import resumed_choices
-from .training.loop import device_of, label_weights, objective, tune
+from .training.evaluation import objective
+from .training.loop import device_of, label_weights, tune
 from .training.optimisers import OPTIMISERS, check_schedule
 from .training.parallel import processes
 from .training.recompute import by_layer

@@ -22,7 +22,7 @@ from ..graph.traced import TracedModel
 from ..spec import Spec
 from ..tasks import IGNORED
 from ..tasks.base import Collate
-from ..training.loop import HALVES
+from ..training.evaluation import HALVES
 from .verify import Stage, gap
 
 FACTOR = 4.0

@@ -16,7 +16,7 @@ from ..algebra import Dense, Operator, Patch, Sum
 from ..errors import SpecError
 from ..graph.ops import SDPA
 from ..graph.traced import TracedModel
-from ..spec.models import Limits
+from ..spec.limits import Limits
 from ..transforms import Leaf, Transform, compose
 from .site import PARAMETERS, Plan, Site
 

@@ -1,6 +1,7 @@
 """Specs: their models, how they are read, and what is said of mistakes in them."""
 
-from .models import Data, Limits, Model, Passes, Rule, Spec, Train, Turns, link_model
+from .limits import Limits
+from .models import Data, Model, Passes, Rule, Spec, Train, Turns, link_model
 from .read import decisive, dump_spec, is_dump, load_spec, load_specs, located, warned
 
 __all__ = [

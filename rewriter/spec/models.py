@@ -1,13 +1,11 @@
 """The models of a spec: what a user may write, with descriptions and defaults."""
 
 import difflib
-import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -25,6 +23,7 @@ from pydantic_core import PydanticCustomError
 from ..errors import SpecError, SubspanError
 from ..tasks import TASKS, Task, task_of
 from ..transforms import TRANSFORMS, Transform
+from .limits import Limits, Strict
 
 METRICS = tuple(dict.fromkeys(metric for name in TASKS for metric in task_of(name).metrics))
 SCHEDULES = (
@@ -40,11 +39,7 @@ Count = Annotated[int, Field(ge=1, le=2**53)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, populate_by_name=True)
-
-
-class Model(_Model):
+class Model(Strict):
     """The pretrained model to adapt."""
 
     name: str = Field(min_length=1, description="a hub id, a local folder, or package://<package>/<folder>")
@@ -83,7 +78,7 @@ class Model(_Model):
         return self
 
 
-class Split(_Model):
+class Split(Strict):
     """A share of the training data held out."""
 
     validation: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] = Field(
@@ -92,7 +87,7 @@ class Split(_Model):
     seed: Seed = Field(0, description="seed of the shuffle before the split")
 
 
-class Limit(_Model):
+class Limit(Strict):
     """At most so many rows."""
 
     train: Count | None = Field(None, description="rows of training data; default: all")
@@ -105,7 +100,7 @@ Scalar = str | int | float | bool | None
 Format = Literal["csv", "json", "parquet", "arrow", "text", "imagefolder"]
 
 
-class Turns(_Model):
+class Turns(Strict):
     """How a column writes turns, where it is not as templates do, e.g. {role: from, content: value}."""
 
     role: str = Field("role", min_length=1, description="what a turn's role is called")
@@ -113,7 +108,7 @@ class Turns(_Model):
     roles: dict[str, str] = Field(default_factory=dict, description="role as written -> role as templates call it")
 
 
-class Data(_Model):
+class Data(Strict):
     """The data set, as `datasets.load_dataset` reads it."""
 
     format: Format | None = Field(None, description="how `files` are read")
@@ -160,7 +155,7 @@ def _range(value: Any) -> Any:
     raise ValueError("expected [start, stop] with 0 <= start < stop")
 
 
-class Slice(_Model):
+class Slice(Strict):
     """A part of a fused weight, in the orientation y = xW: columns (`out`) or rows (`in`), half-open."""
 
     out: Annotated[list[int], BeforeValidator(_range)] | None = Field(None, description="[start, stop) of the outputs")
@@ -214,7 +209,7 @@ def link_model(one: Transform) -> type[BaseModel]:
 Link = Annotated[SerializeAsAny[BaseModel], PlainValidator(_link, json_schema_input_type=dict[str, Any])]
 
 
-class Rule(_Model):
+class Rule(Strict):
     """Which weights get which transforms."""
 
     target: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)] = Field(
@@ -234,14 +229,14 @@ class Rule(_Model):
         return [(TRANSFORMS[name], getattr(link, name)) for link in self.apply for name in type(link).model_fields]
 
 
-class Passes(_Model):
+class Passes(Strict):
     """Which of the graph's passes run; `subspan passes` lists them."""
 
     off: list[str] = Field(default_factory=list, description="names of passes to leave out")
     on: list[str] = Field(default_factory=list, description="names of passes that change numerics, to run all the same")
 
 
-class Train(_Model):
+class Train(Strict):
     """How the new tensors are tuned."""
 
     epochs: float = Field(1, gt=0, le=1e6, description="passes over the training data")
@@ -278,13 +273,13 @@ class Train(_Model):
     passes: Passes = Field(Passes(), description="passes over the rewritten graph")
 
 
-class Onnx(_Model):
+class Onnx(Strict):
     """ONNX export."""
 
     opset: Annotated[int, Field(ge=18, le=23)] = Field(18, description="ONNX operator set")
 
 
-class Verify(_Model):
+class Verify(Strict):
     """How equal the stages must be."""
 
     atol: float | None = Field(
@@ -295,68 +290,7 @@ class Verify(_Model):
     )
 
 
-_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-
-
-def _amount(value: str, units: Mapping[str, float], expected: str) -> float:
-    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([A-Za-z%]{1,3})", value)
-    if not found or found[2].lower() not in units:
-        raise ValueError(f"expected {expected}")
-    return float(found[1]) * units[found[2].lower()]
-
-
-def _quantity(units: Mapping[str, float], expected: str) -> Any:
-    """The type of a text that `_amount` reads."""
-
-    def check(value: str) -> str:
-        _amount(value, units, expected)
-        return value
-
-    return Annotated[str, AfterValidator(check)]
-
-
-Parameters = Annotated[int, Field(ge=0)] | _quantity({"%": 1}, "a count, or a share of all parameters such as 0.5%")
-
-
-class Limits(_Model):
-    """What a plan may cost at most; one that exceeds a limit is refused."""
-
-    trainable_parameters: Parameters | None = Field(
-        None, description="tuned parameters, new heads apart: a count, or a share of all parameters such as 0.5%"
-    )
-    head_parameters: Parameters | None = Field(
-        None, description="parameters of new heads: a count, or a share of all parameters"
-    )
-    activation_memory: Annotated[int, Field(ge=0)] | _quantity(_UNITS, "bytes, or a size such as 8 GiB") | None = Field(
-        None, description="bytes that a batch's forward saves for its backward, or a size such as 8 GiB"
-    )
-    overhead_flops: _quantity({"%": 1}, "a share such as 5%") | None = Field(
-        None, description="a step's FLOPs beyond the frozen model's forward and input gradient, such as 5%"
-    )
-
-    def parameters(self, name: str, total: int) -> float | None:
-        """The limit `name` as a count, of a model of `total` parameters."""
-        value = getattr(self, name)
-        return _amount(value, {"%": 0.01 * total}, "") if isinstance(value, str) else value
-
-    @property
-    def activations(self) -> float | None:
-        """`activation_memory` in bytes."""
-        value = self.activation_memory
-        return _amount(value, _UNITS, "") if isinstance(value, str) else value
-
-    @property
-    def overhead(self) -> float | None:
-        """`overhead_flops` as a fraction."""
-        return None if self.overhead_flops is None else _amount(self.overhead_flops, {"%": 0.01}, "")
-
-    @property
-    def of_a_step(self) -> bool:
-        """Whether a limit is of a whole training step, which has to be traced."""
-        return self.activation_memory is not None or self.overhead_flops is not None
-
-
-class Export(_Model):
+class Export(Strict):
     """What is shipped."""
 
     checkpoint: bool = Field(True, description="write merged/, which from_pretrained loads")
@@ -370,7 +304,7 @@ class Export(_Model):
     )
 
 
-class Spec(_Model):
+class Spec(Strict):
     """A whole run: model, data, rules, training and export."""
 
     version: Literal[1] = Field(description="version of this format")

@@ -4,10 +4,9 @@ Every process has the whole model and its share of each batch; gradients are sum
 does not change the result.
 """
 
-import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,20 +17,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..errors import SpecError
-from ..spec import Spec, Train, decisive
+from ..spec import Spec, decisive
 from ..tasks import Criterion, Task
 from ..tuned import TunedModel, tuned_parameters
 from . import checkpoint
 from .checkpoint import Progress, Tuning, save_predictions
+from .evaluation import Collate, Rows, autocast, objective, predict, split
 from .optimisers import PLATEAU, make_optimiser, make_schedule
-from .parallel import processes, share, sum_gradients, together, total
+from .parallel import processes, share, sum_gradients, total
 from .recompute import by_layer
 from .reports import Interrupted, Report, Stop, signals
-from .schedules import Budget, Objective, settle
-
-Rows = Sequence[Any]
-Collate = Callable[[list], dict[str, Tensor]]
-HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+from .schedules import Budget, settle
 
 
 @dataclass
@@ -211,24 +207,6 @@ def device_of(spec: Spec) -> torch.device:
     return state.device
 
 
-def objective(task: Task) -> Objective:
-    """A function from a traced model and a batch to the task's mean loss on it; the batch is moved to the model."""
-
-    def value(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        inputs, targets = split(model, batch, next(model.parameters()).device)
-        return task.loss(model(**inputs), targets) / task.count(targets).clamp(min=1)
-
-    return value
-
-
-def split(
-    model: nn.Module, batch: Mapping[str, Tensor], device: torch.device
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The model's inputs and the targets of a batch, on a device."""
-    moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-    return {name: moved.pop(name) for name in model.input_names}, moved
-
-
 def _batches(run: Run) -> Iterator[list[dict[str, Tensor] | None]]:
     """The batches of every step that is left: this process's shares, None where it has none."""
     size, accumulated = run.spec.train.batch_size, run.spec.train.gradient_accumulation
@@ -308,12 +286,6 @@ def _add(run: Run, name: str, value: Tensor) -> None:
     run.sums[name] = run.sums.get(name, 0) + value.double()
 
 
-def autocast(settings: Train, device: torch.device) -> contextlib.AbstractContextManager:
-    """The type of the computation that a spec asks for."""
-    half = HALVES.get(settings.precision)
-    return torch.autocast(device.type, half) if half else contextlib.nullcontext()
-
-
 def _tell(run: Run, report: Report) -> None:
     """The step before the user, and every `log_steps` an entry of the log."""
     progress = run.progress
@@ -350,42 +322,6 @@ def _measure(run: Run, report: Report, validation: Rows) -> None:
         _enter(run, report, {f"eval_{name}": value for name, value in found.items()})
         if run.spec.train.schedule == PLATEAU:
             run.tuning.schedule.step(found[run.spec.metric])
-
-
-def evaluate(model: TunedModel, spec: Spec, rows: Rows, collate: Collate) -> dict[str, float]:
-    """The spec's metric, and the plain mean loss, of a model on rows; the model is left in train mode."""
-    return predict(model, spec, rows, collate)[0]
-
-
-def predict(model: TunedModel, spec: Spec, rows: Rows, collate: Collate) -> tuple[dict[str, float], np.ndarray | None]:
-    """`evaluate`, and what the metric needs of the model's outputs: (n, k) float64 in the order of the rows; None
-    where the loss is the metric."""
-    task, size, device = spec.task, spec.train.batch_size, processes().device
-    chunks = [range(i, min(i + size, len(rows))) for i in range(0, len(rows), size)]
-    own = share(chunks)
-    sums, parts = torch.zeros(2, dtype=torch.float64, device=device), []
-    # A loader draws a seed; a run that resumes after the evaluation would not have drawn it.
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        model.eval()
-        loader = DataLoader(rows, batch_sampler=[list(some) for some in own or chunks[:1]], collate_fn=collate)
-        for some, batch in zip(own or chunks[:1], loader, strict=True):
-            inputs, targets = split(model, batch, device)
-            with autocast(spec.train, device):
-                out = model(**inputs)
-            sums += torch.stack([task.loss(out, targets).double(), task.count(targets).double()])
-            if spec.metric != "loss":
-                summary = task.summary(out, targets).double()
-                parts.append(torch.cat([torch.full_like(summary[:, :1], some[0]), summary], dim=1))
-        model.train()
-    if not own:  # Of the first batch only the shape of its summary was wanted.
-        sums, parts = torch.zeros_like(sums), [part[:0] for part in parts]
-    loss, count = total(sums).tolist()
-    found = {"loss": loss / count if count else math.nan}
-    if spec.metric == "loss":
-        return found, None
-    every = together(torch.cat(parts)).cpu().numpy()
-    every = every[every[:, 0].argsort(kind="stable")][:, 1:]  # Each process had its own batches.
-    return {spec.metric: task.measure(spec.metric, every, rows), **found}, every
 
 
 def _keep(run: Run, places: Path) -> None:

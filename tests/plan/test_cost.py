@@ -11,7 +11,7 @@ from rewriter import Rule, example_inputs, plan, rewrite, trace, tuned_parameter
 from rewriter.algebra import Dense
 from rewriter.plan.cost import change_bound, site_cost, step_cost
 from rewriter.tasks import task_of
-from rewriter.training.loop import objective
+from rewriter.training.evaluation import objective
 from rewriter.training.optimisers import OPTIMISERS
 from rewriter.transforms import TRANSFORMS, compose
 from tests.architectures import ARCHITECTURES, build

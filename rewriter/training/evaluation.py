@@ -1,0 +1,81 @@
+"""A model on rows: the loss, and what is measured."""
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..spec import Spec, Train
+from ..tasks import Task
+from ..tuned import TunedModel
+from .parallel import processes, share, together, total
+from .schedules import Objective
+
+Rows = Sequence[Any]
+Collate = Callable[[list], dict[str, Tensor]]
+HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def objective(task: Task) -> Objective:
+    """A function from a traced model and a batch to the task's mean loss on it; the batch is moved to the model."""
+
+    def value(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        inputs, targets = split(model, batch, next(model.parameters()).device)
+        return task.loss(model(**inputs), targets) / task.count(targets).clamp(min=1)
+
+    return value
+
+
+def split(
+    model: nn.Module, batch: Mapping[str, Tensor], device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The model's inputs and the targets of a batch, on a device."""
+    moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    return {name: moved.pop(name) for name in model.input_names}, moved
+
+
+def autocast(settings: Train, device: torch.device) -> contextlib.AbstractContextManager:
+    """The type of the computation that a spec asks for."""
+    half = HALVES.get(settings.precision)
+    return torch.autocast(device.type, half) if half else contextlib.nullcontext()
+
+
+def evaluate(model: TunedModel, spec: Spec, rows: Rows, collate: Collate) -> dict[str, float]:
+    """The spec's metric, and the plain mean loss, of a model on rows; the model is left in train mode."""
+    return predict(model, spec, rows, collate)[0]
+
+
+def predict(model: TunedModel, spec: Spec, rows: Rows, collate: Collate) -> tuple[dict[str, float], np.ndarray | None]:
+    """`evaluate`, and what the metric needs of the model's outputs: (n, k) float64 in the order of the rows; None
+    where the loss is the metric."""
+    task, size, device = spec.task, spec.train.batch_size, processes().device
+    chunks = [range(i, min(i + size, len(rows))) for i in range(0, len(rows), size)]
+    own = share(chunks)
+    sums, parts = torch.zeros(2, dtype=torch.float64, device=device), []
+    # A loader draws a seed; a run that resumes after the evaluation would not have drawn it.
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model.eval()
+        loader = DataLoader(rows, batch_sampler=[list(some) for some in own or chunks[:1]], collate_fn=collate)
+        for some, batch in zip(own or chunks[:1], loader, strict=True):
+            inputs, targets = split(model, batch, device)
+            with autocast(spec.train, device):
+                out = model(**inputs)
+            sums += torch.stack([task.loss(out, targets).double(), task.count(targets).double()])
+            if spec.metric != "loss":
+                summary = task.summary(out, targets).double()
+                parts.append(torch.cat([torch.full_like(summary[:, :1], some[0]), summary], dim=1))
+        model.train()
+    if not own:  # Of the first batch only the shape of its summary was wanted.
+        sums, parts = torch.zeros_like(sums), [part[:0] for part in parts]
+    loss, count = total(sums).tolist()
+    found = {"loss": loss / count if count else math.nan}
+    if spec.metric == "loss":
+        return found, None
+    every = together(torch.cat(parts)).cpu().numpy()
+    every = every[every[:, 0].argsort(kind="stable")][:, 1:]  # Each process had its own batches.
+    return {spec.metric: task.measure(spec.metric, every, rows), **found}, every
