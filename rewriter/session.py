@@ -9,7 +9,7 @@ import io
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -29,7 +29,7 @@ from .passes.base import Context
 from .passes.manager import check_names
 from .passes.manager import run as run_passes
 from .plan import Plan, plan
-from .plan.cost import StepCost, exceeded, step_cost
+from .plan.cost import StepCost, exceeded, saved_bytes, step_cost
 from .pretrained import Pretrained, check_missing, collator, load_model, positions, processor_of
 from .resources import resolve
 from .rewrite import rewrite
@@ -37,11 +37,13 @@ from .smoke import small_model, small_spec
 from .spec import Spec, dump_spec, load_spec, located
 from .trace import capture, trace
 from .training.checkpoint import resumed_choices
-from .training.evaluation import objective
+from .training.evaluation import for_training, objective
 from .training.loop import device_of, label_weights, tune
 from .training.optimisers import OPTIMISERS, check_schedule
+from .training.packing import PATH as PACKING
+from .training.packing import check_packing, packed_inputs
 from .training.parallel import processes
-from .training.recompute import by_layer
+from .training.recompute import by_layer, fewest
 from .training.reports import check_trackers
 from .training.schedules import allocate
 from .transforms import Schedule
@@ -52,11 +54,11 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 @dataclass
 class Job:
-    """What tuning needs: the model with its weights, encoded rows, how they become batches, weights of labels, and what
-    there is to say of the rows."""
+    """What tuning needs: the model with its weights, examples of what its modes read, encoded rows, how they become
+    batches, weights of labels, and what there is to say of the rows."""
 
     pretrained: Pretrained
-    inputs: Inputs
+    inputs: dict[str, Inputs]
     train: Dataset
     validation: Dataset
     collate: Callable[[list], dict[str, Tensor]]
@@ -110,7 +112,7 @@ class Session:
     def model_key(self) -> str:
         """Equal for specs whose models trace alike."""
         train = self.spec.train
-        return f"{self.spec.model.model_dump_json()} {train.seed} {train.passes.off}"
+        return f"{self.spec.model.model_dump_json()} {train.seed} {train.passes.off} {train.packing}"
 
     @property
     def tokens(self) -> int:
@@ -132,7 +134,7 @@ class Session:
         check_names(spec.train.passes.off, spec.train.passes.on)
         if self._shapes is None or (whole and not self._shapes.whole):
             pretrained = load_model(spec, meta=True)
-            inputs = spec.task.inputs(pretrained.model, processor=pretrained.processor)
+            inputs = _read(spec, pretrained)
             modes = ("train", "eval") if whole else ("eval",)
             traced = trace(pretrained.module, inputs, modes, spec.train.passes.off)
             check_missing(spec.model.name, pretrained, traced.read())
@@ -170,14 +172,23 @@ class Session:
         spec, found = self.spec, self.plan(whole=True)
         traced, pretrained = self.shapes(whole=True)
         size = spec.train.batch_size
-        batch = spec.task.example_batch(pretrained.model, size, self._length, pretrained.processor)
+        if spec.train.packing:
+            batch = packed_inputs(pretrained.model, size, self._length).kwargs
+            batch = {**batch, "labels": torch.zeros_like(batch["input_ids"])}
+        else:
+            batch = spec.task.example_batch(pretrained.model, size, self._length, pretrained.processor)
         tuned = self._rewritten(traced, found)
-        if spec.train.gradient_checkpointing:
-            by_layer(tuned)
-        entries = OPTIMISERS[spec.train.optimiser].entries
-        cost = step_cost(traced, tuned, batch, objective(spec.task), entries)
+        loss, entries, most = objective(spec.task), OPTIMISERS[spec.train.optimiser].entries, spec.limits.activations
+        for_training(tuned, spec)
+        layers = 0
+        if most is not None and not spec.train.gradient_checkpointing:
+            with contextlib.suppress(SpecError):  # Without layers, what the step saves is what it saves.
+                layers = fewest(tuned, lambda one: saved_bytes(one, batch, loss) <= most)
+        if layers:
+            by_layer(tuned, layers)
+        cost = step_cost(traced, tuned, batch, loss, entries)
         raise_all(exceeded(spec.limits, found, cost))
-        return cost
+        return replace(cost, layers=layers)
 
     @_placed
     def rewritten(self) -> TunedModel:
@@ -194,11 +205,11 @@ class Session:
         spec, chosen, changed = self.spec, self.spec.train.passes, {}
         check_names(chosen.off, chosen.on)
         pretrained = load_model(spec, meta=True)
-        inputs = spec.task.inputs(pretrained.model, processor=pretrained.processor)
+        inputs = _read(spec, pretrained)
         traced = trace(pretrained.module, inputs, without=chosen.off, changed=changed)
         planned = plan(traced, spec.rules, pretrained.new, spec.strict)
         rewrite(traced, planned, without=chosen.off, also=chosen.on, changed=changed)
-        exported = capture(pretrained.module, inputs).graph_module.graph
+        exported = capture(pretrained.module, inputs["eval"]).graph_module.graph
         run_passes(exported, "export", Context("eval"), chosen.off, chosen.on, changed)
         return changed
 
@@ -268,10 +279,10 @@ class Session:
         notes = [f"{name}: {one}" for name, (_, said) in parts.items() for one in said]
         pretrained = load_model(spec)
         notes += pretrained.notes
-        inputs = task.inputs(pretrained.model, processor=pretrained.processor)
+        inputs = _read(spec, pretrained)
         counts = task.label_counts(rows.train, spec.data.columns, pretrained.labels) if spec.train.class_weights else []
         weights = label_weights(spec, pretrained.labels, counts)
-        collate = collator(spec, pretrained, list(inputs.kwargs))
+        collate = collator(spec, pretrained, list(inputs["eval"].kwargs))
         return Job(pretrained, inputs, parts["train"][0], parts["validation"][0], collate, weights, notes)
 
     @_placed
@@ -312,12 +323,14 @@ class Session:
     def _tuned(self, out: Path, resume: bool, overwrite: bool, tell: Callable[[str], None]) -> dict[str, Any]:
         spec, main = self.spec, processes().is_main_process
         device_of(spec)
-        if spec.limits.of_a_step or spec.train.gradient_checkpointing:
-            self.cost()
+        checked = spec.limits.of_a_step or spec.train.gradient_checkpointing
+        layers = self.cost().layers if checked else 0
         planned, job = self.plan(), self.prepare()
         for note in job.notes if main else ():
             tell(note)
         traced = trace(job.pretrained.module, job.inputs, without=spec.train.passes.off)
+        if spec.train.packing:
+            check_packing(traced, job.train)
         planned, chosen = self._choose(job, traced, planned, out if resume else None)
         model = self._rewritten(traced, planned, chosen)
         if main:
@@ -333,7 +346,8 @@ class Session:
             "training data": digest_of(job.train),
             "validation data": digest_of(job.validation),
         }
-        model, metrics = tune(model, spec, job.train, job.validation, job.collate, out, resume, job.weights, tied)
+        parts = job.train, job.validation, job.collate
+        model, metrics = tune(model, spec, *parts, out, resume, job.weights, tied, layers)
         if main:
             save_adapter(model, out / "adapter", spec, metrics, files)
             write_json(out / "plan.json", model.plan.to_dict())
@@ -402,6 +416,16 @@ def _aside(place: Path) -> Iterator[None]:
         os.environ.pop("SUBSPAN_CACHE") if before is None else os.environ.update(SUBSPAN_CACHE=before)
 
 
+def _read(spec: Spec, pretrained: Pretrained, *sizes: int) -> dict[str, Inputs]:
+    """Examples of what a model reads, by mode.
+
+    Args:
+        sizes: batch and length.
+    """
+    plain = spec.task.inputs(pretrained.model, *sizes, processor=pretrained.processor)
+    return {"train": packed_inputs(pretrained.model, *sizes) if spec.train.packing else plain, "eval": plain}
+
+
 def _check_sizes(spec: Spec, traced: TracedModel, pretrained: Pretrained) -> None:
     """Refuse batches of the longest rows that a trace is not valid for.
 
@@ -409,9 +433,9 @@ def _check_sizes(spec: Spec, traced: TracedModel, pretrained: Pretrained) -> Non
         SpecError: at `data.max_length`.
     """
     if spec.data:
-        longest = spec.task.inputs(pretrained.model, spec.train.batch_size, spec.data.max_length, pretrained.processor)
-        leaves = [torch.zeros(value.shape, dtype=value.dtype) for value in longest.kwargs.values()]
+        longest = _read(spec, pretrained, spec.train.batch_size, spec.data.max_length)
         for name in traced.graphs:
+            leaves = [torch.zeros(value.shape, dtype=value.dtype) for value in longest[name].kwargs.values()]
             try:
                 traced.check_valid(name, leaves)
             except SubspanError as error:
@@ -425,6 +449,10 @@ def _check_training(spec: Spec, found: Plan, labels: list[str]) -> None:
         SpecError: at its place.
     """
     settings = spec.train
+    if settings.packing and found.rows:
+        rule = next(site.rule for site in found.sites if site.kind == "embeddings" and site.rows)
+        said = f"rules[{rule}] puts rows before each sequence, where only the first packed row would see them"
+        raise SpecError(said, PACKING)
     check_schedule(settings, spec.task.lower(spec.metric))
     check_trackers(spec)
     if isinstance(settings.class_weights, dict):

@@ -7,7 +7,7 @@ import io
 import logging
 import operator
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 import torch.utils._pytree as pytree
@@ -147,7 +147,7 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
 
 def trace(
     model: nn.Module,
-    inputs: Inputs,
+    inputs: Inputs | Mapping[str, Inputs],
     modes: tuple[str, ...] = ("train", "eval"),
     without: Collection[str] = (),
     changed: dict[str, int] | None = None,
@@ -158,7 +158,7 @@ def trace(
 
     Args:
         model: any module that `torch.export` traces; it is left as it was.
-        inputs: examples and dynamic dimensions.
+        inputs: examples and dynamic dimensions; {mode: them} where the modes read different ones.
         modes: which graphs to make.
         without: names of passes to leave out.
         changed: how many nodes each pass changed, counted up.
@@ -173,7 +173,8 @@ def trace(
     aliases = {name: first.setdefault(id(p), name) for name, p in parameters.items()}
     graphs, signatures, constants = {}, {}, {}
     for mode in modes:
-        program = capture(model, inputs, training=mode == "train")
+        own = inputs if isinstance(inputs, Inputs) else inputs[mode]
+        program = capture(model, own, training=mode == "train")
         module = program.module()
         graph = copy_graph(module.graph)
         for node in graph.find_nodes(op="call_module"):  # torch.export's guards, which are in no module of ours.

@@ -128,8 +128,9 @@ class TracedModel(nn.Module):
 
     @property
     def input_names(self) -> list[str]:
-        """Names of the keyword inputs, in order."""
-        return next(iter(self.signatures.values())).names
+        """Names of the keyword inputs, in order, of the graph that `forward` runs (or of the only one)."""
+        own = self.signatures.get("train" if self.training else "eval")
+        return (own or next(iter(self.signatures.values()))).names
 
     def read(self) -> set[str]:
         """The parameters that any graph reads, under all their names."""

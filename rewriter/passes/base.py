@@ -16,7 +16,7 @@ SITE = "subspan"
 # Of the names of inserted tensors.
 PREFIX = "subspan."
 
-Stage = Literal["trace", "rewrite", "export"]
+Stage = Literal["trace", "rewrite", "train", "export"]
 Numerics = Literal["inserting", "preserving", "changing"]
 
 
@@ -52,7 +52,7 @@ class Pass:
 
     Attributes:
         function: (graph, context) -> graph; it may change the graph in place.
-        stages: when it runs: after a trace, in a rewrite, before an export.
+        stages: when it runs: after a trace, in a rewrite, before training, before an export.
         numerics: "inserting" puts in what the plan says and can't be left out; "preserving" leaves outputs and
             gradients as they are, up to rounding; "changing" does not, and runs only where it is asked for.
     """

@@ -42,6 +42,7 @@ class StepCost:
 
     Attributes:
         activations: bytes that the forward saves for the backward.
+        layers: how many layers are computed again in the backward.
         optimiser: bytes of the tuned tensors' gradients and of the optimiser's state, at the tuned tensors' width.
         overhead: FLOPs of the step's products over those of the frozen model's forward and input gradient (twice its
             forward), less 1.
@@ -50,6 +51,7 @@ class StepCost:
     activations: int
     optimiser: int
     overhead: float
+    layers: int = 0
 
 
 def exceeded(limits: Limits, plan: Plan, step: StepCost | None = None) -> list[SpecError]:
@@ -152,7 +154,20 @@ def step_cost(
     """
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         objective(frozen.train(), batch)
-    known = {_storage(tensor) for tensor in (*tuned.parameters(), *tuned.buffers(), *batch.values())}
+    activations = saved_bytes(tuned, batch, objective)
+    with FlopCounterMode(display=False) as step:
+        loss = objective(tuned.train(), batch)
+        (loss + sum(tuned.penalties.values())).backward()
+    width = sum((p.numel() + entries(p.shape)) * p.element_size() for p in tuned.parameters() if p.requires_grad)
+    tuned.zero_grad(set_to_none=True)
+    return StepCost(activations, width, step.get_total_flops() / (2 * forward.get_total_flops()) - 1)
+
+
+def saved_bytes(
+    model: TracedModel, batch: Mapping[str, Tensor], objective: Callable[[TracedModel, Mapping[str, Tensor]], Tensor]
+) -> int:
+    """Bytes that a forward of a model in train mode saves for its backward; arguments as of `step_cost`."""
+    known = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers(), *batch.values())}
     saved: dict[int, tuple[Tensor, int]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -161,14 +176,8 @@ def step_cost(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        objective(_fused(tuned), batch)
-    with FlopCounterMode(display=False) as step:
-        loss = objective(tuned.train(), batch)
-        (loss + sum(tuned.penalties.values())).backward()
-    width = sum((p.numel() + entries(p.shape)) * p.element_size() for p in tuned.parameters() if p.requires_grad)
-    tuned.zero_grad(set_to_none=True)
-    activations = sum(size for _, size in saved.values())
-    return StepCost(activations, width, step.get_total_flops() / (2 * forward.get_total_flops()) - 1)
+        objective(_fused(model), batch)
+    return sum(size for _, size in saved.values())
 
 
 def _storage(tensor: Tensor) -> int:

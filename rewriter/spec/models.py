@@ -256,6 +256,9 @@ class Train(Strict):
         None, description="weight of each label in the training loss; balanced: by how rare it is"
     )
     group_by_length: bool = Field(False, description="batches of rows of like lengths")
+    packing: bool = Field(
+        False, description="several rows in one sequence of up to `max_length` tokens, none of which sees another"
+    )
     gradient_checkpointing: bool = Field(
         False, description="keep a layer's inputs alone for the backward and compute the rest again: memory for time"
     )
@@ -333,10 +336,13 @@ class Spec(Strict):
             ("label_smoothing", self.task.smooths),
             ("class_weights", self.task.labelled),
             ("group_by_length", self.task.sequences),
+            ("packing", self.task.packs),
         ):
             if getattr(self.train, key) and not there:
                 raise SpecError(f"{self.model.task} has no use for it", ("train", key), at_key=True)
         _check_chat(self.task, self.data)
+        if self.train.packing and self.train.group_by_length:
+            raise SpecError("packed rows are in no group; leave out one of the two", ("train", "group_by_length"), True)
         if self.model.labels and not self.task.labelled:
             raise SpecError(f"{self.model.task} has no labels", ("model", "labels"), at_key=True)
         if self.data and self.train.batch_size < (least := self.task.least(self.columns)):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from ..graph.deferred import Deferred
 from ..graph.traced import Inputs
 from .cells import class_reader, words
 
@@ -107,6 +108,7 @@ class Task:
         decodes: whether outputs are of the next token, from which a text goes on.
         writes: whether its answer is a text, written token by token.
         sequences: whether rows differ in length.
+        packs: whether several rows can stand in one sequence: its encoded rows have token ids, and a label of each.
         asks: the roles that a question has; the others are its answer.
         ways: the roles that go together, where there are several ways.
     """
@@ -123,6 +125,7 @@ class Task:
     decodes: ClassVar[bool] = False
     writes: ClassVar[bool] = False
     sequences: ClassVar[bool] = True
+    packs: ClassVar[bool] = False
     asks: ClassVar[tuple[str, ...]] = ("text",)
     ways: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
@@ -407,8 +410,10 @@ def padded_lists(lists: list[list[int]], value: int = IGNORED) -> Tensor:
     return torch.tensor([[*one, *[value] * (width - len(one))] for one in lists])
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, criterion: Criterion = PLAIN) -> Tensor:
+def cross_entropy(logits: Tensor | Deferred, labels: Tensor, criterion: Criterion = PLAIN) -> Tensor:
     """The sum of the cross entropies of labels that are not ignored; logits (..., classes), labels (...)."""
+    if isinstance(logits, Deferred):
+        return logits.summed(lambda part, own: cross_entropy(part, own, criterion), labels, IGNORED)
     weights = None if criterion.weights is None else criterion.weights.to(logits.device, torch.float32)
     wide = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
     weights = None if weights is None else weights.to(wide.dtype)

@@ -34,6 +34,7 @@ class CausalLM(Task):
     headed = False
     smooths = True
     decodes = True
+    packs = True
     writes = True
 
     def useless(self, key: str, value: Any, columns: Mapping[str, str]) -> str | None:

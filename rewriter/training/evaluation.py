@@ -10,15 +10,35 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..passes.base import Context
+from ..passes.manager import run
 from ..spec import Spec, Train
 from ..tasks import Task
 from ..tuned import TunedModel
 from .parallel import processes, share, together, total
+from .recompute import by_layer
 from .schedules import Objective
 
 Rows = Sequence[Any]
 Collate = Callable[[list], dict[str, Tensor]]
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def for_training(model: TunedModel, spec: Spec, layers: int = 0) -> None:
+    """Make the train graph of a model what steps run: passes for training, and layers that are recomputed. In place.
+
+    Args:
+        layers: how many are recomputed where the spec does not say that all are.
+
+    Raises:
+        SpecError: the graph has no layers to recompute.
+    """
+    if spec.task.writes:
+        passes = spec.train.passes
+        model.graphs["train"] = run(model.graphs["train"], "train", Context("train"), passes.off, passes.on)
+        model.recompile()
+    if spec.train.gradient_checkpointing or layers:
+        by_layer(model, None if spec.train.gradient_checkpointing else layers)
 
 
 def objective(task: Task) -> Objective:

@@ -22,10 +22,10 @@ from ..tasks import Criterion, Task
 from ..tuned import TunedModel, tuned_parameters
 from . import checkpoint
 from .checkpoint import Progress, Tuning, save_predictions
-from .evaluation import Collate, Rows, autocast, objective, predict, split
+from .evaluation import Collate, Rows, autocast, for_training, objective, predict, split
 from .optimisers import PLATEAU, make_optimiser, make_schedule
+from .packing import Packed, collate_packed
 from .parallel import processes, share, sum_gradients, total
-from .recompute import by_layer
 from .reports import Interrupted, Report, Stop, signals
 from .schedules import Budget, settle
 
@@ -36,7 +36,9 @@ class Run:
 
     Attributes:
         spec, task: what is tuned for what.
-        train, collate, lengths: the training rows, how they become a batch, and their tokens if batches go by them.
+        train, collate, lengths: the training rows (packed, lists of them), how they become a batch, and their tokens if
+            batches go by them.
+        plain: how rows that are not packed become a batch.
         tuning: the model with its optimiser, schedules and scaler.
         tuned: the parameters that are tuned.
         criterion: the training loss.
@@ -55,6 +57,7 @@ class Run:
     train: Rows
     collate: Collate
     lengths: list[int] | None
+    plain: Collate
     tuning: Tuning
     tuned: list[nn.Parameter]
     criterion: Criterion
@@ -106,6 +109,7 @@ def tune(
     resume: bool = False,
     weights: Tensor | None = None,
     tied: Mapping[str, str] | None = None,
+    layers: int = 0,
 ) -> tuple[TunedModel, dict[str, dict[str, Any]]]:
     """Tune a rewritten model, settle what its budgets left, and measure it.
 
@@ -121,6 +125,7 @@ def tune(
         resume: continue from the newest checkpoint in `folder`, if there is one.
         weights: (labels,) weight of each label's terms in the training loss, for a spec with `class_weights`.
         tied: what else a run can't go on without, name -> digest: a checkpoint with another one is refused.
+        layers: how many are recomputed in the backward, from the first on, where the spec does not say that all are.
 
     Returns:
         The tuned model (another one where a budget took something away), and
@@ -133,7 +138,8 @@ def tune(
     """
     places, started = folder / "checkpoints", time.perf_counter()
     last = checkpoint.checkpoints(places)[-1:] if resume else []
-    run = _begin(model, spec, train, collate, weights, tied or {}, last[0] if last else None)
+    graph = model.graphs["train"]
+    run = _begin(model, spec, train, collate, weights, tied or {}, last[0] if last else None, layers)
     before = run.progress.seconds
     with signals() as stop, Report(spec, folder, run.steps, run.progress.history) as report:
         for batches in _batches(run):
@@ -143,6 +149,8 @@ def tune(
             run.progress.seconds = before + time.perf_counter() - started
             _keep(run, places)
     run.progress.seconds = before + time.perf_counter() - started
+    model.graphs["train"] = graph
+    model.recompile()
     return _end(run, validation, places)
 
 
@@ -154,27 +162,31 @@ def _begin(
     weights: Tensor | None,
     tied: Mapping[str, str],
     last: Path | None,
+    layers: int,
 ) -> Run:
     settings, task, device = spec.train, spec.task, device_of(spec)
     if settings.class_weights is not None and weights is None:
         raise SpecError("the weights of the labels are not given: see `label_weights`", ("train", "class_weights"))
     torch.manual_seed(settings.seed + processes().process_index)
-    if settings.gradient_checkpointing:
-        by_layer(model)
+    for_training(model, spec, layers)
     model.to(device).train()
+    lengths = [task.length(row) for row in train] if settings.group_by_length or settings.packing else None
+    budget, plain = Budget(model, train, collate, objective(task), settings.seed), collate
+    if settings.packing:
+        train, collate, lengths = Packed(train, lengths, spec.data.max_length), collate_packed, None
     per_epoch = math.ceil(math.ceil(len(train) / settings.batch_size) / settings.gradient_accumulation)
     steps = settings.max_steps or math.ceil(settings.epochs * per_epoch)
     optimiser = make_optimiser(model, settings)
     schedule = make_schedule(settings, optimiser, steps, task.lower(spec.metric))
     scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "float16")
-    budget = Budget(model, train, collate, objective(task), settings.seed)
     tuning = Tuning(model, optimiser, schedule, scaler, budget, decisive(spec), tied)
     progress, name = checkpoint.load(tuning, last) if last else Progress(), f"eval_{spec.metric}"
     return Run(
         spec,
         train,
         collate,
-        [task.length(row) for row in train] if settings.group_by_length else None,
+        lengths,
+        plain,
         tuning,
         list(tuned_parameters(model).values()),
         Criterion(settings.label_smoothing, weights),
@@ -316,7 +328,7 @@ def _measure(run: Run, report: Report, validation: Rows) -> None:
     """An evaluation, where it is time for one."""
     if run.progress.step % run.every == 0 or run.progress.step == run.steps:
         _check_finite(run)
-        found, predictions = predict(run.tuning.model, run.spec, validation, run.collate)
+        found, predictions = predict(run.tuning.model, run.spec, validation, run.plain)
         run.predictions = run.progress.step, predictions
         run.evaluations.append((run.progress.step, _turned(run.spec, found[run.spec.metric])))
         _enter(run, report, {f"eval_{name}": value for name, value in found.items()})
@@ -354,7 +366,7 @@ def _end(run: Run, validation: Rows, places: Path) -> tuple[TunedModel, dict[str
     known = settled is tuning.model and bool(entries)
     step, predictions = run.predictions
     if not known or (step != kept and spec.metric != "loss"):
-        found, predictions = predict(settled, spec, validation, run.collate)
+        found, predictions = predict(settled, spec, validation, run.plain)
     if known:
         found = {name: entries[-1][f"eval_{name}"] for name in dict.fromkeys((spec.metric, "loss"))}
     if predictions is not None and processes().is_main_process:
@@ -368,7 +380,7 @@ def _end(run: Run, validation: Rows, places: Path) -> tuple[TunedModel, dict[str
             "steps": progress.step,
             "epochs": progress.step / run.per_epoch,
             "seconds": round(progress.seconds, 2),
-            "rows": len(run.train),
+            "rows": len(run.train.rows) if isinstance(run.train, Packed) else len(run.train),
         },
         "evaluations": {"kept": kept, "best": best, "value": _value(run, best)},
     }

@@ -1,6 +1,7 @@
 """Recompute: a layer keeps its inputs alone for the backward, which computes the rest again."""
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -15,37 +16,57 @@ from ..tuned import TunedModel
 PATH = ("train", "gradient_checkpointing")
 
 
-def by_layer(model: TunedModel) -> None:
-    """Let the train graph of a model recompute each of its layers in the backward. In place.
+def by_layer(model: TunedModel, layers: int | None = None) -> None:
+    """Let the train graph of a model recompute its layers in the backward. In place.
+
+    Args:
+        layers: how many, from the first on, whose turn in the backward comes when what others saved is gone; None: all.
 
     Raises:
         SpecError: the graph has no layers, or they are not one after the other.
     """
-    model.graphs["train"] = recomputed(model.graphs["train"])
+    model.graphs["train"] = recomputed(model.graphs["train"], layers)
     model.recompile()
 
 
-def recomputed(graph: fx.Graph) -> fx.Graph:
+def fewest(model: TunedModel, fits: Callable[[TunedModel], bool]) -> int:
+    """How many layers have to be recomputed, from the first on, until a model fits; all where even
+    they are too few.
+
+    Args:
+        model: its train graph recomputes nothing.
+        fits: of the model with some of its layers recomputed; it goes on to fit with more of them.
+
+    Raises:
+        SpecError: as `by_layer`.
+    """
+
+    def with_layers(count: int) -> bool:
+        one = model.clone("train").train()
+        by_layer(one, count)
+        return fits(one)
+
+    if fits(model):
+        return 0
+    most = len(_spans(list(model.graphs["train"].nodes)))
+    return 1 + bisect_left(range(1, most), True, key=with_layers)
+
+
+def recomputed(graph: fx.Graph, layers: int | None = None) -> fx.Graph:
     """A graph with a call of `torch.utils.checkpoint` in the place of the nodes of each layer.
 
     A layer is what lies from the first to the last node of a module whose path ends with the first number in it, e.g.
     `encoder.layer.3`.
 
+    Args:
+        layers: how many, from the first on; None: all.
+
     Raises:
         SpecError: there is none, or they are not one after the other.
     """
     nodes = list(graph.nodes)
-    spans: dict[str, list[int]] = {}
-    for i, node in enumerate(nodes):
-        if node.op == "call_function" and (layer := _layer(node)):
-            spans.setdefault(layer, [i, i])[1] = i
-    if not spans:
-        raise SpecError("the model has no layers to compute again", PATH)
-    ordered = sorted(spans.items(), key=lambda item: item[1])
-    for (one, (_, end)), (other, (start, _)) in pairwise(ordered):
-        if start < end:
-            raise SpecError(f"{one} and {other} are not one after the other in the graph", PATH)
-    inside = {nodes[i]: layer for layer, (first, last) in ordered for i in range(first, last + 1)}
+    spans = dict(list(_spans(nodes).items())[:layers])
+    inside = {nodes[i]: layer for layer, (first, last) in spans.items() for i in range(first, last + 1)}
     out, made = fx.Graph(), {}
     for node in (
         *(n for n in nodes if n.op in ("placeholder", "get_attr")),
@@ -62,6 +83,21 @@ def recomputed(graph: fx.Graph) -> fx.Graph:
     output = graph.output_node()
     out.output(fx.map_arg(output.args[0], made.__getitem__)).meta = dict(output.meta)
     return out
+
+
+def _spans(nodes: list[fx.Node]) -> dict[str, list[int]]:
+    """Layer -> the places of its first and its last node, in the order of the graph."""
+    spans: dict[str, list[int]] = {}
+    for i, node in enumerate(nodes):
+        if node.op == "call_function" and (layer := _layer(node)):
+            spans.setdefault(layer, [i, i])[1] = i
+    if not spans:
+        raise SpecError("the model has no layers to compute again", PATH)
+    ordered = sorted(spans.items(), key=lambda item: item[1])
+    for (one, (_, end)), (other, (start, _)) in pairwise(ordered):
+        if start < end:
+            raise SpecError(f"{one} and {other} are not one after the other in the graph", PATH)
+    return dict(ordered)
 
 
 def _layer(node: fx.Node) -> str | None:

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from rewriter import Inputs, Rule, SpecError, plan, rewrite, trace, tuned_parameters
-from rewriter.plan.cost import step_cost
+from rewriter.plan.cost import saved_bytes, step_cost
 from rewriter.training.optimisers import OPTIMISERS
-from rewriter.training.recompute import by_layer
+from rewriter.training.recompute import by_layer, fewest
 from tests.plan.test_cost import rewritten
 
 BERT = "bert.encoder.layer.*.**.{query,key,value,dense}.weight"
@@ -79,3 +79,24 @@ def test_the_objective_is_a_mean():
     twice = {name: torch.cat([value, value]) for name, value in batch.items()}
     model.eval()
     torch.testing.assert_close(loss(model, batch), loss(model, twice))
+
+
+def test_layers_are_recomputed_until_a_limit_is_met():
+    """Half of what the plain step saves: as few layers as do, a loss and gradients of the same bits."""
+    name, target, step = "llama", "model.layers.*.{self_attn,mlp}.*.weight", {"lora": {"rank": 4}}
+    _, model, batch, loss = rewritten(name, "cpu", target, step)
+    meta = rewritten(name, "meta", target, step)
+    plain = saved_bytes(*meta[1:])
+    assert fewest(meta[1], lambda one: True) == 0
+    count = fewest(meta[1], lambda one: saved_bytes(one, *meta[2:]) <= plain * 0.6)
+    found = []
+    for layers in range(count + 1):
+        again = meta[1].clone("train")
+        by_layer(again, layers)
+        found.append(saved_bytes(again.train(), *meta[2:]))
+    assert found == sorted(found, reverse=True) and found[-1] <= plain * 0.6 < found[-2]
+    value, expected = gradients(model, loss, batch)
+    by_layer(model, count)
+    again, grads = gradients(model, loss, batch)
+    assert torch.equal(value, again) and all(torch.equal(grads[name], one) for name, one in expected.items())
+    assert saved(model, loss, batch) == pytest.approx(found[-1], rel=0.03)
