@@ -140,6 +140,42 @@ def decoding(
 
 
 @app.command()
+def packing(
+    spec: Annotated[str, typer.Argument(help="Of a decoder.")],
+    rows: Annotated[int, typer.Option(help="Of the training data.")] = 128,
+) -> None:
+    """Tokens per second of packed rows over those of padded ones, and by how much their loss differs."""
+    with failures():
+        from pipelines.steps import packing as measured
+
+        found = measured(spec, rows)
+        console.print(
+            f"packed: {found.times:.2f} times the tokens per second of padded batches ({found.filled[0]:.0%} of a "
+            f"batch are tokens of rows, padded {found.filled[1]:.0%}); the loss differs by {found.off:.1e}",
+            highlight=False,
+        )
+
+
+@app.command()
+def head(
+    spec: Annotated[str, typer.Argument(help="Of a decoder.")],
+    rows: Annotated[int, typer.Option(help="Of a batch.")] = 8,
+    length: Annotated[int, typer.Option(help="Of a row, in tokens.")] = 256,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds; the median counts.")] = 7,
+) -> None:
+    """Time and peak memory of a step whose logits are computed in chunks, over those of one with whole logits."""
+    with failures():
+        from pipelines.steps import head as measured
+
+        ratio, peak, off = measured(spec, rows, length, rounds)
+        console.print(
+            f"{rows}x{length} in chunks: {ratio:.2f} times the time, {peak:.2f} times the peak memory of a step; "
+            f"gradients differ by {off:.1e}",
+            highlight=False,
+        )
+
+
+@app.command()
 def memory(
     folder: Annotated[Path, typer.Option(help="For the model and its runs; seven times the weights.")] = Path(
         "runs/memory"

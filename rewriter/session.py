@@ -134,7 +134,7 @@ class Session:
         check_names(spec.train.passes.off, spec.train.passes.on)
         if self._shapes is None or (whole and not self._shapes.whole):
             pretrained = load_model(spec, meta=True)
-            inputs = _read(spec, pretrained)
+            inputs = example_inputs(spec, pretrained)
             modes = ("train", "eval") if whole else ("eval",)
             traced = trace(pretrained.module, inputs, modes, spec.train.passes.off)
             check_missing(spec.model.name, pretrained, traced.read())
@@ -186,9 +186,9 @@ class Session:
                 layers = fewest(tuned, lambda one: saved_bytes(one, batch, loss) <= most)
         if layers:
             by_layer(tuned, layers)
-        cost = step_cost(traced, tuned, batch, loss, entries)
+        cost = replace(step_cost(traced, tuned, batch, loss, entries), layers=layers)
         raise_all(exceeded(spec.limits, found, cost))
-        return replace(cost, layers=layers)
+        return cost
 
     @_placed
     def rewritten(self) -> TunedModel:
@@ -205,10 +205,11 @@ class Session:
         spec, chosen, changed = self.spec, self.spec.train.passes, {}
         check_names(chosen.off, chosen.on)
         pretrained = load_model(spec, meta=True)
-        inputs = _read(spec, pretrained)
+        inputs = example_inputs(spec, pretrained)
         traced = trace(pretrained.module, inputs, without=chosen.off, changed=changed)
         planned = plan(traced, spec.rules, pretrained.new, spec.strict)
-        rewrite(traced, planned, without=chosen.off, also=chosen.on, changed=changed)
+        tuned = rewrite(traced, planned, without=chosen.off, also=chosen.on, changed=changed)
+        for_training(tuned, spec, changed=changed)
         exported = capture(pretrained.module, inputs["eval"]).graph_module.graph
         run_passes(exported, "export", Context("eval"), chosen.off, chosen.on, changed)
         return changed
@@ -279,7 +280,7 @@ class Session:
         notes = [f"{name}: {one}" for name, (_, said) in parts.items() for one in said]
         pretrained = load_model(spec)
         notes += pretrained.notes
-        inputs = _read(spec, pretrained)
+        inputs = example_inputs(spec, pretrained)
         counts = task.label_counts(rows.train, spec.data.columns, pretrained.labels) if spec.train.class_weights else []
         weights = label_weights(spec, pretrained.labels, counts)
         collate = collator(spec, pretrained, list(inputs["eval"].kwargs))
@@ -416,7 +417,7 @@ def _aside(place: Path) -> Iterator[None]:
         os.environ.pop("SUBSPAN_CACHE") if before is None else os.environ.update(SUBSPAN_CACHE=before)
 
 
-def _read(spec: Spec, pretrained: Pretrained, *sizes: int) -> dict[str, Inputs]:
+def example_inputs(spec: Spec, pretrained: Pretrained, *sizes: int) -> dict[str, Inputs]:
     """Examples of what a model reads, by mode.
 
     Args:
@@ -433,7 +434,7 @@ def _check_sizes(spec: Spec, traced: TracedModel, pretrained: Pretrained) -> Non
         SpecError: at `data.max_length`.
     """
     if spec.data:
-        longest = _read(spec, pretrained, spec.train.batch_size, spec.data.max_length)
+        longest = example_inputs(spec, pretrained, spec.train.batch_size, spec.data.max_length)
         for name in traced.graphs:
             leaves = [torch.zeros(value.shape, dtype=value.dtype) for value in longest[name].kwargs.values()]
             try:

@@ -1,13 +1,15 @@
 """Deferred outputs: logits that are computed where they are needed, in chunks, and never exist whole."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 
-ENTRIES = 2**24  # Logits of a chunk: 64 MiB in float32; larger ones are no faster on CPUs.
+ENTRIES = 2**23  # Logits of a chunk: 32 MiB in float32; larger ones are no faster on CPUs.
 
 Term = Callable[[Tensor, Tensor], Tensor]
 
@@ -49,6 +51,10 @@ def deferred(head: Callable[..., Tensor], width: int, hidden: Tensor, *others: T
     return Deferred(head, hidden, others, width, own)
 
 
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 class _Summed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Deferred, term: Term, targets: Tensor, ignored: int, *tensors: Tensor) -> Tensor:
@@ -59,9 +65,10 @@ class _Summed(torch.autograd.Function):
         # On the meta device no row is known to be ignored.
         kept = torch.arange(len(rows)) if targets.is_meta else (targets != ignored).nonzero().squeeze(1)
         size, value = max(1, ENTRIES // logits.width), torch.zeros((), device=rows.device, dtype=torch.float32)
-        inner = torch.autocast(rows.device.type, logits.autocast, enabled=logits.autocast is not None)
+        inner = torch.autocast(rows.device.type, logits.autocast) if logits.autocast else contextlib.nullcontext()
         for index in kept.to(rows.device).split(size):
-            with torch.set_grad_enabled(any(wanted)):
+            # What a chunk saves is gone with it: hooks on what the step saves are not told.
+            with torch.set_grad_enabled(any(wanted)), saved_tensors_hooks(_same, _same):
                 part = rows[index].requires_grad_(wanted[0])
                 with inner:
                     made = logits.head(part[None], *others)[0]

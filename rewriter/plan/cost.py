@@ -61,7 +61,8 @@ def exceeded(limits: Limits, plan: Plan, step: StepCost | None = None) -> list[S
         for name in ("trainable_parameters", "head_parameters")
     ]
     if step:
-        measured.append(("activation_memory", step.activations, limits.activations, "{:,.0f} bytes"))
+        again = f" with {step.layers} layers computed again" if step.layers else ""
+        measured.append(("activation_memory", step.activations, limits.activations, "{:,.0f} bytes" + again))
         measured.append(("overhead_flops", step.overhead, limits.overhead, "{:.2%}"))
     return [
         SpecError(f"the plan has {shown.format(value)}, more than the limit of {shown.format(limit)}", ("limits", name))

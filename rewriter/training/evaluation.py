@@ -24,18 +24,19 @@ Collate = Callable[[list], dict[str, Tensor]]
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def for_training(model: TunedModel, spec: Spec, layers: int = 0) -> None:
+def for_training(model: TunedModel, spec: Spec, layers: int = 0, changed: dict[str, int] | None = None) -> None:
     """Make the train graph of a model what steps run: passes for training, and layers that are recomputed. In place.
 
     Args:
         layers: how many are recomputed where the spec does not say that all are.
+        changed: how many nodes each pass changed, counted up.
 
     Raises:
         SpecError: the graph has no layers to recompute.
     """
     if spec.task.writes:
-        passes = spec.train.passes
-        model.graphs["train"] = run(model.graphs["train"], "train", Context("train"), passes.off, passes.on)
+        off, on = spec.train.passes.off, spec.train.passes.on
+        model.graphs["train"] = run(model.graphs["train"], "train", Context("train"), off, on, changed)
         model.recompile()
     if spec.train.gradient_checkpointing or layers:
         by_layer(model, None if spec.train.gradient_checkpointing else layers)

@@ -162,7 +162,7 @@ def _begin(
     weights: Tensor | None,
     tied: Mapping[str, str],
     last: Path | None,
-    layers: int,
+    layers: int = 0,
 ) -> Run:
     settings, task, device = spec.train, spec.task, device_of(spec)
     if settings.class_weights is not None and weights is None:

@@ -1,0 +1,127 @@
+"""Steps of a decoder beside each other: packed and padded, logits in chunks and whole."""
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rewriter import Session, TunedModel, load_model, objective, rewrite, trace, tuned_parameters
+from rewriter.session import example_inputs
+from rewriter.training.evaluation import for_training
+from rewriter.training.packing import Packed, collate_packed
+
+_PEAK = "from pipelines.steps import peak; import sys; print(peak(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])))"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found of packing: tokens per second packed over padded, tokens of a slot that are of a row, packed and
+    padded, and by how much the mean loss of all rows differs."""
+
+    times: float
+    filled: tuple[float, float]
+    off: float
+
+
+def packing(spec: str | Path, rows: int) -> Found:
+    """Tune on the first rows of a spec, once in padded batches in random order and once packed, step by step in turns.
+
+    Each step has its gradients; the weights stay as they are, so that losses can be compared.
+    """
+    models, job = {}, None
+    for name in ("padded", "packed"):
+        session = Session(spec, f"train.packing={str(name == 'packed').lower()}", "train.group_by_length=false")
+        job = session.prepare() if job is None else job
+        inputs = example_inputs(session.spec, job.pretrained)
+        models[name] = rewrite(trace(job.pretrained.module, inputs), session.plan(), session.spec.train.seed).train()
+        for_training(models[name], session.spec)
+    size, generator = session.spec.train.batch_size, torch.Generator().manual_seed(0)
+    order = torch.randperm(len(job.train), generator=generator)
+    some = [job.train[i] for i in order[:rows].tolist()]
+    packs = Packed(some, [len(row["input_ids"]) for row in some], session.spec.data.max_length)
+    batches = {
+        "padded": [job.collate(some[i : i + size]) for i in range(0, len(some), size)],
+        "packed": [collate_packed([packs[i] for i in part]) for part in torch.arange(len(packs)).split(size)],
+    }
+    times, sums, slots = dict.fromkeys(models, 0.0), dict.fromkeys(models, 0.0), {}
+    loss, task = objective(session.spec.task), session.spec.task
+    for name, step in _in_turns(batches):
+        started = time.perf_counter()
+        value = loss(models[name], step)
+        value.backward()
+        times[name] += time.perf_counter() - started
+        sums[name] += value.item() * task.count(step).item()
+        slots[name] = slots.get(name, 0) + step["input_ids"].numel()
+    count = sum(task.count(step).item() for step in batches["padded"])
+    whole = sum(len(row["input_ids"]) for row in some)
+    off = abs(sums["packed"] - sums["padded"]) / count
+    return Found(times["padded"] / times["packed"], (whole / slots["packed"], whole / slots["padded"]), off)
+
+
+def _in_turns(batches: dict[str, list]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """The steps of both, so that at any time about the same share of each is done."""
+    steps = [(i / len(own), name, step) for name, own in batches.items() for i, step in enumerate(own)]
+    yield from ((name, step) for _, name, step in sorted(steps, key=lambda one: one[0]))
+
+
+def head(spec: str | Path, rows: int, length: int, rounds: int) -> tuple[float, float, float]:
+    """A step with logits in chunks over the one with them whole: its time (the median of interleaved rounds), its peak
+    memory above the loaded model's, and the largest difference of a gradient over the largest gradient.
+
+    Args:
+        rows, length: of the batch, of random tokens, of which all are learnt.
+        rounds: of the times.
+    """
+    models, batch, times, grads = {}, None, {}, {}
+    for name in ("whole", "chunks"):
+        models[name], batch = _model(spec, name, rows, length)
+        times[name] = []
+    for _ in range(rounds):
+        for name, (model, loss) in models.items():
+            started = time.perf_counter()
+            loss(model, batch).backward()
+            times[name].append(time.perf_counter() - started)
+            grads[name] = torch.cat([p.grad.flatten() for p in tuned_parameters(model).values()])
+            model.zero_grad()
+    off = float((grads["chunks"] - grads["whole"]).abs().max() / grads["whole"].abs().max())
+    peaks = []
+    for name in ("chunks", "whole"):
+        line = [sys.executable, "-c", _PEAK, str(spec), name, str(rows), str(length)]
+        peaks.append(int(subprocess.run(line, check=True, capture_output=True, text=True).stdout.split()[-1]))
+    ratio = statistics.median(a / b for a, b in zip(times["chunks"], times["whole"], strict=True))
+    return ratio, peaks[0] / peaks[1], off
+
+
+def _model(spec: str | Path, name: str, rows: int, length: int) -> tuple[tuple[TunedModel, object], dict]:
+    off = "[defer_head]" if name == "whole" else "[]"
+    session = Session(spec, f"train.passes={{off: {off}}}", "train.packing=false")
+    pretrained = load_model(session.spec)
+    inputs = example_inputs(session.spec, pretrained)
+    model = rewrite(trace(pretrained.module, inputs), session.plan(), session.spec.train.seed).train()
+    generator = torch.Generator().manual_seed(0)
+    for p in tuned_parameters(model).values():
+        torch.nn.init.normal_(p, std=0.02, generator=generator)
+    for_training(model, session.spec)
+    batch = session.spec.task.example_batch(pretrained.model, rows, length, pretrained.processor)
+    for key in ("input_ids", "labels"):
+        batch[key] = torch.randint(10, 1000, batch[key].shape, generator=generator)
+    return (model, objective(session.spec.task)), batch
+
+
+def peak(spec: str, name: str, rows: int, length: int) -> int:
+    """Bytes of a step's peak above what is held before it, in this process."""
+    (model, loss), batch = _model(spec, name, rows, length)
+    clear = Path("/proc/self/clear_refs")
+    clear.write_text("5")  # The peak starts anew.
+    held = _status("VmRSS")
+    loss(model, batch).backward()
+    return _status("VmHWM") - held
+
+
+def _status(key: str) -> int:
+    return 1024 * int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0])
