@@ -48,8 +48,9 @@ class CausalLM(Task):
         return next((way[:1] for way in self.ways if way[0] in columns), self.asks)
 
     def ends(self, columns: Mapping[str, str], processor: Any) -> list[int]:
-        """What ends a turn of the assistant, where it is a special token."""
-        return turn_ends(processor) if "messages" in columns else []
+        """What ends a turn of the assistant, where it is a special token; else the end token, which is learnt."""
+        found = turn_ends(processor) if "messages" in columns else []
+        return found or [token for token in (processor.eos_token_id,) if token is not None]
 
     def starts(self, row: Mapping[str, Any], processor: Any) -> list[int]:
         """Turns as the template renders them where the assistant is to answer."""
