@@ -65,7 +65,7 @@ def test_the_tokens_are_those_of_generate(name):
     pretrained, inputs, tuned = made(name)
     model, start = pretrained.model, getattr(pretrained.model.config, "decoder_start_token_id", None)
     free = expected(model, [])
-    assert len({token for one in free for token in one.ids}) > 4
+    assert len({token for one in free for token in one.ids}) > 3
     ends = [free[0].ids[5], free[2].ids[3]]  # In the middle of a row, while others go on.
     wanted = expected(model, ends)
     assert len({len(one.ids) for one in wanted}) > 1
