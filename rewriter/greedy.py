@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .errors import SubspanError
+
 Ids = Sequence[Sequence[int]]
 # New tokens of each row (its whole start at first, then one, none of a row that has ended) -> logits (rows, vocabulary)
 # of the token after them. It knows what it was given before.
@@ -92,6 +94,25 @@ def again(forward: Callable[[Tensor, Tensor], Tensor]) -> Following:
         texts[:] = [[*old, *one] for old, one in zip(texts or [[]] * len(new), new, strict=True)]
         logits = forward(*right(texts))
         return logits[torch.arange(len(texts)), torch.tensor([len(one) - 1 for one in texts])]
+
+    return following
+
+
+def either(first: Following, second: Following) -> Following:
+    """By the first, and from where it can't go on (SubspanError) by the second, which reads all from there."""
+    texts: list[list[int]] = []
+    failed = False
+
+    def following(new: Ids) -> Tensor:
+        nonlocal failed
+        texts[:] = [[*old, *one] for old, one in zip(texts or [[]] * len(new), new, strict=True)]
+        if failed:
+            return second(new)
+        try:
+            return first(new)
+        except SubspanError:
+            failed = True
+            return second(texts)
 
     return following
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..errors import SubspanError
 from ..graph.traced import Inputs, assign
-from ..greedy import Following, Ids, Opening, Said, again, cached, greedy, right
+from ..greedy import Following, Ids, Opening, Said, again, cached, either, greedy, right
 from ..pretrained import Pretrained, ends_of, set_ends
 from ..spec import Spec
 from ..trace import twin
@@ -83,18 +83,20 @@ def of_model(pretrained: Pretrained, inputs: Inputs, tuned: TunedModel | None = 
         found = decoder_of(model, inputs.to(device), tuned, merged=False)
     except SubspanError:
         found = None
-    if found is not None:
-        return with_cache(*found[:2]) if tuned is None else _following(tuned, *found[:2])
     module = pretrained.module if tuned is None else tuned
 
     def forward(batch: dict[str, Tensor]) -> Any:
         return module(**{name: batch[name].to(device) for name in inputs.kwargs})
 
-    return rereading(forward, list(inputs.kwargs), getattr(pretrained.model.config, "decoder_start_token_id", None))
+    start = getattr(pretrained.model.config, "decoder_start_token_id", None)
+    plain = rereading(forward, list(inputs.kwargs), start)
+    if found is None:
+        return plain
+    return with_cache(*found[:2]) if tuned is None else _following(tuned, *found[:2], plain)
 
 
-def _following(tuned: TunedModel, decoder: nn.Module, examples: Inputs) -> Opening:
-    """`with_cache`, by what a tuned model's tensors are then."""
+def _following(tuned: TunedModel, decoder: nn.Module, examples: Inputs, other: Opening) -> Opening:
+    """`with_cache`, by what a tuned model's tensors are then; by another where the trace is not valid for the sizes."""
     plain = with_cache(decoder, examples)
 
     def opening(rows: Ids) -> tuple[Following, Ids]:
@@ -102,7 +104,7 @@ def _following(tuned: TunedModel, decoder: nn.Module, examples: Inputs) -> Openi
         for name, value in adapter_tensors(decoder).items():
             if value.data_ptr() != now[name].data_ptr():
                 value.data.copy_(now[name])
-        return plain(rows)
+        return either(plain(rows)[0], other(rows)[0]), rows
 
     return opening
 
