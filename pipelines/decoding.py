@@ -6,13 +6,15 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from torch import Tensor
 
 from rewriter import SubspanError
 from rewriter.data import load_rows
-from rewriter.export.decoder import step
 from rewriter.export.latency import bound, interleaved
 from rewriter.export.verify import has_cache, open_file
+from rewriter.export.writing import of_file
 from rewriter.folder import spec_of
+from rewriter.greedy import Ids, greedy
 
 PROMPT = 16
 
@@ -31,16 +33,14 @@ def same_tokens(run: Path, prompts: int, tokens: int) -> tuple[int, int]:
     ids, mask = batch["input_ids"], batch["attention_mask"]
     options: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
     expected = model.generate(ids, attention_mask=mask, **options)[:, ids.shape[1] :]
-    ends = np.ravel(model.generation_config.eos_token_id or [])
-    past, found = None, []
-    for _ in range(tokens):
-        logits, past = step(session, {"input_ids": ids, "attention_mask": mask}, past)
-        following = logits[:, -1].copy()
-        following[:, ends.astype(int)] = -np.inf
-        ids = torch.from_numpy(following.argmax(-1))[:, None]
-        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-        found.append(ids)
-    return int((torch.cat(found, dim=1) == expected).all(dim=1).sum()), len(texts)
+    ends = torch.from_numpy(np.ravel(model.generation_config.eos_token_id or []).astype(int))
+    following, starts = of_file(session)([one["input_ids"] for one in cut])
+
+    def endless(new: Ids) -> Tensor:
+        return following(new).index_fill(1, ends, -torch.inf)
+
+    found = greedy(endless, starts, (), tokens)
+    return sum(one.ids == wanted for one, wanted in zip(found, expected.tolist(), strict=True)), len(texts)
 
 
 def step_times(run: Path, length: int) -> dict[str, float]:

@@ -17,22 +17,32 @@ class Stage(StrEnum):
     onnx = "onnx"
     merged = "merged"
     tuned = "tuned"
+    base = "base"
 
 
 def run(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of an exported run.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of a run, exported or --with tuned.", show_default=False)
+    ],
     texts: Annotated[list[str] | None, typer.Argument(help="What is asked, a row each.", show_default=False)] = None,
     file: Annotated[Path | None, typer.Option(help="A row a line, instead; `-`, or neither: stdin.")] = None,
     stages: Annotated[
         list[Stage] | None, typer.Option("--with", help="What answers, default onnx; given twice, both, side by side.")
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Most tokens that a text goes on by.")] = 64,
+    chat: Annotated[bool, typer.Option("--chat", help="Talk: each line of stdin is a turn.")] = False,
+    system: Annotated[str | None, typer.Option(help="With --chat: what the system says first.")] = None,
     transforms: Transforms = None,
 ) -> None:
-    """Ask a run's shipped file, the merged checkpoint, or the tuned model. A row is a text, an image's path, or an
-    object of JSON with what the task reads: {"question": ..., "context": ...}, {"text": ..., "text_pair": ...}.
+    """Ask a run's shipped file, the merged checkpoint, the tuned model, or the base model without what was tuned.
+
+    A row is a text, an image's path, or an object of JSON with what the task reads: {"question": ..., "context": ...},
+    {"text": ..., "text_pair": ...}.
 
     Prints a line of JSON for each row and stage, in order; a line with nothing on it is an empty text.
+
+    With --chat answers are printed as they are written, and of data with chats each is given with the next turn: /reset
+    forgets all before, /exit or Ctrl-D ends, Ctrl-C stops an answer.
     """
     with failures(folder):
         from rewriter.answer import answerer, rows_of
@@ -40,6 +50,14 @@ def run(
         from rewriter.folder import spec_of
 
         spec = spec_of(folder)
+        if system is not None and not chat:
+            raise SubspanError("--system goes with --chat")
+        if chat:
+            if texts or file or len(stages or []) > 1:
+                raise SubspanError("--chat reads stdin, and one stage answers: no texts, no --file, one --with")
+            from pipelines.chat import chat as talk
+
+            return talk(spec, folder, str(stages[0] if stages else Stage.onnx), tokens, system)
         if texts and file:
             raise SubspanError("texts, or --file: not both")
         read = file.read_text() if file and str(file) != "-" else "" if texts else sys.stdin.read()

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig
@@ -16,15 +15,17 @@ from transformers.utils import ModelOutput
 from .data import turn_names
 from .errors import SubspanError, reason
 from .export.choose import SHIPPED
-from .export.decoder import step
-from .export.encoder_decoder import FILES, decoded, encoded
+from .export.encoder_decoder import FILES
 from .export.ship import load_merged, load_tuned, longest_of
 from .export.verify import PAST, cast, fed, has_cache, open_file, outputs_of
-from .pretrained import load_processor
+from .export.writing import of_file, of_model, of_parts, rereading
+from .greedy import Opening, greedy
+from .pretrained import Pretrained, ends_of, load_model, load_processor, processor_of, set_ends
 from .sources import bars
 from .spec import Spec
 from .tasks import turns_of
 from .tasks.base import Reading
+from .tuned import TunedModel
 
 _TEXTS = ("text", "words", "image")
 
@@ -48,8 +49,7 @@ _CELLS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 @dataclass(frozen=True)
 class _Opened:
-    """A stage of a run: its forward, what that reads, and what stands beside it; of a decoder with a cache its session,
-    of an encoder-decoder with one those of its parts."""
+    """A stage of a run: its forward, what that reads, what stands beside it, and how it writes, if it does."""
 
     forward: Callable[[dict[str, Tensor]], Any]
     names: Sequence[str]
@@ -57,8 +57,7 @@ class _Opened:
     labels: Sequence[str]
     config: Any
     longest: int | None
-    session: Any = None
-    parts: Sequence[Any] = ()
+    opening: Opening | None = None
 
 
 def rows_of(spec: Spec, lines: Iterable[str]) -> list[dict[str, Any]]:
@@ -117,15 +116,21 @@ def _asked(spec: Spec, value: Any, number: int) -> list[dict[str, Any]]:
     return turns
 
 
+STAGES = ("onnx", "merged", "tuned", "base")
+Tell = Callable[[str], None]
+
+
 def answerer(
     spec: Spec, run: Path, stage: str = "onnx", tokens: int = 64, notes: list[str] | None = None
-) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """A function from a row of `rows_of` to what the run says of it.
+) -> Callable[..., dict[str, Any]]:
+    """A function from a row of `rows_of` to what the run says of it; its second argument, if there is one, gets a text
+    piece by piece while it is written.
 
     Args:
         spec: of the run.
         run: its folder.
-        stage: `onnx`, the file that ships; `merged`, the checkpoint; `tuned`, the base with its adapter.
+        stage: `onnx`, the file that ships; `merged`, the checkpoint; `tuned`, the base with its adapter; `base`, the
+            pretrained model alone.
         tokens: most that a text goes on by; the likeliest one each time, up to the end of the text.
         notes: gets what there is to say of a row: that it is cut.
 
@@ -133,18 +138,13 @@ def answerer(
         SubspanError: the run has no such stage; of a row, that it can't be read, or is longer than a text that goes on
             may be. Other texts are read as far as the spec's `max_length`, like those that were tuned on.
     """
-    opened = {"onnx": _onnx, "merged": _merged, "tuned": _tuned}[stage](spec, run)
+    opened = dict(zip(STAGES, (_onnx, _merged, _tuned, _base), strict=True))[stage](spec, run)
     task, length = spec.task, spec.data.max_length if spec.data else opened.processor.model_max_length
     collate = task.collator(opened.processor, opened.names, getattr(opened.config, "decoder_start_token_id", None))
 
-    def answer(row: Mapping[str, Any]) -> dict[str, Any]:
+    def answer(row: Mapping[str, Any], tell: Tell | None = None) -> dict[str, Any]:
         if task.writes:
-            ids = task.starts(row, opened.processor)
-            if opened.longest is not None and len(ids) >= opened.longest:
-                raise SubspanError(
-                    f"the text has {len(ids)} tokens; the model takes {opened.longest} with what it writes"
-                )
-            return {"text": opened.processor.decode(_written(opened, ids, tokens), skip_special_tokens=True)}
+            return {"text": _written(opened, task.starts(row, opened.processor), tokens, tell)}
         whole = {**row, **task.blank(row, opened.labels)}
         for word in (word for name in row if task.roles[name].kind == "words" for word in row[name]):
             if not opened.processor(str(word), add_special_tokens=False)["input_ids"]:
@@ -164,47 +164,38 @@ def answerer(
     return answer
 
 
-@torch.inference_mode()
-def _written(opened: _Opened, ids: list[int], tokens: int) -> list[int]:
-    """The likeliest next tokens: with the file's own cache, else each of the whole text again."""
-    config = opened.config
-    ends = config.eos_token_id if config.eos_token_id is not None else opened.processor.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
-    text = [config.decoder_start_token_id] if "decoder_input_ids" in opened.names else list(ids)
-    first, most, following = len(text), opened.longest or 2**31, _following(opened, ids)
-    while len(text) - first < min(tokens, most - first):
-        token = int(following(text).argmax())
-        if token in ends:
-            break
-        text.append(token)
-    return text[first:]
+def _written(opened: _Opened, ids: list[int], tokens: int, tell: Tell | None) -> str:
+    """What goes on a text, or is written of it."""
+    longest = opened.longest
+    if longest is not None and len(ids) >= longest:
+        raise SubspanError(f"the text has {len(ids)} tokens; the model takes {longest} with what it writes")
+    if not ids:
+        raise SubspanError("there is nothing to go on from: the tokenizer reads no token")
+    following, starts = opened.opening([ids])
+    pieces = _Pieces(opened.processor, tell)
+    said = greedy(following, starts, ends_of(opened.config, opened.processor), tokens, longest, pieces.add)[0]
+    text = opened.processor.decode(said.ids, skip_special_tokens=True)
+    pieces.close(text)
+    return text
 
 
-def _following(opened: _Opened, ids: list[int]) -> Callable[[list[int]], Tensor]:
-    """Logits (vocabulary) of the token after a text that grows.
+class _Pieces:
+    """Tells a text piece by piece as its tokens come: no character before all its bytes are there."""
 
-    Args:
-        ids: of what is read: the text's start, or what an encoder reads.
-    """
-    whole, past, seen = torch.tensor([ids]), None, 0
-    held = encoded(opened.parts[0], whole.numpy(), np.ones_like(whole.numpy()))[1] if opened.parts else {}
+    def __init__(self, processor: Any, tell: Tell | None):
+        self.processor, self.tell, self.ids, self.told = processor, tell, [], ""
 
-    def run(text: list[int]) -> Tensor:
-        nonlocal past, seen
-        new, mask = torch.tensor([text[seen:]]), torch.ones(1, len(text), dtype=torch.long)
-        if opened.parts:
-            logits, past = decoded(opened.parts[1], new.numpy(), held, past)
-        elif opened.session is not None:
-            logits, past = step(opened.session, {"input_ids": new, "attention_mask": mask}, past)
-        else:
-            batch = {"input_ids": new, "attention_mask": mask}
-            if "decoder_input_ids" in opened.names:
-                batch = {"input_ids": whole, "attention_mask": torch.ones_like(whole), "decoder_input_ids": new}
-            logits = opened.forward({name: batch[name] for name in opened.names}).logits
-        seen = 0 if past is None else len(text)
-        return torch.as_tensor(logits)[0, -1]
+    def add(self, row: int, token: int) -> None:
+        self.ids.append(token)
+        if self.tell is not None:
+            text = self.processor.decode(self.ids, skip_special_tokens=True)
+            if not text.endswith("\ufffd") and text.startswith(self.told):
+                self.close(text)
 
-    return run
+    def close(self, text: str) -> None:
+        if self.tell is not None and len(text) > len(self.told):
+            self.tell(text[len(self.told) :])
+            self.told = text
 
 
 def _onnx(spec: Spec, run: Path) -> _Opened:
@@ -224,9 +215,12 @@ def _onnx(spec: Spec, run: Path) -> _Opened:
     labels, longest = json.loads(written["labels"]), json.loads(written.get("longest", "null"))
     config = AutoConfig.from_pretrained(file.parent, trust_remote_code=spec.model.trust_remote_code)
     processor = load_processor(spec, str(file.parent))
-    parts = [file.with_name(name) for name in FILES]
-    opened = [open_file(part) for part in parts] if all(part.is_file() for part in parts) else []
-    return _Opened(forward, names, processor, labels, config, longest, session if cached else None, opened)
+    parts, start = [file.with_name(name) for name in FILES], getattr(config, "decoder_start_token_id", None)
+    if all(part.is_file() for part in parts):
+        opening = of_parts(*map(open_file, parts), start)
+    else:
+        opening = of_file(session) if cached else rereading(forward, names, start)
+    return _Opened(forward, names, processor, labels, config, longest, opening)
 
 
 def _merged(spec: Spec, run: Path) -> _Opened:
@@ -234,22 +228,30 @@ def _merged(spec: Spec, run: Path) -> _Opened:
     if not folder.is_dir():
         raise SubspanError(f"{folder} is missing: subspan export {run} writes it, unless something can't merge")
     pretrained, processor = load_merged(spec, folder), load_processor(spec, str(folder))
-    names = list(spec.task.inputs(pretrained.model, processor=processor).kwargs)
-    return _of_module(pretrained.module, names, pretrained, processor, longest_of(pretrained))
+    return _of_module(spec, pretrained, processor)
 
 
 def _tuned(spec: Spec, run: Path) -> _Opened:
-    pretrained, processor, inputs, _, tuned = load_tuned(spec, run)
-    return _of_module(tuned.eval(), list(inputs.kwargs), pretrained, processor, longest_of(pretrained, tuned))
+    pretrained, processor, _, _, tuned = load_tuned(spec, run)
+    return _of_module(spec, pretrained, processor, tuned.eval())
 
 
-def _of_module(
-    module: torch.nn.Module, names: list[str], pretrained: Any, processor: Any, longest: int | None
-) -> _Opened:
-    dtype = next(module.parameters()).dtype
+def _base(spec: Spec, run: Path) -> _Opened:
+    pretrained = load_model(spec)
+    processor = processor_of(spec, pretrained)
+    set_ends(pretrained.model, spec.task.ends(spec.columns, processor))
+    return _of_module(spec, pretrained, processor)
+
+
+def _of_module(spec: Spec, pretrained: Pretrained, processor: Any, tuned: TunedModel | None = None) -> _Opened:
+    module = pretrained.module if tuned is None else tuned
+    inputs, dtype = spec.task.inputs(pretrained.model, processor=processor), next(module.parameters()).dtype
+    longest = longest_of(pretrained, tuned)
 
     @torch.inference_mode()
     def forward(batch: dict[str, Tensor]) -> Any:
         return module(**cast(batch, dtype))
 
-    return _Opened(forward, names, processor, pretrained.labels, pretrained.model.config, longest)
+    opening = of_model(pretrained, inputs, tuned) if spec.task.writes else None
+    names = list(inputs.kwargs)
+    return _Opened(forward, names, processor, pretrained.labels, pretrained.model.config, longest, opening)

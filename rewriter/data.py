@@ -14,7 +14,18 @@ from PIL import Image
 from .errors import SpecError, reason
 from .sources import bars, read
 from .spec import Data, Spec, Turns
-from .tasks import TASKS, Reading, Role, check_readings, check_texts, check_turns, columns_error, fits, task_of
+from .tasks import (
+    TASKS,
+    Question,
+    Reading,
+    Role,
+    check_readings,
+    check_texts,
+    check_turns,
+    columns_error,
+    fits,
+    task_of,
+)
 
 _DATA = ("data",)
 _SHOWN = 5
@@ -224,6 +235,29 @@ def encode(
             raise SpecError(f"its tokenizer can't read the rows: {reason(error)}", ("model", "name")) from None
     if len(found) == 0:
         raise SpecError(f"none of {len(rows)} rows has anything to learn from", _DATA)
+    return found
+
+
+def questions_of(spec: Spec, rows: datasets.Dataset, processor: Any) -> list[Question]:
+    """What the first rows ask that have an answer, as many as the spec says; none where it wants none written.
+
+    Raises:
+        SpecError: no row has one.
+    """
+    data, settings, found = spec.data, spec.writing, []
+    if settings is None:
+        return found
+    reading = Reading(
+        data.columns, rows.features, processor, (), data.max_length, data.long, data.loss, *turn_names(data)
+    )
+    for row in rows:
+        if (one := spec.task.question(row, reading)) is not None:
+            found.append(one)
+        if len(found) == settings.rows:
+            break
+    if not found:
+        place = ("train", "generate" if spec.train.generate else "metric")
+        raise SpecError(f"none of {len(rows)} validation rows has an answer to compare with", place)
     return found
 
 

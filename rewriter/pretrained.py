@@ -386,12 +386,22 @@ def save_model(pretrained: Pretrained, folder: str) -> None:
 
 
 def set_ends(model: nn.Module, ends: Sequence[int]) -> None:
-    """Let a model stop at these tokens too. In place."""
-    for config in (model.config, getattr(model, "generation_config", None)) if ends else ():
-        if config is not None:
-            own = config.eos_token_id
-            own = own if isinstance(own, list) else [] if own is None else [own]
-            config.eos_token_id = list(dict.fromkeys([*own, *ends]))
+    """Let a model stop at these tokens too, and at those that its config or its settings for writing name. In place."""
+    configs = [one for one in (model.config, getattr(model, "generation_config", None)) if one is not None]
+    own = [_listed(config.eos_token_id) for config in configs]
+    every = list(dict.fromkeys([*(one for some in own for one in some), *ends]))
+    for config, some in zip(configs, own, strict=True):
+        if set(every) - set(some):
+            config.eos_token_id = every
+
+
+def ends_of(config: Any, processor: Any) -> set[int]:
+    """The tokens that end what a model writes: its config's, or else its tokenizer's."""
+    return set(_listed(config.eos_token_id) or _listed(processor.eos_token_id))
+
+
+def _listed(tokens: int | list[int] | None) -> list[int]:
+    return tokens if isinstance(tokens, list) else [] if tokens is None else [tokens]
 
 
 def save_processor(processor: Any, folder: str | Path, task: Task) -> None:

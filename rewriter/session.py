@@ -20,7 +20,7 @@ from torch import Tensor
 from .adapters.store import check_tied, save_adapter
 from .adapters.ties import fingerprint
 from .base import NAME, identity
-from .data import Rows, check_length, digest_of, encode, load_rows
+from .data import Rows, check_length, digest_of, encode, load_rows, questions_of
 from .errors import SpecError, SubspanError, raise_all
 from .files import read_json, write_json, write_text
 from .folder import LOCK, MARKER, check_folder, claimed, clear, spec_of
@@ -35,9 +35,11 @@ from .resources import resolve
 from .rewrite import rewrite
 from .smoke import small_model, small_spec
 from .spec import Spec, dump_spec, load_spec, located
+from .tasks import Question
 from .trace import capture, trace
 from .training.checkpoint import resumed_choices
 from .training.evaluation import for_training, objective
+from .training.generation import Asked, check_libraries
 from .training.loop import device_of, label_weights, tune
 from .training.optimisers import OPTIMISERS, check_schedule
 from .training.packing import PATH as PACKING
@@ -55,7 +57,7 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 @dataclass
 class Job:
     """What tuning needs: the model with its weights, examples of what its modes read, encoded rows, how they become
-    batches, weights of labels, and what there is to say of the rows."""
+    batches, weights of labels, what there is to say of the rows, and what answers are written to."""
 
     pretrained: Pretrained
     inputs: dict[str, Inputs]
@@ -64,6 +66,7 @@ class Job:
     collate: Callable[[list], dict[str, Tensor]]
     weights: Tensor | None
     notes: list[str]
+    questions: list[Question]
 
 
 @dataclass(frozen=True)
@@ -276,7 +279,8 @@ class Session:
     def prepare(self) -> Job:
         """Encode the data, then load the model's weights: what is wrong with rows is said first."""
         spec, task = self.spec, self.spec.task
-        rows, _, parts = self._encoded("train", "validation")
+        rows, processor, parts = self._encoded("train", "validation")
+        questions = questions_of(spec, rows.validation, processor)
         notes = [f"{name}: {one}" for name, (_, said) in parts.items() for one in said]
         pretrained = load_model(spec)
         notes += pretrained.notes
@@ -284,7 +288,7 @@ class Session:
         counts = task.label_counts(rows.train, spec.data.columns, pretrained.labels) if spec.train.class_weights else []
         weights = label_weights(spec, pretrained.labels, counts)
         collate = collator(spec, pretrained, list(inputs["eval"].kwargs))
-        return Job(pretrained, inputs, parts["train"][0], parts["validation"][0], collate, weights, notes)
+        return Job(pretrained, inputs, parts["train"][0], parts["validation"][0], collate, weights, notes, questions)
 
     @_placed
     def tune(
@@ -347,13 +351,23 @@ class Session:
             "training data": digest_of(job.train),
             "validation data": digest_of(job.validation),
         }
-        parts = job.train, job.validation, job.collate
-        model, metrics = tune(model, spec, *parts, out, resume, job.weights, tied, layers)
+        parts, more = (job.train, job.validation, job.collate), (job.weights, tied, self._asked(job), layers)
+        model, metrics = tune(model, spec, *parts, out, resume, *more)
         if main:
-            save_adapter(model, out / "adapter", spec, metrics, files)
+            own = {name: value for name, value in metrics.items() if name != "generated"}  # It shows rows of the data.
+            save_adapter(model, out / "adapter", spec, own, files)
             write_json(out / "plan.json", model.plan.to_dict())
             write_json(out / "metrics.json", metrics)
         return metrics
+
+    def _asked(self, job: Job) -> Asked | None:
+        """What answers are written to, and what writes them."""
+        if not job.questions:
+            return None
+        from .export.writing import writer  # onnx and ONNX Runtime come with it.
+
+        write = writer(self.spec, job.pretrained, job.inputs["eval"], self.spec.writing.tokens)
+        return Asked(job.questions, write, job.pretrained.processor)
 
     def _files(self) -> dict[str, str]:
         written = self.spec.model
@@ -456,6 +470,7 @@ def _check_training(spec: Spec, found: Plan, labels: list[str]) -> None:
         raise SpecError(said, PACKING)
     check_schedule(settings, spec.task.lower(spec.metric))
     check_trackers(spec)
+    check_libraries(spec)
     if isinstance(settings.class_weights, dict):
         label_weights(spec, labels, [])
     if spec.strict and spec.export.checkpoint and not found.merges:

@@ -89,6 +89,7 @@ def small_spec(spec: Spec, folder: Path) -> Spec:
         "evaluate_steps": None,
         "patience": None,
         "track": [],
+        "generate": spec.writing and spec.writing.model_copy(update={"rows": 2, "tokens": 4, "steps": None}),
         "class_weights": None if train.class_weights == "balanced" else train.class_weights,
         "precision": "float32" if halves else train.precision,
     }

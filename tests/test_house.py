@@ -16,14 +16,18 @@ FOREIGN = {
     ("passes/insert/insert_attention_rows.py", "scale"),  # of scaled_dot_product_attention
     ("tasks/question_answering.py", "start"),  # of a span
     ("tasks/question_answering.py", "end"),
+    ("training/generation.py", "prompt"),  # of a row of the data
+    ("training/reports.py", "prompt"),
+    ("training/reports.py", "samples"),  # of what was written
+    ("training/loop.py", "samples"),
     ("report/picture.py", "dropout"),  # an op
     ("report/picture.py", "start"),  # of SVG's text-anchor
 }
 # Rooms in the order of the flow: each may use those before it.
 ORDER = (
     "errors", "files", "resources", "algebra", "transforms", "methods", "graph", "tasks", "spec", "plan", "passes",
-    "trace", "svd", "tuned", "rewrite", "base", "pretrained", "smoke", "sources", "data", "adapters", "training",
-    "export", "answer",
+    "trace", "svd", "tuned", "rewrite", "base", "pretrained", "smoke", "sources", "data", "adapters",
+    "greedy", "training", "export", "answer",
     "report", "folder",
     "session",
 )  # fmt: skip
@@ -45,7 +49,7 @@ def knowledge(file):
     names, options = set(TRANSFORMS), {o for one in TRANSFORMS.values() for o in one.options.model_fields}
     for node in texts(tree):
         words = set(node.value.replace(",", " ").replace(".", " ").split())
-        if words & names or (node.value in options and (named(file), node.value) not in FOREIGN):
+        if (words & names or node.value in options) and (named(file), node.value) not in FOREIGN:
             yield node.lineno, node.value
     for node in ast.walk(tree):
         if isinstance(node, ast.Name | ast.arg) and getattr(node, "id", getattr(node, "arg", "")) in names:

@@ -24,7 +24,7 @@ def deviation(spec: Spec, rows: compare.Rows | None) -> float | None:
     """
     if rows is None or rows.kept is None or len(rows.kept) != len(rows.encoded):
         return None
-    if spec.metric == "loss" or not spec.task.draws(spec.metric):
+    if spec.metric == "loss" or spec.metric != spec.compared or not spec.task.draws(spec.metric):
         return None
     draw = np.random.default_rng(0).integers(len(rows.kept), size=(_DRAWS, len(rows.kept)))
     return float(np.std([spec.task.measure(spec.metric, rows.kept[some], rows.encoded) for some in draw]))

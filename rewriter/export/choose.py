@@ -73,12 +73,12 @@ def _judged(truth: compare.Truth, name: str, file: Path, target: str) -> dict[st
     found, scale = truth.distances({name: stage}, tally, wide=exact)
     one = found[name]
     metrics, share = truth.measured({name: stage}, tally).get(name, ({}, None))
-    value, why, decided = metrics.get(spec.metric), None, share is not None
-    own = truth.rows.metrics[spec.metric] if truth.rows else None
+    value, why, decided = metrics.get(spec.compared), None, share is not None
+    own = truth.rows.metrics[spec.compared] if truth.rows else None
     if variant.mixes and truth.rows and truth.rows.most > truth.rows.size:
         other = truth.batched(truth.rows.most)
         metrics, least = other.measured({name: stage}, other.tally([name]))[name]
-        value = max(value, metrics[spec.metric], key=lambda found: abs(found - own))
+        value = max(value, metrics[spec.compared], key=lambda found: abs(found - own))
         share = min(share, least) if decided else None
     share = one.same / one.tokens if one.tokens else share
     if exact:
@@ -89,7 +89,9 @@ def _judged(truth: compare.Truth, name: str, file: Path, target: str) -> dict[st
         why = f"{share:.2%} of its decisions are the tuned run's; {variant.agreement:.1%} at least"
     if why is None and not decided and not exact:
         far = abs(value - own) > variant.change * max(abs(own), 1e-3)
-        why = f"{spec.metric} {value:.4f}, the tuned run's {own:.4f}: over {variant.change:.0%} apart" if far else None
+        why = (
+            f"{spec.compared} {value:.4f}, the tuned run's {own:.4f}: over {variant.change:.0%} apart" if far else None
+        )
     if why is None and target == "cuda" and (left := off_the_gpu(file)):
         why = f"leaves the GPU for {', '.join(left)}"
     mean = one.total / one.count if one.count else 0.0

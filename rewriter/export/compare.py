@@ -255,7 +255,7 @@ class Tally:
         task = self.spec.task
         out = pytree.tree_unflatten([torch.from_numpy(value) for value in outputs], self.form)
         self.sums[name] += torch.stack([task.loss(out, targets).double(), task.count(targets).double()])
-        if self.spec.metric != "loss":
+        if self.spec.compared != "loss":
             self.parts[name].append(task.summary(out, targets).double().numpy())
 
     def measured(self, rows: Rows) -> dict[str, tuple[dict[str, float], float | None]]:
@@ -267,9 +267,9 @@ class Tally:
         for name, sums in self.sums.items():
             loss, count = sums.tolist()
             metrics, share = {"loss": loss / count if count else np.nan}, None
-            if spec.metric != "loss":
+            if spec.compared != "loss":
                 every = np.concatenate(self.parts[name])
-                metrics = {spec.metric: spec.task.measure(spec.metric, every, rows.encoded), **metrics}
+                metrics = {spec.compared: spec.task.measure(spec.compared, every, rows.encoded), **metrics}
                 if rows.kept is not None and (every == np.round(every)).all():
                     same = every.shape == rows.kept.shape
                     share = float((every == rows.kept).all(axis=1).mean()) if same else 0.0
@@ -394,20 +394,20 @@ def check_measured(
     Raises:
         SubspanError: naming the stage, its metric and the run's.
     """
-    if rows.kept is None and spec.metric != "loss":
+    if rows.kept is None and spec.compared != "loss":
         return  # Of a version that kept none: a change of the data could not be told from a fault.
-    own = rows.metrics[spec.metric]
+    own = rows.metrics[spec.compared]
     if own is None:
-        said = f"{spec.metric} of the run's metrics.json is no number (null): the tuned model gave none"
+        said = f"{spec.compared} of the run's metrics.json is no number (null): the tuned model gave none"
         raise SubspanError(f"{said} on its validation rows; nothing is written. Tune again, at a lower rate")
-    if rows.kept is not None and spec.metric != "loss":
-        kept = spec.task.measure(spec.metric, rows.kept, rows.encoded)
+    if rows.kept is not None and spec.compared != "loss":
+        kept = spec.task.measure(spec.compared, rows.kept, rows.encoded)
         if not abs(kept - own) <= _SAME * max(abs(own), 1.0):
-            said = f"the run's metrics.json says {spec.metric} {own:.4f}, its predictions on the validation rows"
+            said = f"the run's metrics.json says {spec.compared} {own:.4f}, its predictions on the validation rows"
             raise SubspanError(f"{said} {kept:.4f}; nothing is written. One of the two, or the data, has changed since")
     for name, (metrics, share) in found.items():
-        value = metrics[spec.metric]
-        said = f"{name} has {spec.metric} {value:.4f} on the validation rows, the tuned run had {own:.4f}"
+        value = metrics[spec.compared]
+        said = f"{name} has {spec.compared} {value:.4f} on the validation rows, the tuned run had {own:.4f}"
         changed = "; nothing is written. If the data has changed since, put it back, or tune again"
         if share is not None and share < AGREEMENT[half]:
             raise SubspanError(

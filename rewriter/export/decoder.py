@@ -28,7 +28,7 @@ _SIZES = {"batch": 3, "sequence": 4, "past_sequence": 7, "total_sequence": 11}
 
 
 def decoder_of(
-    model: nn.Module, inputs: Inputs, tuned: TunedModel | None = None
+    model: nn.Module, inputs: Inputs, tuned: TunedModel | None = None, merged: bool = True
 ) -> tuple[nn.Module, Inputs, dict[str, str]] | None:
     """A causal language model with its cache, examples of what it reads, and what inputs and outputs are called.
 
@@ -41,6 +41,7 @@ def decoder_of(
         inputs: of the model without a cache.
         tuned: whose sites that can't merge are to stand in the graph; what it puts before the tokens becomes keys and
             values that are there before the first token.
+        merged: whether what can merge is in the model's weights; if not, all sites are to stand in the graph.
 
     Returns:
         None where the model keeps no keys and values, or reads more than tokens and their mask.
@@ -68,9 +69,9 @@ def decoder_of(
     called = {f"past_{i}": name for i, name in enumerate(layered(PAST, len(held)))}
     called |= {f"present_{i}": name for i, name in enumerate(layered(PRESENT, len(held)))}
     examples = Inputs((), kwargs, dynamic)
-    decoder = _decoder(model, _before(model, inputs, tuned) if tuned is not None and tuned.rows else [])
+    decoder = _decoder(model, _before(model, inputs, tuned, merged) if tuned is not None and tuned.rows else [])
     if tuned is not None:
-        decoder = rest(tuned, trace(decoder, examples, ("eval",)), {"embeddings"})
+        decoder = rest(tuned, trace(decoder, examples, ("eval",)), {"embeddings"}, merged)
     return decoder.eval(), examples, called
 
 
@@ -101,7 +102,7 @@ def _decoder(model: nn.Module, before: Sequence[Tensor]) -> nn.Module:
     return other
 
 
-def _before(model: nn.Module, inputs: Inputs, tuned: TunedModel) -> list[Tensor]:
+def _before(model: nn.Module, inputs: Inputs, tuned: TunedModel, merged: bool) -> list[Tensor]:
     """(1, heads, rows, width) keys and values of what a tuned model puts before the tokens, of each layer in turn."""
     plain = type(model).forward
 
@@ -110,7 +111,7 @@ def _before(model: nn.Module, inputs: Inputs, tuned: TunedModel) -> list[Tensor]
         return {"logits": out.logits, "present": kept(out[cache_name(self)])}
 
     alone = Inputs((), {"input_ids": inputs.kwargs["input_ids"][:1]}, {"input_ids": {1: "sequence"}})
-    whole = rest(tuned, trace(reading(model, forward), alone, ("eval",)))
+    whole = rest(tuned, trace(reading(model, forward), alone, ("eval",)), merged=merged)
     with torch.no_grad():
         out = whole(**alone.kwargs)
     return [value[:, :, : tuned.rows].clone() for value in out["present"]]

@@ -90,15 +90,17 @@ def merge(model: TunedModel, *into: nn.Module, partly: bool = False) -> float:
     return stored
 
 
-def rest(model: TunedModel, onto: TracedModel, without: Collection[str] = ()) -> TunedModel:
+def rest(model: TunedModel, onto: TracedModel, without: Collection[str] = (), merged: bool = True) -> TunedModel:
     """What merges no further: `onto` with the sites of a tuned model that can't merge.
 
     Args:
         model: from `rewrite` or `load_adapter`.
         onto: traced, with everything merged into it that can be.
         without: kinds of sites to leave out.
+        merged: if not, nothing is merged into `onto`, and it gets all sites.
     """
-    stay = tuple(site for site in model.plan.sites if not site.merges and site.kind not in without)
+    own = (site for site in model.plan.sites if not (merged and site.merges))
+    stay = tuple(site for site in own if site.kind not in without)
     plan = replace(model.plan, sites=stay)
     values = {name: value.detach() for name, value in adapter_tensors(model).items()}
     return rewrite(onto, plan, values=values, without=model.without, also=model.also)

@@ -393,7 +393,7 @@ def _rows(
         raise SubspanError(f"the data has changed since the run was tuned: {error.message}; put it back") from error
     collate = collator(spec, pretrained, tuned.input_names)
     own = read_json(file).get("validation")
-    if not isinstance(own, dict) or not isinstance(own.get(spec.metric, ""), int | float | None):
+    if not isinstance(own, dict) or not isinstance(own.get(spec.compared, ""), int | float | None):
         raise SubspanError(f"{file}: not the metrics of this run")
     most = max(1, min(compare.WIDE_ROWS, compare.BATCH_NUMBERS // per))
     size = min(spec.train.batch_size, most)

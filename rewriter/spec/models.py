@@ -236,6 +236,15 @@ class Passes(Strict):
     on: list[str] = Field(default_factory=list, description="names of passes that change numerics, to run all the same")
 
 
+class Generate(Strict):
+    """What is written of validation rows at evaluations: exact_match, rouge and bleu of it are measured."""
+
+    rows: Count = Field(64, description="the first validation rows that have an answer")
+    tokens: Count = Field(64, le=2**16, description="most tokens of what is written of a row")
+    steps: Count | None = Field(None, description="optimiser steps between them; default: at every evaluation")
+    samples: Annotated[int, Field(ge=0, le=2**20)] = Field(2, description="rows that the log shows")
+
+
 class Train(Strict):
     """How the new tensors are tuned."""
 
@@ -267,6 +276,9 @@ class Train(Strict):
     metric: Literal[METRICS] | None = Field(None, description="validation metric; default: the task's first")
     seed: Seed = Field(0, description="seed of heads, start values, order and dropout")
     evaluate_steps: Count | None = Field(None, description="optimiser steps between evaluations; default: every epoch")
+    generate: Generate | None = Field(
+        None, description="write answers to validation rows too; default: only where `metric` is measured of them"
+    )
     keep: Literal["last", "best"] = Field("last", description="which state is shipped: the last, or the best evaluated")
     patience: Count | None = Field(None, description="stop after so many evaluations without a better one")
     track: list[Literal[TRACKERS]] = Field(default_factory=list, description="experiment trackers that get the log too")
@@ -327,6 +339,7 @@ class Spec(Strict):
         if self.data:
             _check_columns(self.task, self.columns)
         known = self.task.metrics_of(self.columns)
+        _check_writing(self.task, self.train, self.columns)
         if self.train.metric and self.train.metric not in known:
             raise SpecError(
                 f"metric {self.train.metric!r} does not fit {self.model.task}: use one of {', '.join(known)}",
@@ -366,9 +379,33 @@ class Spec(Strict):
         """The validation metric: the one given, else the task's first."""
         return self.train.metric or self.task.metrics_of(self.columns)[0]
 
+    @property
+    def compared(self) -> str:
+        """The metric of the model's outputs: the validation metric, or the task's first where that is of what is
+        written."""
+        return self.task.metrics_of(self.columns)[0] if self.task.written(self.metric) else self.metric
+
+    @property
+    def writing(self) -> Generate | None:
+        """How answers to validation rows are written and measured; None where they are not."""
+        asked = self.train.generate or (Generate() if self.task.written(self.metric) else None)
+        return asked if self.task.writes else None
+
     def locate(self, error: SpecError) -> SubspanError:
         """`error` as one line with file, line and column, if the spec came from a file."""
         return self._locate(error) if self._locate else error
+
+
+def _check_writing(task: Task, train: Train, columns: Mapping[str, str]) -> None:
+    """Something is written only by tasks that write, and of rows that say what is to be written."""
+    if train.generate and not task.writes:
+        raise SpecError(f"{task.name} has no use for it", ("train", "generate"), at_key=True)
+    if columns and task.writes and not task.replies(columns):
+        said = f"the column {', '.join(columns)} has no answer that what is written can be compared with"
+        if train.generate:
+            raise SpecError(said, ("train", "generate"), at_key=True)
+        if train.metric and task.written(train.metric):
+            raise SpecError(f"{said}: use one of {', '.join(task.metrics_of(columns))}", ("train", "metric"))
 
 
 def _check_chat(task: Task, data: Data | None) -> None:

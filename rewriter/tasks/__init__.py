@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from .base import IGNORED, Criterion, Options, Reading, Role, Task
+from .base import IGNORED, Criterion, Options, Question, Reading, Role, Task
 from .cells import check_readings, check_texts, columns_error, fits
 from .chat import check_turns, turns_of
 
@@ -42,6 +42,7 @@ __all__ = [
     "TASKS",
     "Criterion",
     "Options",
+    "Question",
     "Reading",
     "Role",
     "Task",

@@ -24,6 +24,7 @@ from .cells import class_reader, words
 IGNORED = -100
 WHOLE, LEARNT = "whole", "learnt"
 LOWER = ("loss", "mse", "perplexity")
+WRITTEN = ("exact_match", "rouge", "bleu")  # Measured of what a task that writes has written.
 
 Batch = Mapping[str, Tensor]
 Collate = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
@@ -91,6 +92,19 @@ class Reading:
     spoken: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Question:
+    """What a row asks.
+
+    Attributes:
+        ids: tokens that a text goes on from, or that it is written of.
+        answer: what the row says.
+    """
+
+    ids: list[int]
+    answer: str
+
+
 class Task:
     """One text a row, or two; what a row's loss and output are is a subclass's.
 
@@ -136,7 +150,16 @@ class Task:
 
     def metrics_of(self, columns: Mapping[str, str]) -> tuple[str, ...]:
         """The metrics that data with these roles -> columns can be measured by, the default first."""
-        return self.metrics
+        told = not columns or self.replies(columns)
+        return tuple(one for one in self.metrics if told or not self.written(one))
+
+    def written(self, metric: str) -> bool:
+        """Whether a metric is one of what is written, not of outputs."""
+        return self.writes and metric in WRITTEN
+
+    def replies(self, columns: Mapping[str, str]) -> bool:
+        """Whether rows with these roles -> columns have an answer that what is written can be compared with."""
+        return False
 
     def useless(self, key: str, value: Any, columns: Mapping[str, str]) -> str | None:
         """Why a key of a spec's data that says how texts become tokens (`long`, `template`, `loss`, `turns`) is of no
@@ -339,6 +362,10 @@ class Task:
     def starts(self, row: Mapping[str, Any], processor: Any) -> list[int]:
         """The token ids that a text goes on from, or that it is written of."""
         return processor(str(row["text"]))["input_ids"]
+
+    def question(self, row: Mapping[str, Any], reading: Reading) -> Question | None:
+        """What a row of the data asks; None where it asks or answers nothing."""
+        return None
 
     def blank(self, row: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
         """What stands for the answer in a row that is asked, where `encode` reads one."""

@@ -8,7 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SpecError
-from .base import IGNORED, WHOLE, Batch, Reading, Role, Task, likelihoods, padded_lists, perplexity
+from .base import (
+    IGNORED,
+    WHOLE,
+    WRITTEN,
+    Batch,
+    Question,
+    Reading,
+    Role,
+    Task,
+    likelihoods,
+    padded_lists,
+    perplexity,
+)
 from .cells import words
 from .chat import ALL, ASSISTANT, COMPLETION, asked, at_row, objects_of, placed, tokens_of, turn_ends, turns_of
 
@@ -28,7 +40,7 @@ class CausalLM(Task):
         "completion": Role("text", False),
     }
     ways = (("text",), ("messages",), ("messages", "tools"), ("prompt", "completion"))
-    metrics = ("perplexity", "loss", "accuracy")
+    metrics = ("perplexity", "loss", "accuracy", *WRITTEN)
     auto = "AutoModelForCausalLM"
     tag = "text-generation"
     headed = False
@@ -49,8 +61,9 @@ class CausalLM(Task):
         return next((way[:1] for way in self.ways if way[0] in columns), self.asks)
 
     def ends(self, columns: Mapping[str, str], processor: Any) -> list[int]:
-        """What ends a turn of the assistant, where it is a special token."""
-        return turn_ends(processor) if "messages" in columns else []
+        """What ends a turn of the assistant, where it is a special token; else the end token, which is learnt."""
+        found = turn_ends(processor) if "messages" in columns else []
+        return found or [token for token in (processor.eos_token_id,) if token is not None]
 
     def starts(self, row: Mapping[str, Any], processor: Any) -> list[int]:
         """Turns as the template renders them where the assistant is to answer."""
@@ -58,6 +71,25 @@ class CausalLM(Task):
             return asked(processor, row["messages"], row.get("tools"))
         ids = processor(str(row.get("prompt", row.get("text"))))["input_ids"]
         return ids[:-1] if "prompt" in row and ids[-1:] == [processor.eos_token_id] else ids
+
+    def replies(self, columns: Mapping[str, str]) -> bool:
+        return "messages" in columns or "completion" in columns
+
+    def question(self, row: Mapping[str, Any], reading: Reading) -> Question | None:
+        """Of a chat the last turn of the assistant, and all turns before it."""
+        columns, processor = reading.columns, reading.processor
+        if "messages" in columns:
+            turns = turns_of(row[columns["messages"]], reading.turns, reading.spoken)
+            last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
+            answer, asking = turns[last].get("content"), {"messages": turns[:last]}
+            if "tools" in columns:
+                asking["tools"] = objects_of(row[columns["tools"]])
+            if last == 0 or not isinstance(answer, str):
+                return None
+        else:
+            asking, answer = {"prompt": row[columns["prompt"]]}, str(row[columns["completion"]])
+        ids = self.starts(asking, processor) if answer.strip() else []
+        return Question(list(ids), answer) if ids else None
 
     def example_batch(self, model: nn.Module, batch: int, length: int, processor: Any = None) -> dict[str, Tensor]:
         inputs = self.inputs(model, batch, length, processor).kwargs

@@ -1,6 +1,6 @@
 """A text from a text, by an encoder and a decoder."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,10 @@ from ..errors import SpecError
 from ..graph.traced import Inputs
 from .base import (
     IGNORED,
+    WRITTEN,
     Batch,
     Collate,
+    Question,
     Reading,
     Role,
     Task,
@@ -30,12 +32,20 @@ class Seq2SeqLM(Task):
     """Cross entropy of the label's tokens; the decoder reads them one position later."""
 
     roles = {"text": Role("text"), "label": Role("text")}
-    metrics = ("perplexity", "loss", "accuracy")
+    metrics = ("perplexity", "loss", "accuracy", *WRITTEN)
     auto = "AutoModelForSeq2SeqLM"
     tag = "text2text-generation"
     headed = False
     smooths = True
     writes = True
+
+    def replies(self, columns: Mapping[str, str]) -> bool:
+        return "label" in columns
+
+    def question(self, row: Mapping[str, Any], reading: Reading) -> Question | None:
+        text, answer = (str(row[reading.columns[role]]) for role in ("text", "label"))
+        ids = reading.processor(text, truncation=True, max_length=reading.length)["input_ids"]
+        return Question(list(ids), answer) if ids and answer.strip() else None
 
     def inputs(self, model: nn.Module, batch: int = 3, length: int = 11, processor: Any = None) -> Inputs:
         """A decoder's sequence is shorter, so that no two sizes are equal."""

@@ -67,7 +67,7 @@ def autocast(settings: Train, device: torch.device) -> contextlib.AbstractContex
 
 
 def evaluate(model: TunedModel, spec: Spec, rows: Rows, collate: Collate) -> dict[str, float]:
-    """The spec's metric, and the plain mean loss, of a model on rows; the model is left in train mode."""
+    """The spec's metric of outputs, and the plain mean loss, of a model on rows; the model is left in train mode."""
     return predict(model, spec, rows, collate)[0]
 
 
@@ -87,7 +87,7 @@ def predict(model: TunedModel, spec: Spec, rows: Rows, collate: Collate) -> tupl
             with autocast(spec.train, device):
                 out = model(**inputs)
             sums += torch.stack([task.loss(out, targets).double(), task.count(targets).double()])
-            if spec.metric != "loss":
+            if spec.compared != "loss":
                 summary = task.summary(out, targets).double()
                 parts.append(torch.cat([torch.full_like(summary[:, :1], some[0]), summary], dim=1))
         model.train()
@@ -95,8 +95,8 @@ def predict(model: TunedModel, spec: Spec, rows: Rows, collate: Collate) -> tupl
         sums, parts = torch.zeros_like(sums), [part[:0] for part in parts]
     loss, count = total(sums).tolist()
     found = {"loss": loss / count if count else math.nan}
-    if spec.metric == "loss":
+    if spec.compared == "loss":
         return found, None
     every = together(torch.cat(parts)).cpu().numpy()
     every = every[every[:, 0].argsort(kind="stable")][:, 1:]  # Each process had its own batches.
-    return {spec.metric: task.measure(spec.metric, every, rows), **found}, every
+    return {spec.compared: task.measure(spec.compared, every, rows), **found}, every

@@ -19,10 +19,12 @@ from torch.utils.data import DataLoader
 from ..errors import SpecError
 from ..spec import Spec, decisive
 from ..tasks import Criterion, Task
+from ..tasks.base import WRITTEN
 from ..tuned import TunedModel, tuned_parameters
 from . import checkpoint
 from .checkpoint import Progress, Tuning, save_predictions
 from .evaluation import Collate, Rows, autocast, for_training, objective, predict, split
+from .generation import Asked, generate
 from .optimisers import PLATEAU, make_optimiser, make_schedule
 from .packing import Packed, collate_packed
 from .parallel import processes, share, sum_gradients, total
@@ -51,6 +53,7 @@ class Run:
         norm: of the last gradient.
         asked: whether a signal asked any process to stop.
         predictions: the step of the last evaluation, and what it found.
+        questions: what answers are written to, if any are.
     """
 
     spec: Spec
@@ -72,6 +75,7 @@ class Run:
     norm: Tensor | float = 0.0
     asked: bool = False
     predictions: tuple[int, np.ndarray | None] = (-1, None)
+    questions: Asked | None = None
 
     @property
     def task(self) -> Task:
@@ -109,6 +113,7 @@ def tune(
     resume: bool = False,
     weights: Tensor | None = None,
     tied: Mapping[str, str] | None = None,
+    questions: Asked | None = None,
     layers: int = 0,
 ) -> tuple[TunedModel, dict[str, dict[str, Any]]]:
     """Tune a rewritten model, settle what its budgets left, and measure it.
@@ -125,12 +130,14 @@ def tune(
         resume: continue from the newest checkpoint in `folder`, if there is one.
         weights: (labels,) weight of each label's terms in the training loss, for a spec with `class_weights`.
         tied: what else a run can't go on without, name -> digest: a checkpoint with another one is refused.
+        questions: what answers are written to, for a spec that says so.
         layers: how many are recomputed in the backward, from the first on, where the spec does not say that all are.
 
     Returns:
         The tuned model (another one where a budget took something away), and
         {"validation": {metric: value, "loss": value, "rows"}, "train": {"loss", "steps", "epochs", "seconds", "rows"},
-        "evaluations": {"kept": step, "best": step, "value": metric of the best}}.
+        "evaluations": {"kept": step, "best": step, "value": metric of the best}}; where answers are written, their
+        measures are of "validation" too, and "generated" has {"rows", "samples"}.
 
     Raises:
         SpecError: the loss is not finite; half precision where the hardware has none; a batch that can't be shared out.
@@ -140,6 +147,7 @@ def tune(
     last = checkpoint.checkpoints(places)[-1:] if resume else []
     graph = model.graphs["train"]
     run = _begin(model, spec, train, collate, weights, tied or {}, last[0] if last else None, layers)
+    run.questions = questions
     before = run.progress.seconds
     with signals() as stop, Report(spec, folder, run.steps, run.progress.history) as report:
         for batches in _batches(run):
@@ -325,15 +333,23 @@ def _check_finite(run: Run) -> None:
 
 
 def _measure(run: Run, report: Report, validation: Rows) -> None:
-    """An evaluation, where it is time for one."""
-    if run.progress.step % run.every == 0 or run.progress.step == run.steps:
+    """An evaluation, where it is time for one, and answers, where it is time for those."""
+    step, found, more = run.progress.step, {}, {}
+    due = lambda every: step % every == 0 or step == run.steps  # noqa: E731
+    if due(run.every):
         _check_finite(run)
         found, predictions = predict(run.tuning.model, run.spec, validation, run.plain)
-        run.predictions = run.progress.step, predictions
-        run.evaluations.append((run.progress.step, _turned(run.spec, found[run.spec.metric])))
-        _enter(run, report, {f"eval_{name}": value for name, value in found.items()})
+        run.predictions = step, predictions
+    if run.questions is not None and due(run.spec.writing.steps or run.every):
+        _check_finite(run)
+        written, samples = generate(run.tuning.model, run.spec, run.questions)
+        found, more = found | written, {"samples": samples}
+    if found:
+        _enter(run, report, {f"eval_{name}": value for name, value in found.items()} | more)
+    if (value := found.get(run.spec.metric)) is not None:
+        run.evaluations.append((step, _turned(run.spec, value)))
         if run.spec.train.schedule == PLATEAU:
-            run.tuning.schedule.step(found[run.spec.metric])
+            run.tuning.schedule.step(value)
 
 
 def _keep(run: Run, places: Path) -> None:
@@ -362,13 +378,15 @@ def _end(run: Run, validation: Rows, places: Path) -> tuple[TunedModel, dict[str
     if kept != progress.step:
         checkpoint.load_weights(tuning, checkpoint.place_of(places, kept))
     settled = settle(tuning.model, tuning.budget)
-    entries = [entry for entry in progress.history if "eval_loss" in entry and entry["step"] == kept]
-    known = settled is tuning.model and bool(entries)
+    entries = [entry for entry in progress.history if entry["step"] == kept and settled is tuning.model]
+    measured = next((entry for entry in entries if "eval_loss" in entry), None)
     step, predictions = run.predictions
-    if not known or (step != kept and spec.metric != "loss"):
+    if measured is None or (step != kept and spec.compared != "loss"):
         found, predictions = predict(settled, spec, validation, run.plain)
-    if known:
-        found = {name: entries[-1][f"eval_{name}"] for name in dict.fromkeys((spec.metric, "loss"))}
+    if measured is not None:
+        found = {name: measured[f"eval_{name}"] for name in dict.fromkeys((spec.compared, "loss"))}
+    more, generated = _answers(run, settled, entries)
+    found = more | found
     if predictions is not None and processes().is_main_process:
         save_predictions(predictions, places.parent)
     losses = [entry["loss"] for entry in progress.history if "loss" in entry]
@@ -383,7 +401,26 @@ def _end(run: Run, validation: Rows, places: Path) -> tuple[TunedModel, dict[str
             "rows": len(run.train.rows) if isinstance(run.train, Packed) else len(run.train),
         },
         "evaluations": {"kept": kept, "best": best, "value": _value(run, best)},
+        **generated,
     }
+
+
+def _answers(
+    run: Run, model: TunedModel, entries: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """The measures of what the kept state writes, and the count of its rows with samples.
+
+    Args:
+        entries: of the log, of that state.
+    """
+    if run.questions is None:
+        return {}, {}
+    entry = next((one for one in entries if "samples" in one), None)
+    if entry is None:
+        found, samples = generate(model, run.spec, run.questions)
+    else:
+        found, samples = {name: entry[f"eval_{name}"] for name in WRITTEN}, entry["samples"]
+    return found, {"generated": {"rows": len(run.questions.questions), "samples": samples}}
 
 
 def _value(run: Run, step: int | None) -> float | None:

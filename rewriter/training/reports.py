@@ -4,18 +4,21 @@ import contextlib
 import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 from ..errors import SpecError, SubspanError
 from ..spec import Spec
 from .parallel import processes
 
 LOG, TRACKED = "log.jsonl", "trackers"
+_SHOWN = 300  # characters of a text on the console
 
 
 class Interrupted(SubspanError):
@@ -130,13 +133,30 @@ class Report:
             return
         with self.file.open("a", encoding="utf-8") as out:
             out.write(json.dumps(entry) + "\n")
-        values = {key: value for key, value in entry.items() if key not in ("step", "epoch")}
+        values = {key: value for key, value in entry.items() if key not in ("step", "epoch", "samples")}
         shown = "  ".join(f"{key} {'no number' if one is None else f'{one:.4g}'}" for key, one in values.items())
         if self.bar.disable or "loss" not in entry:
             self.console.print(f"step {entry['step']}/{self.steps}  {shown}")
+        if entry.get("samples"):
+            self.console.print(_block(entry["samples"]), soft_wrap=False)
         self.bar.update(self.task, said=shown if "loss" in entry else "")
         for tracker in self.trackers:
-            tracker.log({k: v for k, v in entry.items() if k != "step"}, step=entry["step"])
+            tracker.log({k: v for k, v in entry.items() if k not in ("step", "samples")}, step=entry["step"])
+
+
+def _block(samples: Sequence[Mapping[str, Any]]) -> Table:
+    """Samples of what was written, one under the other; of a long text the end of a prompt, or the start."""
+    table = Table.grid(padding=(0, 2))
+    for i, one in enumerate(samples):
+        cut = "" if one["stopped"] else " ..."
+        long = len(one["prompt"]) > _SHOWN
+        asked = f"... {one['prompt'][-_SHOWN:]}" if long else one["prompt"]
+        rows = {"prompt": asked, "expected": one["expected"][:_SHOWN], "answer": one["answer"][:_SHOWN] + cut}
+        for name, text in rows.items():
+            table.add_row(Text(f"  {name}"), Text(text.strip()))
+        if i + 1 < len(samples):
+            table.add_row("", "")
+    return table
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -9,8 +9,9 @@ import torch
 import transformers as hf
 
 from rewriter import Session
-from rewriter.export.decoder import step
+from rewriter import greedy as decoding
 from rewriter.export.ship import load_tuned
+from rewriter.export.writing import of_file
 from tests.cases.tiny import GPT2, LLAMA, task_spec
 
 GEMMA = {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
@@ -27,13 +28,9 @@ NEW = 24
 
 def greedy(file, ids, mask):
     """(rows, NEW) the tokens that follow, by a session that keeps keys and values."""
-    session, past, found = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"]), None, []
-    for _ in range(NEW):
-        logits, past = step(session, {"input_ids": ids, "attention_mask": mask}, past)
-        ids = torch.from_numpy(logits[:, -1].argmax(-1))[:, None]
-        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-        found.append(ids.numpy())
-    return np.concatenate(found, axis=1)
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    rows = [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
+    return np.array([said.ids for said in decoding.greedy(*of_file(session)(rows), (), NEW)])
 
 
 def exported(folder, name):

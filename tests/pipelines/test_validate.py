@@ -78,7 +78,7 @@ GOLDEN = [
     ('epochs: 2', 'epochs: .nan', '17:17+4', 'train.epochs: should be a finite number, not nan'),
     ('batch_size: 8', 'batch_size: 8.5', '17:32+3', 'train.batch_size: should be a valid integer, not 8.5'),
     ('batch_size: 8', 'batch_size: true', '17:32+4', 'train.batch_size: should be a valid integer, not True'),
-    ('learning_rate: 1.0e-2', 'learning_rate: 1.0e-2, metric: bleu', '17:66+4', "train.metric: should be 'accuracy', 'f1', 'matthews_correlation', 'loss', 'micro_f1', 'macro_f1', 'mse', 'pearson', 'spearman', 'recall@1', 'recall@5', 'recall@10', 'exact_match' or 'perplexity', not 'bleu'"),
+    ('learning_rate: 1.0e-2', 'learning_rate: 1.0e-2, metric: meteor', '17:66+6', "train.metric: should be 'accuracy', 'f1', 'matthews_correlation', 'loss', 'micro_f1', 'macro_f1', 'mse', 'pearson', 'spearman', 'recall@1', 'recall@5', 'recall@10', 'exact_match', 'perplexity', 'rouge' or 'bleu', not 'meteor'"),
     ('learning_rate: 1.0e-2', 'learning_rate: 1.0e-2, metric: mse', '17:66+3', "train.metric: metric 'mse' does not fit sequence-classification: use one of accuracy, f1, matthews_correlation, loss"),
     ('train: {', 'limits: {trainable_parameters: 10}\ntrain: {', '17:32+2', 'limits.trainable_parameters: the plan has 512 parameters, more than the limit of 10 parameters'),
     ('train: {', 'limits: {trainable_parameters: lots}\ntrain: {', '17:32+4', 'limits.trainable_parameters: expected a count, or a share of all parameters such as 0.5%'),
