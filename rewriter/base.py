@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ import safetensors
 import transformers
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
+from transformers.utils import logging as hf_logging
 
 from .errors import SpecError, SubspanError
 from .files import read_json
@@ -19,7 +21,8 @@ from .resources import is_local
 
 NAME = ("model", "name")
 _INDEX = "model.safetensors.index.json"
-_OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".pkl", ".npz")
+GGUF = ".gguf"
+_OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", GGUF, ".pkl", ".npz")
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _WHOLE = ("BOOL", "I16", "U16", "I32", "U32", "I64", "U64")
 _QUANTISED = ("I8", "U8", "F8", "F4", "F6", "U4", "I4")
@@ -61,6 +64,25 @@ def _entries(value: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str
         for key, one in value.items():
             yield (*keys, str(key)), one
             yield from _entries(one, (*keys, str(key)))
+
+
+@contextlib.contextmanager
+def quiet(bars: bool = False) -> Iterator[None]:
+    """transformers' reports off: the plan says what is new, tuned and frozen.
+
+    Args:
+        bars: leave its progress bars.
+    """
+    level, shown = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.CRITICAL)
+    if not bars:
+        hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if shown:
+            hf_logging.enable_progress_bar()
 
 
 def config_of(location: str, revision: str) -> dict[str, Any]:
@@ -159,6 +181,8 @@ def _files(location: str, revision: str) -> list[Path] | None:
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     others = sorted(file.name for file in folder.iterdir() if file.name.endswith((*_OTHERS, ".safetensors")))
+    if others and others[0].endswith(GGUF):
+        raise SpecError(f"its weights are in a GGUF file; set model.gguf: {others[0]}", NAME)
     if others:
         said = f"its weights are in {others[0]}, not in model.safetensors; save it with transformers' save_pretrained"
         raise SpecError(said, NAME)

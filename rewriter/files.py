@@ -62,6 +62,11 @@ def _refuse(constant: str) -> float:
     raise ValueError(f"{constant} is no number of JSON")
 
 
+def cache_folder(name: str) -> Path:
+    """Where what takes long to make is kept: a folder in `$SUBSPAN_CACHE`, by default in `~/.cache/subspan`."""
+    return Path(os.environ.get("SUBSPAN_CACHE") or Path.home() / ".cache" / "subspan") / name
+
+
 def digest(file: Path) -> str:
     """SHA-256 of a file."""
     with file.open("rb") as data:

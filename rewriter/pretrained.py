@@ -1,7 +1,6 @@
 """The pretrained model that a spec names, through transformers: on the meta device for plans, with weights for runs."""
 
 import contextlib
-import logging
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -15,12 +14,12 @@ import transformers
 from accelerate.utils import set_seed
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
-from transformers.utils import logging as hf_logging
 
-from .base import NAME, check_config, config_of, others, own_type, stored, whole_numbers
+from .base import NAME, check_config, config_of, others, own_type, quiet, stored, whole_numbers
 from .errors import SpecError, SubspanError, UnreachableError, reason
+from .gguf import location_of
 from .graph.traced import Inputs, released
-from .resources import is_local, resolve
+from .resources import is_local
 from .spec import Data, Model, Spec
 from .tasks import Task, task_of
 from .tasks.base import Collate
@@ -62,7 +61,7 @@ def load_model(spec: Spec, meta: bool = False) -> Pretrained:
             or it does not fit its tokenizer.
     """
     written = spec.model
-    location, revision = resolve(written.name, NAME), written.revision or "main"
+    location, revision = location_of(written), written.revision or "main"
     written_out = meta and written.config is not None
     if not written_out and is_local(location) and not os.path.isdir(location):
         raise SpecError(f"no such folder: {written.name}", NAME)
@@ -254,7 +253,7 @@ def load_processor(spec: Spec, folder: str | None = None):
     """
     auto = getattr(transformers, spec.task.processor)
     options = {"trust_remote_code": spec.model.trust_remote_code, "revision": spec.model.revision or "main"}
-    place = folder or resolve(spec.model.name, NAME)
+    place = folder or location_of(spec.model)
     with quiet(), explained(spec.model, "tokenizer or processor"):
         processor = auto.from_pretrained(place, **options)
     if hasattr(processor, "pad_token"):
@@ -356,20 +355,6 @@ def _unreachable(error: BaseException | None) -> bool:
     while error and not isinstance(error, LocalEntryNotFoundError | ConnectionError):
         error = error.__cause__
     return error is not None
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """transformers' reports off: the plan says what is new, tuned and frozen."""
-    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity(logging.CRITICAL)
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(level)
-        if bars:
-            hf_logging.enable_progress_bar()
 
 
 def save_model(pretrained: Pretrained, folder: str) -> None:

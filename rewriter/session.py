@@ -19,11 +19,12 @@ from torch import Tensor
 
 from .adapters.store import check_tied, save_adapter
 from .adapters.ties import fingerprint
-from .base import NAME, identity
+from .base import identity
 from .data import Rows, check_length, digest_of, encode, load_rows, questions_of
 from .errors import SpecError, SubspanError, raise_all
 from .files import read_json, write_json, write_text
 from .folder import LOCK, MARKER, check_folder, claimed, clear, spec_of
+from .gguf import location_of
 from .graph.traced import Inputs, TracedModel
 from .passes.base import Context
 from .passes.manager import check_names
@@ -31,7 +32,6 @@ from .passes.manager import run as run_passes
 from .plan import Plan, plan
 from .plan.cost import StepCost, exceeded, saved_bytes, step_cost
 from .pretrained import Pretrained, check_missing, collator, load_model, positions, processor_of
-from .resources import resolve
 from .rewrite import rewrite
 from .smoke import small_model, small_spec
 from .spec import Spec, dump_spec, load_spec, located
@@ -247,7 +247,7 @@ class Session:
         spec = self.spec
         if spec.data is None:
             raise SpecError("'data' is missing: training needs it")
-        shapes, location = self.shapes()[1], resolve(spec.model.name, NAME)
+        shapes, location = self.shapes()[1], location_of(spec.model)
         processor = processor_of(spec, shapes)
         with tempfile.TemporaryDirectory(prefix="subspan-smoke-") as place, _aside(Path(place)):
             small_model(spec, shapes, processor, location, Path(place) / "model")
@@ -371,7 +371,7 @@ class Session:
 
     def _files(self) -> dict[str, str]:
         written = self.spec.model
-        return identity(resolve(written.name, NAME), written.revision or "main")
+        return identity(location_of(written), written.revision or "main")
 
     def _choose(
         self, job: Job, traced: TracedModel, found: Plan, resumed: Path | None

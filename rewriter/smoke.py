@@ -93,7 +93,7 @@ def small_spec(spec: Spec, folder: Path) -> Spec:
         "class_weights": None if train.class_weights == "balanced" else train.class_weights,
         "precision": "float32" if halves else train.precision,
     }
-    model = spec.model.model_copy(update={"name": str(folder), "revision": None, "config": None, "dtype": None})
+    model = spec.model.model_copy(update=dict.fromkeys(("gguf", "revision", "config", "dtype")) | {"name": str(folder)})
     small = spec.model_copy(
         update={
             "model": model,

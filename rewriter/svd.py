@@ -2,14 +2,12 @@
 
 import contextlib
 import hashlib
-import os
 import warnings
-from pathlib import Path
 
 import torch
 
 from .errors import SubspanError
-from .files import aside, load_tensors, save_tensors
+from .files import aside, cache_folder, load_tensors, save_tensors
 from .transforms import decompose
 
 
@@ -22,8 +20,7 @@ def cached_svd(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     data = weight.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{data.dtype}{tuple(data.shape)}".encode())
     digest.update(data.view(torch.uint8).numpy())
-    root = Path(os.environ.get("SUBSPAN_CACHE") or Path.home() / ".cache" / "subspan")
-    file = root / "svd" / f"{digest.hexdigest()}.safetensors"
+    file = cache_folder("svd") / f"{digest.hexdigest()}.safetensors"
     try:
         factors = load_tensors(file)
         if wrong := _wrong(data, factors):

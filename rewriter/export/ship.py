@@ -403,7 +403,7 @@ def _rows(
 
 def load_merged(spec: Spec, folder: Path) -> Pretrained:
     """The checkpoint as anyone would load it."""
-    model = spec.model.model_copy(update={"name": str(folder.absolute()), "revision": None})
+    model = spec.model.model_copy(update={"name": str(folder.absolute()), "gguf": None, "revision": None})
     return load_model(spec.model_copy(update={"model": model}))
 
 

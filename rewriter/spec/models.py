@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -43,6 +44,7 @@ class Model(Strict):
     """The pretrained model to adapt."""
 
     name: str = Field(min_length=1, description="a hub id, a local folder, or package://<package>/<folder>")
+    gguf: str | None = Field(None, min_length=1, description="a GGUF file in it, which is read instead of safetensors")
     task: Literal[tuple(TASKS)] = Field(description="decides the head, the loss and the metric")
     task_options: dict[str, Any] = Field(default_factory=dict, description="of the task; docs/tasks.md has them")
     labels: list[str | int] | None = Field(None, min_length=1, description="class names in order; default: the model's")
@@ -62,6 +64,19 @@ class Model(Strict):
         if len(set(names)) < len(names):
             raise ValueError("labels must differ from each other")
         return names
+
+    @field_validator("gguf")
+    @classmethod
+    def _inside(cls, gguf: str | None) -> str | None:
+        if gguf is not None and ("\0" in gguf or PurePath(gguf).is_absolute() or ".." in PurePath(gguf).parts):
+            raise ValueError("expected the name of a file in the model's folder, or a relative path in it")
+        return gguf
+
+    @model_validator(mode="after")
+    def _alone(self) -> "Model":
+        if self.gguf is not None and self.config is not None:
+            raise SpecError("a GGUF file has the model's config in it", ("model", "config"), at_key=True)
+        return self
 
     @model_validator(mode="after")
     def _options(self) -> "Model":

@@ -30,7 +30,7 @@ GOLDEN = [
     ('version: 1', 'version: 1\n<<: {a: 1}', '2:1+2', 'merge keys (<<) are not read: write the keys out'),
     ('version: 1', '- version', '2:1+1', "broken YAML: expected <block end>, but found '?'"),
     ('version: 1', 'version: 1\n? [a]\n: b', '2:3+3', 'a key must be plain text'),
-    ('name: MODEL', 'nmae: x', '3:3+4', "model.nmae: unknown key 'nmae'; did you mean 'name'? (known: name, task, task_options, labels, dtype, revision, config, trust_remote_code)"),
+    ('name: MODEL', 'nmae: x', '3:3+4', "model.nmae: unknown key 'nmae'; did you mean 'name'? (known: name, gguf, task, task_options, labels, dtype, revision, config, trust_remote_code)"),
     ('task: sequence-classification', 'task: sequence-clasification', '4:9+22', "model.task: should be 'sequence-classification', 'multi-label-classification', 'regression', 'token-classification', 'image-classification', 'sentence-embedding', 'question-answering', 'causal-lm' or 'seq2seq-lm', not 'sequence-clasification'"),
     ('labels: [negative, positive]', 'labels: [positive, positive]', '5:11+20', 'model.labels: labels must differ from each other'),
     ('task: sequence-classification', 'task: regression', '5:3+6', 'model.labels: regression has no labels'),
