@@ -2,16 +2,22 @@
 
 import contextlib
 import hashlib
+import inspect
 import io
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import datasets
 from PIL import Image
 
 from .errors import SpecError, reason
+from .files import aside, cache_folder, read_json, write_json
 from .sources import bars, read
 from .spec import Data, Spec, Turns
 from .tasks import (
@@ -29,6 +35,8 @@ from .tasks import (
 
 _DATA = ("data",)
 _SHOWN = 5
+_FEW = 1000  # Rows that are encoded faster than they are read again.
+_SAID = "notes.json"
 
 
 @dataclass
@@ -226,15 +234,60 @@ def encode(
     reading = Reading(
         data.columns, rows.features, processor, labels, data.max_length, data.long, data.loss, *turn_names(data)
     )
+    notes = [] if notes is None else notes
+    place = _kept(spec, rows, reading)
+    if place is not None and (there := _reread(place, notes)) is not None:
+        return there
     with bars():
         try:
-            found = spec.task.encode(rows, reading, [] if notes is None else notes)
+            found = spec.task.encode(rows, reading, notes)
         except Exception as error:
             if type(error) is not Exception:  # As tokenizers raises, of an unknown word, say.
                 raise
             raise SpecError(f"its tokenizer can't read the rows: {reason(error)}", ("model", "name")) from None
     if len(found) == 0:
         raise SpecError(f"none of {len(rows)} rows has anything to learn from", _DATA)
+    if place is not None:
+        with contextlib.suppress(OSError), bars():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with aside(place) as (new,):
+                found.save_to_disk(new)
+                write_json(new / _SAID, {"notes": notes})
+    return found
+
+
+def _kept(spec: Spec, rows: datasets.Dataset, reading: Reading) -> Path | None:
+    """Where encoded rows are kept: named by all that decides what they are, the rows, the tokenizer and its template,
+    the options, and the code; None where they are not kept: of a tokenizer that can't be written down, or of few."""
+    core = getattr(reading.processor, "backend_tokenizer", None)
+    if core is None or len(rows) < _FEW:
+        return None
+    processor = [core.to_str(), reading.processor.chat_template, reading.processor.special_tokens_map]
+    options = [spec.model.task, spec.model.task_options, dict(reading.columns), list(reading.labels), reading.length]
+    options += [reading.long, reading.loss, dict(reading.turns), dict(reading.spoken)]
+    found = hashlib.sha256(json.dumps([processor, options, digest_of(rows), _code()], default=str).encode())
+    return cache_folder("encoded") / found.hexdigest()
+
+
+@cache
+def _code() -> str:
+    """Of what encodes: the tasks' own files, and the libraries."""
+    found = hashlib.sha256()
+    for file in sorted(Path(inspect.getfile(Reading)).parent.glob("*.py")):
+        found.update(file.read_bytes())
+    return " ".join(
+        [found.hexdigest(), *(f"{name} {version(name)}" for name in ("transformers", "tokenizers", "datasets"))]
+    )
+
+
+def _reread(place: Path, notes: list[str]) -> datasets.Dataset | None:
+    """Encoded rows that are kept, with what there was to say of them; None where there are none that can be read."""
+    try:
+        with bars():
+            found = datasets.load_from_disk(place)
+        notes += read_json(place / _SAID)["notes"]
+    except Exception:  # Of files that are not there, or broken: they are made again.
+        return None
     return found
 
 

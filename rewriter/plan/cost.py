@@ -60,12 +60,17 @@ def exceeded(limits: Limits, plan: Plan, step: StepCost | None = None) -> list[S
         (name, getattr(plan, name), limits.parameters(name, plan.total_parameters), "{:,.0f} parameters")
         for name in ("trainable_parameters", "head_parameters")
     ]
+    again = ""
     if step:
-        again = f" with {step.layers} layers computed again" if step.layers else ""
-        measured.append(("activation_memory", step.activations, limits.activations, "{:,.0f} bytes" + again))
+        again = f", even with all {step.layers} layers computed again" if step.layers else ""
+        measured.append(("activation_memory", step.activations, limits.activations, "{:,.0f} bytes"))
         measured.append(("overhead_flops", step.overhead, limits.overhead, "{:.2%}"))
     return [
-        SpecError(f"the plan has {shown.format(value)}, more than the limit of {shown.format(limit)}", ("limits", name))
+        SpecError(
+            f"the plan has {shown.format(value)}, more than the limit of {shown.format(limit)}"
+            + again * (name == "activation_memory"),
+            ("limits", name),
+        )
         for name, value, limit, shown in measured
         if limit is not None and value > limit
     ]
