@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.utils import ModelOutput
 
+from .chats import text_reader, turns_made
 from .data import turn_names
-from .errors import SubspanError, reason
+from .errors import SpecError, SubspanError, reason
 from .export.choose import SHIPPED
 from .export.encoder_decoder import FILES
 from .export.ship import load_merged, load_tuned, longest_of
@@ -22,7 +23,7 @@ from .export.writing import of_file, of_model, of_parts, rereading
 from .greedy import Opening, greedy
 from .pretrained import Pretrained, ends_of, load_model, load_processor, processor_of, set_ends
 from .sources import bars
-from .spec import Spec
+from .spec import Data, Spec
 from .tasks import turns_of
 from .tasks.base import Reading
 from .tuned import TunedModel
@@ -82,7 +83,9 @@ def rows_of(spec: Spec, lines: Iterable[str]) -> list[dict[str, Any]]:
             except ValueError as error:
                 raise SubspanError(f"row {number} is no JSON: {reason(error)}") from None
         else:
-            row = {needed[0]: line}
+            row = line if spec.data and len(spec.data.asked) == 1 else {needed[0]: line}
+        if spec.data and spec.data.chat and not (isinstance(row, dict) and set(row) <= {*needed, *optional}):
+            row = {needed[0]: _made(spec.data, row, number)}
         fits = set(needed) <= set(row) <= {*needed, *optional}
         if not fits and columns and {columns[name] for name in needed} <= set(row):
             row = {name: row[columns[name]] for name in [*needed, *optional] if columns.get(name) in row}
@@ -99,6 +102,19 @@ def rows_of(spec: Spec, lines: Iterable[str]) -> list[dict[str, Any]]:
                 raise SubspanError(f"row {number}: {name} is {json.dumps(value)[:40]}, no {_CELLS[kind][0]}")
         rows.append(row)
     return rows
+
+
+def _made(data: Data, row: Any, number: int) -> list[dict[str, str]]:
+    """The turns that a row's columns are put in, or a text, which is the cell of the only column that is asked of."""
+    cells = {data.asked[0]: row} if isinstance(row, str) else row
+    if missing := [column for column in data.asked if column not in cells]:
+        like = json.dumps(dict.fromkeys(data.asked, "..."))
+        raise SubspanError(f"row {number} has no {', '.join(missing)}; data.chat asks of {like}")
+    try:
+        known = {one: text_reader(one, data.reads[one], data)(number, cells[one]) for one in data.asked}
+    except SpecError as error:
+        raise SubspanError(error.message) from None
+    return turns_made(data, known, asked=True)
 
 
 def _asked(spec: Spec, value: Any, number: int) -> list[dict[str, Any]]:

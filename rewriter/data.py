@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from PIL import Image
 
+from .chats import with_turns
 from .errors import SpecError, reason
 from .files import aside, cache_folder, read_json, write_json
 from .sources import bars, read
 from .spec import Data, Spec, Turns
+from .spec.data import Part
 from .tasks import (
     TASKS,
     Question,
@@ -30,13 +33,17 @@ from .tasks import (
     check_turns,
     columns_error,
     fits,
+    objects_of,
     task_of,
+    turns_of,
+    words,
 )
 
 _DATA = ("data",)
 _SHOWN = 5
 _FEW = 1000  # Rows that are encoded faster than they are read again.
 _SAID = "notes.json"
+PART = "part"  # No role is called so.
 
 
 @dataclass
@@ -58,13 +65,95 @@ def load_rows(spec: Spec, labels: list[str]) -> Rows:
         SpecError: at the place in the spec that does not fit: no data, no such file or column, nothing left after the
             filter, too few rows to split, a label outside `labels`.
     """
-    data = spec.data
-    if data is None:
+    if spec.data is None:
         raise SpecError("'data' is missing: training needs it")
-    texts = [column for role, column in data.columns.items() if spec.task.roles[role].kind in ("text", "label")]
+    if spec.data.mixture is None:
+        return _rows(spec, _parts(spec, labels))
+    return _rows(spec, _mixed(spec, labels))
+
+
+def _parts(spec: Spec, labels: list[str]) -> dict[str, datasets.Dataset]:
+    """The parts of what is one data set, filtered and checked: before a split or a limit hides some of it, and while
+    rows have the numbers that they have in the file."""
+    data, roles = spec.data, spec.task.roles
+    texts = [column for role, column in data.columns.items() if roles[role].kind in ("text", "label")]
     with _decoded():
-        parts = {name: _own(spec, _filter(part, data, name)) for name, part in read(data, texts).items()}
-        return _rows(spec, parts, labels)
+        found = read(data, [*texts, *(column for column, place in data.reads.items() if place[0] == "chat")])
+        parts = {name: _own(spec, with_turns(_filter(part, data, name), data)) for name, part in found.items()}
+        for part in parts.values():
+            if len(part):
+                _check_rows(spec, part, labels)
+        _check_labels(spec, parts, labels)
+    return parts
+
+
+def _mixed(spec: Spec, labels: list[str]) -> dict[str, datasets.Dataset]:
+    """The parts of a mixture, one after the other, columns called as their roles; `PART` says which one a row is of."""
+    mixed: dict[str, list[datasets.Dataset]] = {}
+    for i, one in enumerate(spec.data.mixture):
+        alone = spec.model_copy(update={"data": spec.data.of_part(one)})
+        with _at_part(i):
+            for name, part in _parts(alone, labels).items():
+                if len(part):
+                    mixed.setdefault(name, []).append(_like_others(alone, part).add_column(PART, [i] * len(part)))
+    try:
+        return {name: datasets.concatenate_datasets(some) for name, some in mixed.items()}
+    except (ValueError, TypeError) as error:
+        said = f"its parts hold different things in columns of one role: {reason(error)}"
+        raise SpecError(said, ("data", "mixture")) from None
+
+
+@contextlib.contextmanager
+def _at_part(i: int) -> Iterator[None]:
+    """Mistakes of the data as those of a part of its mixture."""
+    try:
+        yield
+    except SpecError as error:
+        own = len(error.path) > 1 and error.path[0] == "data" and error.path[1] in Part.model_fields
+        path = ("data", "mixture", i, *error.path[1:]) if own else error.path
+        raise type(error)(error.message, path, error.at_key) from None
+
+
+def _like_others(spec: Spec, part: datasets.Dataset) -> datasets.Dataset:
+    """Columns called as their roles: texts as texts, turns and tools as JSON, in the words of templates."""
+    columns, made = spec.data.columns, {}
+    for role, column in columns.items():
+        kind = spec.task.roles[role].kind
+        if kind == "messages":
+            made[role] = [json.dumps(turns_of(cell, *turn_names(spec.data))) for cell in part[column]]
+        elif kind == "tools":
+            made[role] = [json.dumps(objects_of(cell)) for cell in part[column]]
+        elif kind == "text":
+            made[role] = words(part[column])
+    kept = {role: column for role, column in columns.items() if role not in made}
+    if len(set(kept.values())) < len(kept):
+        raise SpecError("each role has a column of its own in a mixture", ("data", "columns"))
+    pieces = (
+        [part.select_columns(list(kept.values())).rename_columns({kept[role]: role for role in kept})] if kept else []
+    )
+    if made:
+        texts = datasets.Features(dict.fromkeys(made, datasets.Value("large_string")))
+        pieces.append(datasets.Dataset.from_dict(made, texts))
+    return datasets.concatenate_datasets(pieces, axis=1)
+
+
+def _weighted(train: datasets.Dataset, data: Data) -> datasets.Dataset:
+    """Rows of the parts of a mixture, in the shares that its weights are: so many that every row is there, and those of
+    parts that are too small for their share several times; or as many as `limit.train` says, chosen at random."""
+    part, seed = np.array(train[PART]), data.split.seed if data.split else 0
+    weights = np.array([one.weight for one in data.mixture])
+    counts = np.bincount(part, minlength=len(weights))
+    for i in np.flatnonzero(counts == 0):
+        raise SpecError("no rows of training data are left of it", ("data", "mixture", int(i)))
+    shares = weights / weights.sum()
+    most = int((counts / shares).max())
+    total = min(most, data.limit.train or most)
+    ends = np.round(np.cumsum([0, *shares]) * total).astype(int)
+    chosen, generator = [], np.random.default_rng(seed)
+    for i, wanted in enumerate(np.diff(ends)):
+        own = np.flatnonzero(part == i)
+        chosen += [generator.permutation(own)[: min(wanted - start, len(own))] for start in range(0, wanted, len(own))]
+    return train.select(np.sort(np.concatenate(chosen)))
 
 
 @contextlib.contextmanager
@@ -77,16 +166,11 @@ def _decoded() -> Iterator[None]:
         raise SpecError(f"{said}; set data.options: {{encoding: ...}}", ("data", "files")) from None
 
 
-def _rows(spec: Spec, parts: dict[str, datasets.Dataset], labels: list[str]) -> Rows:
-    """The parts, checked, split and limited."""
+def _rows(spec: Spec, parts: dict[str, datasets.Dataset]) -> Rows:
+    """The parts, split and limited."""
     data = spec.data
     if "train" not in parts:
         raise SpecError(f"no split 'train', only {', '.join(parts)}", _DATA)
-    # Before a split or a limit hides some of it, and while rows have the numbers that they have in the file.
-    for part in parts.values():
-        if len(part):
-            _check_rows(spec, part, labels)
-    _check_labels(spec, parts, labels)
     if data.split:
         held = data.split.validation
         rows, share = len(parts["train"]), isinstance(held, float)
@@ -100,21 +184,22 @@ def _rows(spec: Spec, parts: dict[str, datasets.Dataset], labels: list[str]) -> 
         raise SpecError(
             "no validation data: add `split: {validation: 0.1}`, or `files: {train: ..., validation: ...}`", _DATA
         )
-    train, validation = (
-        _limit(parts[name], getattr(data.limit, name), data.split.seed if data.split else 0)
-        for name in ("train", "validation")
-    )
-    for name, part in (("train", train), ("validation", validation)):
-        if len(part) == 0:
+    for name in ("train", "validation"):
+        if len(parts[name]) == 0:
             raise SpecError(f"no rows of {name} data", _DATA)
-    return Rows(train, validation)
+    seed, found = data.split.seed if data.split else 0, []
+    for name in ("train", "validation"):
+        weighted = name == "train" and data.mixture is not None and data.mixture[0].weight is not None
+        part = _weighted(parts[name], data) if weighted else _limit(parts[name], getattr(data.limit, name), seed)
+        found.append(part.remove_columns(PART) if data.mixture else part)
+    return Rows(*found)
 
 
 def _filter(part: datasets.Dataset, data: Data, name: str) -> datasets.Dataset:
     for column in data.where:
         _check_column(part, column, ("data", "where", column), at_key=True)
-    for role, column in data.columns.items():
-        _check_column(part, column, ("data", "columns", role))
+    for column, place in data.reads.items():
+        _check_column(part, column, ("data", *place))
     if not data.where:
         return part
     keep = range(len(part))

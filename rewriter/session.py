@@ -227,7 +227,7 @@ class Session:
         spec = self.spec
         labels = self.shapes()[1].labels
         key = f"{spec.model.task} {spec.model.task_options} {labels} {spec.data and spec.data.model_dump_json()}"
-        if spec.data and spec.data.files is not None and key not in self._checked:
+        if spec.data and all(one.files is not None for one in spec.data.sources) and key not in self._checked:
             load_rows(spec, labels)
             self._checked.add(key)
 

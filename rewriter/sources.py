@@ -19,6 +19,7 @@ from datasets.data_files import DataFilesDict, DataFilesList
 from .errors import SpecError, SubspanError, UnreachableError, reason
 from .resources import existing
 from .spec import Data
+from .spec.data import Source
 
 # format -> class, as `datasets` has them
 BUILDERS = {
@@ -60,7 +61,7 @@ def read(data: Data, texts: Collection[str] = ()) -> dict[str, datasets.Dataset]
 
 def absent(data: Data) -> str | None:
     """What to say of the first file of a data section that is not on this disk; None where all are, or a hub has it."""
-    for file in (file for some in _named(data).values() for file in some):
+    for file in (file for one in data.sources for some in _named(one).values() for file in some):
         try:
             existing(file, _FILES)
         except SpecError as error:
@@ -68,7 +69,7 @@ def absent(data: Data) -> str | None:
     return None
 
 
-def _named(data: Data) -> dict[str, list[str]]:
+def _named(data: Source) -> dict[str, list[str]]:
     """Part -> its files, as they are written; empty for a hub's data set."""
     given = data.files if isinstance(data.files, dict) else {"train": data.files}
     return {name: [some] if isinstance(some, str) else some for name, some in given.items() if some is not None}
@@ -117,7 +118,7 @@ def _as_written(data: Data, texts: Collection[str]) -> dict[str, Any]:
     given = {"converters": dict.fromkeys(texts, str)}
     if {"keep_default_na", "na_values"} & data.options.keys():
         return given
-    others = {column: _MISSING for column in (*data.columns.values(), *data.where) if column not in texts}
+    others = {column: _MISSING for column in (*data.reads, *data.where) if column not in texts}
     return given | {"keep_default_na": False, "na_values": {**others, **{column: [""] for column in texts}}}
 
 
@@ -135,10 +136,10 @@ def _check_fields(file: str, options: Mapping[str, Any]) -> None:
 
 def _check_twice(data: Data, names: Sequence[str]) -> None:
     """Refuse a csv file with two columns of a name that is read: pandas calls the second one `name.1`."""
-    for role, column in data.columns.items():
+    for column, place in data.reads.items():
         if data.format == "csv" and f"{column}.1" in names:
             said = f"two columns are called {column!r}, or one {column + '.1'!r}: which one is meant? Rename one"
-            raise SpecError(said, ("data", "columns", role))
+            raise SpecError(said, ("data", *place))
 
 
 @cache

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from ..files import read_json
 from ..resources import PACKAGE, is_local
 from ..spec import Spec
+from ..spec.data import Source
 from . import compare
 from .listing import listing, markdown, where
 
@@ -51,11 +52,7 @@ def card(
     )
     own = metrics.get("validation", {}).get(spec.metric) if spec.data else None
     base, hub = spec.model.name, not is_local(spec.model.name) and not spec.model.name.startswith(PACKAGE)
-    data = (
-        [EvalResult(spec.task.tag, spec.data.format or "other", _named(spec), spec.metric, own)]
-        if own is not None
-        else None
-    )
+    data = [EvalResult(spec.task.tag, _format(spec), _named(spec), spec.metric, own)] if own is not None else None
     header = ModelCardData(
         model_name=run.resolve().name,
         base_model=base if hub else None,
@@ -100,7 +97,8 @@ def _tuned(spec: Spec) -> dict[str, str]:
     found = {"rules": "; ".join(f"`{rule.target}`: {steps(rule)}" for rule in spec.rules)}
     if spec.data:
         limit = {f"{part} rows": n for part, n in spec.data.limit.model_dump().items() if n is not None}
-        some = {**spec.data.where, **limit}
+        where = {name: value for one in spec.data.sources for name, value in one.where.items()}
+        some = {**where, **limit}
         found["data"] = _named(spec) + "".join(f"; {name}: {value}" for name, value in some.items())
         found["longest text"] = f"{spec.data.max_length} tokens"
     train = spec.train
@@ -109,12 +107,23 @@ def _tuned(spec: Spec) -> dict[str, str]:
     return found
 
 
+def _format(spec: Spec) -> str:
+    formats = {one.format for one in spec.data.sources}
+    return (formats.pop() if len(formats) == 1 else None) or "other"
+
+
 def _named(spec: Spec) -> str:
     """What the data is called, without folders of the machine it was on."""
-    given = spec.data.name or spec.data.files
+    return " + ".join(map(_called, spec.data.sources))
+
+
+def _called(source: Source) -> str:
+    if source.name is not None:
+        return source.name
+    given = source.files
     files = [given] if isinstance(given, str) else list(given.values()) if isinstance(given, dict) else list(given)
     flat = [one for some in files for one in ([some] if isinstance(some, str) else some)]
-    return ", ".join(dict.fromkeys(Path(one).name for one in flat)) if spec.data.name is None else spec.data.name
+    return ", ".join(dict.fromkeys(Path(one).name for one in flat))
 
 
 def _files(found: Mapping[str, Any]) -> list[str]:

@@ -1,7 +1,8 @@
 """Specs: their models, how they are read, and what is said of mistakes in them."""
 
+from .data import Data, Turns, filled
 from .limits import Limits
-from .models import Data, Model, Passes, Rule, Spec, Train, Turns, link_model
+from .models import Model, Passes, Rule, Spec, Train, link_model
 from .read import decisive, dump_spec, is_dump, load_spec, load_specs, located, warned
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Turns",
     "decisive",
     "dump_spec",
+    "filled",
     "is_dump",
     "link_model",
     "load_spec",

@@ -24,7 +24,8 @@ from pydantic_core import PydanticCustomError
 from ..errors import SpecError, SubspanError
 from ..tasks import TASKS, Task, task_of
 from ..transforms import TRANSFORMS, Transform
-from .limits import Limits, Strict
+from .data import Data
+from .limits import Count, Limits, Scalar, Seed, Strict
 
 METRICS = tuple(dict.fromkeys(metric for name in TASKS for metric in task_of(name).metrics))
 SCHEDULES = (
@@ -36,8 +37,6 @@ VARIANTS = (
     "float32", "float32-fused", "float16", "float16-fused", "bfloat16", "int8", "int8-dynamic", "int4",
 )  # fmt: skip
 Dtype = Literal["float32", "bfloat16", "float16"]
-Count = Annotated[int, Field(ge=1, le=2**53)]
-Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 
 
 class Model(Strict):
@@ -90,77 +89,6 @@ class Model(Strict):
                 has = f"has {', '.join(known)}" if known else "has none"
                 raise SpecError(f"unknown key {first['loc'][0]!r}; {self.task} {has}", place, at_key=True) from None
             raise SpecError(f"{message}, not {first['input']!r}", place) from None
-        return self
-
-
-class Split(Strict):
-    """A share of the training data held out."""
-
-    validation: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] = Field(
-        description="rows (an integer) or share (a fraction) to hold out"
-    )
-    seed: Seed = Field(0, description="seed of the shuffle before the split")
-
-
-class Limit(Strict):
-    """At most so many rows."""
-
-    train: Count | None = Field(None, description="rows of training data; default: all")
-    validation: Count | None = Field(None, description="rows of validation data; default: all")
-
-
-Files = str | list[str]
-Scalar = str | int | float | bool | None
-# What `datasets` reads from files, less the formats that run queries or load pickles.
-Format = Literal["csv", "json", "parquet", "arrow", "text", "imagefolder"]
-
-
-class Turns(Strict):
-    """How a column writes turns, where it is not as templates do, e.g. {role: from, content: value}."""
-
-    role: str = Field("role", min_length=1, description="what a turn's role is called")
-    content: str = Field("content", min_length=1, description="what its text is called")
-    roles: dict[str, str] = Field(default_factory=dict, description="role as written -> role as templates call it")
-
-
-class Data(Strict):
-    """The data set, as `datasets.load_dataset` reads it."""
-
-    format: Format | None = Field(None, description="how `files` are read")
-    options: dict[str, Scalar | list[Scalar]] = Field(
-        default_factory=dict, description="of that reader, e.g. {sep: ';', column_names: [id, label, text]} for csv"
-    )
-    files: Files | dict[Literal["train", "validation"], Files] | None = Field(
-        None, description="paths or package:// resources, or {train: ..., validation: ...}"
-    )
-    name: str | None = Field(None, description="hub id of a data set, instead of `format` and `files`")
-    config: str | None = Field(None, description="configuration of the hub data set")
-    where: dict[str, str | int | float | bool | list[str | int]] = Field(
-        default_factory=dict, description="keep rows whose column equals the value, or is in the list"
-    )
-    split: Split | None = Field(None, description="hold out a part of the training data")
-    limit: Limit = Field(Limit(), description="use only so many rows, after filter and split")
-    columns: dict[str, str] = Field(description="role -> column; which roles there are, the task says")
-    max_length: Count = Field(128, le=2**20, description="longest sequence, in tokens")
-    long: Literal["truncate", "split", "refuse"] = Field(
-        "truncate", description="what becomes of longer texts; `split`: several rows"
-    )
-    turns: Turns | None = Field(None, description="how turns are written; default: {role: ..., content: ...}")
-    template: str | None = Field(
-        None, min_length=1, description="chat template, or a file of one; default: the tokenizer's"
-    )
-    loss: Literal["assistant", "completion", "all"] | None = Field(
-        None, description="which tokens are learnt; default: the assistant's turns, or the completion, or else all"
-    )
-
-    @model_validator(mode="after")
-    def _source(self) -> "Data":
-        if (self.files is None) == (self.name is None):
-            raise ValueError("give either `format` and `files`, or `name` of a hub data set")
-        if self.files is not None and self.format is None:
-            raise ValueError("`files` needs a `format`, e.g. csv")
-        if clash := {"data_files", "data_dir", "name", "path", "split", "trust_remote_code"} & self.options.keys():
-            raise ValueError(f"`options` are of the format's reader; it has no {min(clash)!r}")
         return self
 
 
@@ -352,7 +280,7 @@ class Spec(Strict):
     @model_validator(mode="after")
     def _metric(self) -> "Spec":
         if self.data:
-            _check_columns(self.task, self.columns)
+            _check_source(self.task, self.data)
         known = self.task.metrics_of(self.columns)
         _check_writing(self.task, self.train, self.columns)
         if self.train.metric and self.train.metric not in known:
@@ -423,35 +351,45 @@ def _check_writing(task: Task, train: Train, columns: Mapping[str, str]) -> None
             raise SpecError(f"{said}: use one of {', '.join(task.metrics_of(columns))}", ("train", "metric"))
 
 
+def _check_source(task: Task, data: Data) -> None:
+    """Chats are made for tasks that read them, and the columns are those that the task reads."""
+    for i, source in enumerate(data.sources):
+        place = ("data", "mixture", i) if data.mixture else ("data",)
+        if source.chat and "messages" not in task.roles:
+            raise SpecError(f"{task.name} reads no chats", (*place, "chat"), at_key=True)
+        _check_columns(task, source.columns, (*place, "columns"))
+
+
 def _check_chat(task: Task, data: Data | None) -> None:
     """What says how texts become tokens is for tasks that read it, and for the columns that it is of."""
     if data is None:
         return
-    given = {
-        key for key in ("long", "turns", "template", "loss") if getattr(data, key) != Data.model_fields[key].default
-    }
-    for key in sorted(given):
-        if (why := task.useless(key, getattr(data, key), data.columns)) is not None:
+    for key in ("long", "template", "loss"):
+        value = getattr(data, key)
+        if value != Data.model_fields[key].default and (why := task.useless(key, value, data.columns)) is not None:
             raise SpecError(why, ("data", key), at_key=True)
+    for i, source in enumerate(data.sources):
+        if source.turns is not None and (why := task.useless("turns", source.turns, source.columns)) is not None:
+            raise SpecError(why, ("data", "mixture", i, "turns") if data.mixture else ("data", "turns"), at_key=True)
 
 
-def _check_columns(task: Task, columns: dict[str, str]) -> None:
+def _check_columns(task: Task, columns: Mapping[str, str], place: tuple[str | int, ...]) -> None:
     required = [role for role, one in task.roles.items() if one.required]
     known = [*required, *(role for role in task.roles if role not in required)]
     for role in columns:
         if role not in known:
             raise SpecError(
                 f"unknown key {role!r}{nearest(role, known)}; {task.name} reads {', '.join(known)}",
-                ("data", "columns", role),
+                (*place, role),
                 at_key=True,
             )
     for role in required:
         if role not in columns:
             needs = f"{task.name} needs the columns {', '.join(required)}"
-            raise SpecError(f"{role!r} is missing: {needs}", ("data", "columns"))
+            raise SpecError(f"{role!r} is missing: {needs}", place)
     if task.ways and not any(set(way) == columns.keys() for way in task.ways):
         ways = ", or ".join(" and ".join(way) for way in task.ways)
-        raise SpecError(f"{task.name} reads {ways}; not {', '.join(columns)}", ("data", "columns"))
+        raise SpecError(f"{task.name} reads {ways}; not {', '.join(columns)}", place)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -162,7 +162,8 @@ def dump_spec(spec: Spec) -> str:
 
 def decisive(spec: Spec) -> dict[str, Any]:
     """What of a spec decides what is tuned: less where the model and the data lie, what is exported, and notes."""
-    left_out = {"export": True, "meta": True, "limits": True, "model": {"name", "gguf", "revision"}, "data": {"files"}}
+    left_out = {"export": True, "meta": True, "limits": True, "model": {"name", "gguf", "revision"}}
+    left_out["data"] = {"files": True, "mixture": {"__all__": {"files"}}}
     return spec.model_dump(mode="json", by_alias=True, exclude=left_out)
 
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from .base import IGNORED, Criterion, Options, Question, Reading, Role, Task
-from .cells import check_readings, check_texts, columns_error, fits
-from .chat import check_turns, turns_of
+from .cells import check_readings, check_texts, columns_error, fits, words
+from .chat import check_turns, objects_of, turns_of
 
 # name -> class
 TASKS = {
@@ -51,6 +51,8 @@ __all__ = [
     "check_turns",
     "columns_error",
     "fits",
+    "objects_of",
     "task_of",
     "turns_of",
+    "words",
 ]

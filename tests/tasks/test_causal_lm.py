@@ -157,7 +157,7 @@ def test_a_run_of_chats_asks_by_the_template(tmp_path):
         written = json.loads((tmp_path / "run" / "merged" / f"{name}.json").read_text())
         assert written["eos_token_id"] == tokenizer.sep_token_id
     written = json.loads((tmp_path / "run" / "onnx" / "genai_config.json").read_text())
-    assert tokenizer.sep_token_id in written["model"]["eos_token_id"]
+    assert written["model"]["eos_token_id"] == tokenizer.sep_token_id
     ids = torch.tensor([tokenizer("[CLS] user good film [SEP] [CLS] assistant", add_special_tokens=False)["input_ids"]])
     start = ids.shape[1]
     for _ in range(3):
