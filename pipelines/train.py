@@ -45,7 +45,10 @@ def train(
         if not MAIN:
             return
         name = session.spec.metric
-        facts = {f"validation {name}": figure(metrics["validation"][name]), **kept(metrics, name)}
+        before = {
+            f"{name} before": figure(value) for value in [metrics.get("before", {}).get(name)] if value is not None
+        }
+        facts = {**before, f"validation {name}": figure(metrics["validation"][name]), **kept(metrics, name)}
         command = " ".join(["python pipelines/export.py", shlex.quote(str(out)), *_files(session.plan())])
         print_summary("tuned", {**facts, "adapter": out / "adapter", "export it": command}, console)
 

@@ -74,7 +74,9 @@ def card(
     lines += [f"| {name} | {value} |" for name, value in _tuned(spec).items()]
     if own is not None:
         spread = f" ± {error:.4f} (one standard error)" if error is not None else ""
-        rows = metrics["validation"].get("rows")
+        rows = metrics["generated" if spec.task.written(spec.metric) else "validation"].get("rows")
+        if (before := metrics.get("before", {}).get(spec.metric)) is not None:
+            lines += [f"| {spec.metric} before | {before:.4f} |"]
         lines += [f"| {spec.metric} when tuned | {own:.4f}{spread} on {rows} validation rows |"]
     lines += ["", "## What was compared", ""]
     if report["rows"]["why"] is not None:

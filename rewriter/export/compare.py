@@ -112,6 +112,7 @@ class Truth:
         rows, why: validation rows, or why there are none.
         axes: from `sequences`.
         eps: of the type that rounding is counted in; None where `export.verify.atol` says how far is near.
+        stored: of each output, how far it moves where the weights that are merged are rounded as they are stored.
     """
 
     spec: Spec
@@ -123,6 +124,7 @@ class Truth:
     why: str | None
     axes: list[str | None]
     eps: float | None
+    stored: Mapping[int, float] = field(default_factory=dict)
 
     def batched(self, size: int) -> "Truth":
         """The same rows in batches of another size, without samples."""
@@ -141,7 +143,7 @@ class Truth:
     def far(self, name: str, found: Mapping[str, "Distance"], scale: Mapping[int, float]) -> str | None:
         """Why a stage is too far from the tuned model, if it is; `found` and `scale` are from `distances`."""
         if self.eps is not None:
-            return too_far(found, scale, self.eps)
+            return too_far(found, scale, self.eps, self.stored)
         one, atol = found[name].tuned, self.spec.export.verify.atol
         near = atol is not None and one <= atol
         return None if near else f"{name} is {one:.2e} from the tuned model, more than export.verify.atol = {atol}"
@@ -196,9 +198,13 @@ def wider(model: TracedModel) -> torch.dtype:
     return torch.float32 if is_half(model) else torch.float64
 
 
-def retyped(model: TracedModel, dtype: torch.dtype) -> TracedModel:
+def retyped(model: TracedModel, dtype: torch.dtype, stored: Collection[str] = (), eps: float = 0.0) -> TracedModel:
     """The eval graph of a model in another floating type, over the same tensors: each is cast where it is read, so that
-    there is never a second copy of all."""
+    there is never a second copy of all.
+
+    Args:
+        stored: names of weights whose entries are moved at random, as rounding to a type of this `eps` moves them.
+    """
     out = model.clone("eval")
     graph = out.graphs["eval"]
     for node in graph.nodes:
@@ -210,12 +216,38 @@ def retyped(model: TracedModel, dtype: torch.dtype) -> TracedModel:
     places = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.find_nodes(op="get_attr"):
         value = held.get(node.target)
-        if value is not None and node.users and value.is_floating_point() and value.dtype != dtype:
-            with graph.inserting_before(min(node.users, key=places.get)):
-                cast = graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
-            node.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
+        if value is None or not node.users or not value.is_floating_point():
+            continue
+        read, first = node, min(node.users, key=places.get)
+        with graph.inserting_before(first):
+            if value.dtype != dtype:
+                read = graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
+            if node.target in stored:
+                read = graph.call_function(_jittered, (read, eps))
+        if read is not node:
+            node.replace_all_uses_with(read, delete_user_cb=lambda user: user in places)
     out.recompile()
     return out.eval()
+
+
+def _jittered(weight: Tensor, eps: float) -> Tensor:
+    generator = torch.Generator(weight.device).manual_seed(0)
+    noise = torch.rand(weight.shape, generator=generator, dtype=weight.dtype, device=weight.device)
+    return noise.sub_(0.5).mul_(eps).add_(1).mul_(weight)
+
+
+def moved(samples: Iterable[Sample], stage: Stage, axes: Sequence[str | None]) -> dict[int, float]:
+    """Of each output how far a stage is from the wider run on samples.
+
+    Args:
+        axes: from `sequences`.
+    """
+    found: dict[int, float] = {}
+    for sample in samples:
+        masks = [_real(name, sample.inputs, sample.targets) for name in axes]
+        for i, (value, exact, mask) in enumerate(zip(stage(sample.inputs), sample.outputs()[1], masks, strict=True)):
+            found[i] = max(found.get(i, 0.0), gap(value, exact, mask).largest)
+    return found
 
 
 def sequences(graph: fx.Graph, names: Sequence[str]) -> list[str | None]:
@@ -352,7 +384,9 @@ def _real(name: str | None, inputs: Mapping[str, Tensor], targets: Mapping[str, 
     return mask.bool().numpy() if same else None
 
 
-def too_far(found: Mapping[str, Distance], scale: Mapping[int, float], eps: float) -> str | None:
+def too_far(
+    found: Mapping[str, Distance], scale: Mapping[int, float], eps: float, stored: Mapping[int, float] | None = None
+) -> str | None:
     """What to say of the first output that is further from the wider run than rounding explains; None if all are near.
 
     What is not finite, in a stage, in the tuned model or in its wider run, is not near.
@@ -360,8 +394,9 @@ def too_far(found: Mapping[str, Distance], scale: Mapping[int, float], eps: floa
     Args:
         found, scale: from `distances`.
         eps: of the tuned model's type; half of it, relative to the largest value, is one rounding of the output.
+        stored: what rounding of merged weights adds to the tuned model's own.
     """
-    own = found["tuned"].wide
+    own = {i: one + (stored or {}).get(i, 0.0) for i, one in found["tuned"].wide.items()}
     for name, one in found.items():
         for i, distance in one.wide.items():
             rounding = max(own.get(i, 0.0), eps / 2 * scale.get(i, 0.0))

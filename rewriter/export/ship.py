@@ -304,16 +304,23 @@ def _truth(
     random = _usable(reference, list(_samples(spec, pretrained, inputs, tuned)), why)
     samples = [("the random inputs", 0, batch, {}) for batch in random]
     samples += list(compare.batches_of(rows, tuned.input_names, 0, rows.wider)) if rows else []
+    kept, axes = list(compare.recorded(reference, wide, samples, folder)), compare.sequences(graph, traced.input_names)
+    stored: dict[int, float] = {}
+    if eps is not None:
+        merged = {site.place for site in tuned.plan.sites if site.merges and site.layout}
+        once = compare.run_wide(torch_stage(compare.retyped(tuned, dtype, merged, eps), dtype))
+        stored = compare.moved(kept[: len(random)], once, axes)
     return compare.Truth(
         spec,
         tuned.input_names,
         tuned.signatures["eval"].outputs,
         compare.is_half(tuned),
-        list(compare.recorded(reference, wide, samples, folder)),
+        kept,
         rows,
         why,
-        compare.sequences(graph, traced.input_names),
+        axes,
         eps,
+        stored,
     )
 
 
@@ -333,7 +340,7 @@ def _compared(truth: compare.Truth, stages: Mapping[str, Stage]) -> dict[str, An
             f"outputs differ from the tuned model's by more than export.verify.atol = {atol:g}: {said}; nothing is "
             "written"
         )
-    if atol is None and (said := compare.too_far(found, scale, truth.eps)):
+    if atol is None and (said := compare.too_far(found, scale, truth.eps, truth.stored)):
         raise SubspanError(said)
     measures = truth.measured(stages, tally)
     if rows:

@@ -134,10 +134,11 @@ def writer(spec: Spec, pretrained: Pretrained, inputs: Inputs, tokens: int) -> C
     def write(model: TunedModel, rows: Ids) -> list[Said]:
         if held.get("model") is not model or model.rows:  # Rows before the tokens are in its cache as they were.
             held.update(model=model, opening=of_model(pretrained, inputs, model), longest=longest_of(pretrained, model))
-        found: list[Said] = []
-        for start in range(0, len(rows), size):
-            following, starts = held["opening"](rows[start : start + size])
-            found += greedy(following, starts, ends, tokens, held["longest"])
-        return found
+        found: dict[int, Said] = {}
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # Rows of like lengths have little padding.
+        for some in (order[start : start + size] for start in range(0, len(rows), size)):
+            following, starts = held["opening"]([rows[i] for i in some])
+            found |= zip(some, greedy(following, starts, ends, tokens, held["longest"]), strict=True)
+        return [found[i] for i in range(len(rows))]
 
     return write

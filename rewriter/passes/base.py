@@ -30,6 +30,7 @@ class Context:
         tied: first name -> all names of a tied weight.
         dtypes: parameter name -> storage type; wider tuned tensors are cast to it.
         penalties: what inserted expressions add to the loss: (name, scalar node).
+        defers: whether the loss takes logits that are not computed yet.
         lowered: expressions that were traced already, and shapes of ops; may be kept from rewrite to rewrite.
     """
 
@@ -38,6 +39,7 @@ class Context:
     tied: Mapping[str, list[str]] = field(default_factory=dict)
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     penalties: list[tuple[str, fx.Node]] = field(default_factory=list)
+    defers: bool = False
     lowered: dict[Hashable, Any] = field(default_factory=dict)
 
     @property

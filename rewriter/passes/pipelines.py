@@ -8,6 +8,7 @@ from .clean.remove_dead import remove_dead
 from .clean.remove_identities import remove_identities
 from .fuse.accumulate import accumulate
 from .fuse.defer_head import defer_head
+from .fuse.recompute_gates import recompute_gates
 from .fuse.share_inputs import share_inputs
 from .insert.add_penalties import add_penalties
 from .insert.insert_attention_rows import insert_attention_rows
@@ -27,6 +28,7 @@ PASSES: tuple[Pass, ...] = (
     Pass(accumulate, ("rewrite",)),
     Pass(follow_device, ("trace", "rewrite")),
     Pass(remove_dead, ("trace", "rewrite")),
+    Pass(recompute_gates, ("train",)),
     Pass(defer_head, ("train",)),
     Pass(copy_contiguous, ("export",)),
 )

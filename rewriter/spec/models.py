@@ -219,6 +219,7 @@ class Train(Strict):
     metric: Literal[METRICS] | None = Field(None, description="validation metric; default: the task's first")
     seed: Seed = Field(0, description="seed of heads, start values, order and dropout")
     evaluate_steps: Count | None = Field(None, description="optimiser steps between evaluations; default: every epoch")
+    evaluate_start: bool = Field(False, description="evaluate before the first step too")
     generate: Generate | None = Field(
         None, description="write answers to validation rows too; default: only where `metric` is measured of them"
     )

@@ -34,10 +34,9 @@ def for_training(model: TunedModel, spec: Spec, layers: int = 0, changed: dict[s
     Raises:
         SpecError: the graph has no layers to recompute.
     """
-    if spec.task.writes:
-        off, on = spec.train.passes.off, spec.train.passes.on
-        model.graphs["train"] = run(model.graphs["train"], "train", Context("train"), off, on, changed)
-        model.recompile()
+    off, on, context = spec.train.passes.off, spec.train.passes.on, Context("train", defers=spec.task.writes)
+    model.graphs["train"] = run(model.graphs["train"], "train", context, off, on, changed)
+    model.recompile()
     if spec.train.gradient_checkpointing or layers:
         by_layer(model, None if spec.train.gradient_checkpointing else layers)
 

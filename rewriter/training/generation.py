@@ -59,8 +59,9 @@ def measures(expected: Sequence[str], found: Sequence[str]) -> dict[str, float]:
 
 
 def generate(model: TunedModel, spec: Spec, asked: Asked) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """The measures of what a model writes, and samples of it: prompt, expected, answer, and whether it
-    `stopped` by itself, not at the most tokens. The model is left in train mode, and generators as they were."""
+    """The measures of what a model writes, with `stopped`, the share of answers that ended by themselves and not at the
+    most tokens; and samples of it: prompt, expected, answer, and whether it `stopped`. The model is left in train mode,
+    and generators as they were."""
     device, settings = processes().device, spec.writing
     own = share(range(len(asked.questions)))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
@@ -84,4 +85,5 @@ def generate(model: TunedModel, spec: Spec, asked: Asked) -> tuple[dict[str, flo
         }
         for question, answer, (ended, *_) in zip(asked.questions, answers, lines, strict=True)
     ]
-    return measures([one.answer for one in asked.questions], answers), samples[: settings.samples]
+    found = measures([one.answer for one in asked.questions], answers)
+    return found | {"stopped": sum(one["stopped"] for one in samples) / len(samples)}, samples[: settings.samples]

@@ -137,7 +137,8 @@ def tune(
         The tuned model (another one where a budget took something away), and
         {"validation": {metric: value, "loss": value, "rows"}, "train": {"loss", "steps", "epochs", "seconds", "rows"},
         "evaluations": {"kept": step, "best": step, "value": metric of the best}}; where answers are written, their
-        measures are of "validation" too, and "generated" has {"rows", "samples"}.
+        measures are of "validation" too, and "generated" has {"rows", "samples"}; "before" has what was measured before
+        the first step.
 
     Raises:
         SpecError: the loss is not finite; half precision where the hardware has none; a batch that can't be shared out.
@@ -150,6 +151,8 @@ def tune(
     run.questions = questions
     before = run.progress.seconds
     with signals() as stop, Report(spec, folder, run.steps, run.progress.history) as report:
+        if spec.train.evaluate_start and run.progress.step == 0:
+            _measure(run, report, validation)
         for batches in _batches(run):
             _step(run, batches, stop)
             _tell(run, report)
@@ -346,7 +349,7 @@ def _measure(run: Run, report: Report, validation: Rows) -> None:
         found, more = found | written, {"samples": samples}
     if found:
         _enter(run, report, {f"eval_{name}": value for name, value in found.items()} | more)
-    if (value := found.get(run.spec.metric)) is not None:
+    if step and (value := found.get(run.spec.metric)) is not None:
         run.evaluations.append((step, _turned(run.spec, value)))
         if run.spec.train.schedule == PLATEAU:
             run.tuning.schedule.step(value)
@@ -390,6 +393,8 @@ def _end(run: Run, validation: Rows, places: Path) -> tuple[TunedModel, dict[str
     if predictions is not None and processes().is_main_process:
         save_predictions(predictions, places.parent)
     losses = [entry["loss"] for entry in progress.history if "loss" in entry]
+    first = next((entry for entry in progress.history if entry["step"] == 0), {})
+    before = {name.removeprefix("eval_"): value for name, value in first.items() if name.startswith("eval_")}
     rest = float(total(run.sums["loss"])) / progress.since if progress.since else None
     return settled, {
         "validation": {**_written(found), "rows": len(validation)},
@@ -401,6 +406,7 @@ def _end(run: Run, validation: Rows, places: Path) -> tuple[TunedModel, dict[str
             "rows": len(run.train.rows) if isinstance(run.train, Packed) else len(run.train),
         },
         "evaluations": {"kept": kept, "best": best, "value": _value(run, best)},
+        **({"before": before} if before else {}),
         **generated,
     }
 
@@ -419,7 +425,7 @@ def _answers(
     if entry is None:
         found, samples = generate(model, run.spec, run.questions)
     else:
-        found, samples = {name: entry[f"eval_{name}"] for name in WRITTEN}, entry["samples"]
+        found, samples = {name: entry[f"eval_{name}"] for name in (*WRITTEN, "stopped")}, entry["samples"]
     return found, {"generated": {"rows": len(run.questions.questions), "samples": samples}}
 
 

@@ -71,7 +71,7 @@ def test_losses_and_gradients_are_the_same(monkeypatch, kind, sizes, task, targe
     model, task, batch = rewritten(kind, sizes, task, target, step)
     criterion = Criterion(smoothing)
     _, expected, grads = step_of(model, task, batch, criterion)
-    model.graphs["train"] = defer_head(model.graphs["train"], Context("train"))
+    model.graphs["train"] = defer_head(model.graphs["train"], Context("train", defers=True))
     model.recompile()
     for rows in (1, 7, 10**6):
         monkeypatch.setattr(deferred, "ENTRIES", rows * 97)
@@ -85,7 +85,7 @@ def test_losses_and_gradients_are_the_same(monkeypatch, kind, sizes, task, targe
 
 def test_masked_tokens_are_not_multiplied_and_logits_are_never_whole():
     model, task, batch = rewritten(*CASES[0])
-    model.graphs["train"] = defer_head(model.graphs["train"], Context("train"))
+    model.graphs["train"] = defer_head(model.graphs["train"], Context("train", defers=True))
     model.recompile()
     made, seen = model(**{name: batch[name] for name in model.input_names}), []
 
@@ -99,7 +99,7 @@ def test_masked_tokens_are_not_multiplied_and_logits_are_never_whole():
 
 def test_a_batch_of_which_nothing_is_learnt():
     model, task, batch = rewritten(*CASES[0])
-    model.graphs["train"] = defer_head(model.graphs["train"], Context("train"))
+    model.graphs["train"] = defer_head(model.graphs["train"], Context("train", defers=True))
     model.recompile()
     batch["labels"].fill_(LAST)
     loss = task.loss(model(**{name: batch[name] for name in model.input_names}), batch)
@@ -114,5 +114,5 @@ def test_a_head_whose_logits_are_read_within_the_graph_stays():
     with graph.inserting_after(logits):
         graph.call_function(torch.ops.aten.neg.default, (logits,))
     before = len(graph.nodes)
-    assert len(defer_head(graph, Context("train")).nodes) <= before
+    assert len(defer_head(graph, Context("train", defers=True)).nodes) <= before
     assert graph.output_node().all_input_nodes[0].target is torch.ops.aten.linear.default

@@ -21,7 +21,7 @@ _ROWWISE = {
 def defer_head(graph: fx.Graph, context: Context) -> fx.Graph:
     """Compute logits in chunks where the loss needs them: they never exist whole, and of masked tokens not at all."""
     output = graph.output_node()
-    if context.mode != "train":
+    if not context.defers:
         return graph
     live = _live(graph)
     for node in output.all_input_nodes:

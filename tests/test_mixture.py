@@ -1,0 +1,132 @@
+"""Mixtures: rows of several data sets, in the shares that are asked for."""
+
+import json
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rewriter import SpecError, load_rows
+from rewriter.spec import Spec, dump_spec
+from rewriter.spec.places import parse
+
+CHAT = [{"user": "{q}"}, {"assistant": "{a}"}]
+
+
+def spec_of(parts, task="causal-lm", **data):
+    return Spec.model_validate(
+        {
+            "version": 1,
+            "model": {"name": "x", "task": task},
+            "data": {"mixture": parts, "split": {"validation": 4}, **data},
+            "rules": [{"target": "w", "apply": ["ssb"]}],
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mixture")
+    lines = [{"c": [{"from": "human", "value": f"h{i}"}, {"from": "gpt", "value": "g"}]} for i in range(30)]
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / "b.csv").write_text("q,a,use\n" + "\n".join(f"q{i},0{i},{i % 2}" for i in range(10)))
+    turns = {"role": "from", "content": "value", "roles": {"human": "user", "gpt": "assistant"}}
+    return [
+        {"format": "json", "files": str(folder / "a.jsonl"), "columns": {"messages": "c"}, "turns": turns},
+        {"format": "csv", "files": str(folder / "b.csv"), "chat": CHAT},
+    ]
+
+
+def asked(rows):
+    return [json.loads(one)[0]["content"] for one in rows["messages"]]
+
+
+def weighted(files, *weights):
+    return [one | {"weight": weight} for one, weight in zip(files, weights, strict=True)]
+
+
+def test_without_weights_every_row_is_there_once(files):
+    rows = load_rows(spec_of(files), [])
+    assert Counter(asked(rows.train) + asked(rows.validation)) == Counter(
+        [f"h{i}" for i in range(30)] + [f"q{i}" for i in range(10)]
+    )
+    assert rows.train.column_names == ["messages"] and len(rows.validation) == 4
+    whole = [json.loads(one) for one in rows.train["messages"]]
+    assert [{"role": "user", "content": "q3"}, {"role": "assistant", "content": "03"}] in whole
+    assert [{"role": "user", "content": "h3"}, {"role": "assistant", "content": "g"}] in whole
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(0.1, 10), st.floats(0.1, 10), st.none() | st.integers(1, 90), st.integers(0, 3))
+def test_shares_are_the_weights(files, one, other, limit, seed):
+    spec = spec_of(weighted(files, one, other), limit={"train": limit}, split={"validation": 4, "seed": seed})
+    rows = load_rows(spec, [])
+    own = Counter(asked(load_rows(spec_of(files, split={"validation": 4, "seed": seed}), []).train))
+    found = Counter(asked(rows.train))
+    assert not set(found) & set(asked(rows.validation)) and set(found) <= set(own)
+    sizes = [sum(name.startswith(letter) for name in own) for letter in "hq"]
+    shares = [one / (one + other), other / (one + other)]
+    total = min(limit or 10**9, int(max(size / share for size, share in zip(sizes, shares, strict=True))))
+    assert found.total() == total
+    for letter, share in zip("hq", shares, strict=True):
+        times = [found[name] for name in own if name.startswith(letter)]
+        assert abs(sum(times) - share * total) <= 1 and max(times) - min(times) <= 1
+    assert limit or set(found) == set(own)
+
+
+def test_a_part_may_have_validation_rows_of_its_own(files):
+    first = files[0] | {"files": {"train": files[0]["files"], "validation": files[0]["files"]}}
+    spec = spec_of([first, files[1] | {"where": {"use": 1}}], split=None)
+    rows = load_rows(spec, [])
+    assert len(rows.train) == 35 and len(rows.validation) == 30
+
+
+def test_labels_and_texts_of_several_data_sets(tmp_path):
+    (tmp_path / "a.csv").write_text("t,y\n" + "\n".join(f"{i},no" for i in range(6)))
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"s": i, "l": "yes"}) for i in range(6)))
+    parts = [
+        {"format": "csv", "files": str(tmp_path / "a.csv"), "columns": {"text": "t", "label": "y"}},
+        {"format": "json", "files": str(tmp_path / "b.jsonl"), "columns": {"text": "s", "label": "l"}},
+    ]
+    rows = load_rows(spec_of(parts, "sequence-classification"), ["no", "yes"])
+    assert Counter(rows.train["label"] + rows.validation["label"]) == {"no": 6, "yes": 6}
+    with pytest.raises(SpecError, match="expected one of the labels no, maybe") as error:
+        load_rows(spec_of(parts, "sequence-classification"), ["no", "maybe"])
+    assert error.value.path == ("data", "mixture", 1, "columns", "label")
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"s": i, "l": 1}) for i in range(6)))
+    with pytest.raises(SpecError, match="different things in columns of one role") as error:
+        load_rows(spec_of(parts, "sequence-classification"), ["no", "yes"])
+    assert error.value.path == ("data", "mixture")
+
+
+def test_what_is_written_out_is_read_again(files):
+    spec = spec_of(weighted(files, 1.0, 2.5))
+    assert Spec.model_validate(parse(dump_spec(spec)).data) == spec
+
+
+@pytest.mark.parametrize(
+    ("change", "path", "said"),
+    [
+        ({"columns": {"text": "q"}, "chat": None}, ("data", "mixture", 1, "columns"), "all parts have the same"),
+        ({"weight": 2.0}, ("data", "mixture", 1), "give all parts a weight, or none"),
+        ({"columns": {"txt": "q"}, "chat": None}, ("data", "mixture", 1, "columns"), "all parts have the same"),
+    ],
+)
+def test_parts_that_do_not_go_together(files, change, path, said):
+    with pytest.raises(SpecError, match=said) as error:
+        spec_of([files[0], files[1] | change])
+    assert error.value.path == path
+
+
+def test_keys_of_parts_are_given_in_parts(files):
+    for key, value in (("format", "csv"), ("where", {"a": 1}), ("columns", {"messages": "c"})):
+        with pytest.raises(SpecError, match="in each part") as error:
+            spec_of(files, **{key: value})
+        assert error.value.path == ("data", key)
+
+
+def test_mistakes_in_a_part_have_its_place(files):
+    with pytest.raises(SpecError, match="no column 'd'") as error:
+        load_rows(spec_of([files[0] | {"columns": {"messages": "d"}}, files[1]]), [])
+    assert error.value.path == ("data", "mixture", 0, "columns", "messages")
