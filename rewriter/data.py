@@ -128,13 +128,12 @@ def _like_others(spec: Spec, part: datasets.Dataset) -> datasets.Dataset:
     kept = {role: column for role, column in columns.items() if role not in made}
     if len(set(kept.values())) < len(kept):
         raise SpecError("each role has a column of its own in a mixture", ("data", "columns"))
-    pieces = (
-        [part.select_columns(list(kept.values())).rename_columns({kept[role]: role for role in kept})] if kept else []
-    )
-    if made:
-        texts = datasets.Features(dict.fromkeys(made, datasets.Value("large_string")))
-        pieces.append(datasets.Dataset.from_dict(made, texts))
-    return datasets.concatenate_datasets(pieces, axis=1)
+    text = datasets.Value("large_string")
+    others = part.select_columns(list(kept.values())).rename_columns({kept[role]: role for role in kept})
+    for role in [role for role, feature in others.features.items() if getattr(feature, "dtype", None) == "string"]:
+        others = others.cast_column(role, text)
+    texts = datasets.Dataset.from_dict(made, datasets.Features(dict.fromkeys(made, text)))
+    return datasets.concatenate_datasets([one for one in (texts, others) if one.column_names], axis=1)
 
 
 def _weighted(train: datasets.Dataset, data: Data) -> datasets.Dataset:
@@ -146,11 +145,13 @@ def _weighted(train: datasets.Dataset, data: Data) -> datasets.Dataset:
     for i in np.flatnonzero(counts == 0):
         raise SpecError("no rows of training data are left of it", ("data", "mixture", int(i)))
     shares = weights / weights.sum()
-    most = int((counts / shares).max())
+    most = math.ceil((counts / shares).max() - 1e-9)
     total = min(most, data.limit.train or most)
-    ends = np.round(np.cumsum([0, *shares]) * total).astype(int)
+    whole = np.floor(shares * total + 1e-9).astype(int)
+    rest = np.argsort(whole - shares * total, kind="stable")[: total - whole.sum()]
+    whole[rest] += 1
     chosen, generator = [], np.random.default_rng(seed)
-    for i, wanted in enumerate(np.diff(ends)):
+    for i, wanted in enumerate(whole):
         own = np.flatnonzero(part == i)
         chosen += [generator.permutation(own)[: min(wanted - start, len(own))] for start in range(0, wanted, len(own))]
     return train.select(np.sort(np.concatenate(chosen)))

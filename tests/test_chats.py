@@ -152,4 +152,4 @@ def test_a_run_of_them(table, tmp_path):
     assert metrics["before"].keys() == {"perplexity", "loss", "exact_match", "rouge", "bleu", "stopped"}
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert log[0]["step"] == 0 and log[0]["eval_loss"] == metrics["before"]["loss"]
-    assert metrics["evaluations"]["best"] == 2
+    assert metrics["evaluations"]["best"] in (1, 2)

@@ -1,6 +1,7 @@
 """Mixtures: rows of several data sets, in the shares that are asked for."""
 
 import json
+import math
 from collections import Counter
 
 import pytest
@@ -67,7 +68,7 @@ def test_shares_are_the_weights(files, one, other, limit, seed):
     assert not set(found) & set(asked(rows.validation)) and set(found) <= set(own)
     sizes = [sum(name.startswith(letter) for name in own) for letter in "hq"]
     shares = [one / (one + other), other / (one + other)]
-    total = min(limit or 10**9, int(max(size / share for size, share in zip(sizes, shares, strict=True))))
+    total = min(limit or 10**9, math.ceil(max(size / share for size, share in zip(sizes, shares, strict=True)) - 1e-9))
     assert found.total() == total
     for letter, share in zip("hq", shares, strict=True):
         times = [found[name] for name in own if name.startswith(letter)]
@@ -90,7 +91,7 @@ def test_labels_and_texts_of_several_data_sets(tmp_path):
         {"format": "json", "files": str(tmp_path / "b.jsonl"), "columns": {"text": "s", "label": "l"}},
     ]
     rows = load_rows(spec_of(parts, "sequence-classification"), ["no", "yes"])
-    assert Counter(rows.train["label"] + rows.validation["label"]) == {"no": 6, "yes": 6}
+    assert Counter([*rows.train["label"], *rows.validation["label"]]) == {"no": 6, "yes": 6}
     with pytest.raises(SpecError, match="expected one of the labels no, maybe") as error:
         load_rows(spec_of(parts, "sequence-classification"), ["no", "maybe"])
     assert error.value.path == ("data", "mixture", 1, "columns", "label")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..errors import SubspanError
 from ..graph.traced import Inputs, assign
 from ..greedy import Following, Ids, Opening, Said, again, cached, either, greedy, right
+from ..passes.fuse.defer_head import last_alone
 from ..pretrained import Pretrained, ends_of, set_ends
 from ..spec import Spec
 from ..trace import twin
@@ -92,7 +93,12 @@ def of_model(pretrained: Pretrained, inputs: Inputs, tuned: TunedModel | None = 
     plain = rereading(forward, list(inputs.kwargs), start)
     if found is None:
         return plain
-    return with_cache(*found[:2]) if tuned is None else _following(tuned, *found[:2], plain)
+    if tuned is None:
+        return with_cache(*found[:2])
+    decoder, examples, _ = found
+    decoder.graphs["eval"] = last_alone(decoder.graphs["eval"])
+    decoder.recompile()
+    return _following(tuned, decoder, examples, plain)
 
 
 def _following(tuned: TunedModel, decoder: nn.Module, examples: Inputs, other: Opening) -> Opening:

@@ -43,6 +43,29 @@ class Deferred:
         """
         return _Summed.apply(self, term, targets.flatten(), ignored, self.hidden, *self.others)
 
+    @torch.no_grad()
+    def each(self, term: Term, targets: Tensor, ignored: int) -> Tensor:
+        """A term of each row whose target is not ignored, and zeros of the others: (..., k) float64.
+
+        Args:
+            term: (logits (n, vocabulary), targets (n,)) -> (n, k) float64.
+            targets: of the shape of the logits before the last dimension.
+        """
+        rows, flat = self.hidden.flatten(0, -2), targets.flatten()
+        size, found = max(1, ENTRIES // self.width), None
+        for index in (flat != ignored).nonzero().squeeze(1).split(size):
+            with self.computing(rows.device.type):
+                made = self.head(rows[index][None], *self.others)[0]
+            own = term(made, flat[index])
+            if found is None:
+                found = own.new_zeros(len(flat), own.shape[1])
+            found[index] = own
+        return found.view(*targets.shape, -1)
+
+    def computing(self, kind: str) -> contextlib.AbstractContextManager:
+        """The type of the computation on a kind of device."""
+        return torch.autocast(kind, self.autocast) if self.autocast else contextlib.nullcontext()
+
 
 def deferred(head: Callable[..., Tensor], width: int, hidden: Tensor, *others: Tensor) -> Deferred:
     """The output of a graph in the place of its logits, under the autocast that is in force."""
@@ -65,12 +88,11 @@ class _Summed(torch.autograd.Function):
         # On the meta device no row is known to be ignored.
         kept = torch.arange(len(rows)) if targets.is_meta else (targets != ignored).nonzero().squeeze(1)
         size, value = max(1, ENTRIES // logits.width), torch.zeros((), device=rows.device, dtype=torch.float32)
-        inner = torch.autocast(rows.device.type, logits.autocast) if logits.autocast else contextlib.nullcontext()
         for index in kept.to(rows.device).split(size):
             # What a chunk saves is gone with it: hooks on what the step saves are not told.
             with torch.set_grad_enabled(any(wanted)), saved_tensors_hooks(_same, _same):
                 part = rows[index].requires_grad_(wanted[0])
-                with inner:
+                with logits.computing(rows.device.type):
                     made = logits.head(part[None], *others)[0]
                 one = term(made, targets[index])
             value = value + one.detach()

@@ -5,7 +5,6 @@ targets, by name.
 """
 
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -337,6 +336,10 @@ class Task:
         """What metrics need of a batch, small: (n, k), a row for each thing that is measured."""
         raise NotImplementedError
 
+    def summed(self, summary: Tensor) -> Tensor | None:
+        """(2,) the plain loss and its `count`, where a summary says them; None where it does not."""
+        return None
+
     def measure(self, metric: str, found: np.ndarray, rows: Any) -> float:
         """A metric, other than `loss`, from the summaries of all batches, (n, k) float64, in any order.
 
@@ -454,46 +457,3 @@ def counted(labels: Tensor, criterion: Criterion = PLAIN) -> Tensor:
     if criterion.weights is None:
         return kept.sum()
     return (criterion.weights.to(labels.device)[labels.clamp(min=0)] * kept).sum()
-
-
-def guesses(logits: Tensor, labels: Tensor) -> Tensor:
-    """(n, 3) for `agreement`: guess, truth and number of classes, for each label that is not ignored."""
-    kept = labels != IGNORED
-    guess = logits.argmax(-1)[kept]
-    return torch.stack([guess, labels[kept], torch.full_like(guess, logits.shape[-1])], dim=1)
-
-
-def likelihoods(logits: Tensor, labels: Tensor) -> Tensor:
-    """(batch, 3) for `perplexity`: sum of the negative log-likelihoods, tokens, correct tokens."""
-    kept = labels != IGNORED
-    nll = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-    right = (logits.argmax(-1) == labels) & kept
-    return torch.stack([nll.double().sum(1), kept.sum(1), right.sum(1)], dim=1)
-
-
-def perplexity(metric: str, found: np.ndarray) -> float:
-    """perplexity, of which each token is as much a part, or accuracy."""
-    nll, tokens, right = found.sum(0)
-    return float(math.exp(min(nll / tokens, 700.0)) if metric == "perplexity" else right / tokens)
-
-
-def correlation(one: np.ndarray, other: np.ndarray, ranks: bool = False) -> float:
-    """Pearson's correlation, or Spearman's of the ranks; 0 where one of them is constant."""
-    from scipy import stats
-
-    if len(one) < 2 or np.ptp(one) == 0 or np.ptp(other) == 0:
-        return 0.0
-    return float((stats.spearmanr if ranks else stats.pearsonr)(one, other).statistic)
-
-
-def agreement(metric: str, found: np.ndarray) -> float:
-    """accuracy, f1 (of class 1 where there are two classes, else macro) or matthews_correlation, by scikit-learn."""
-    from sklearn import metrics as sk
-
-    guess, truth, classes = found.astype(int).T
-    average = "binary" if classes[0] <= 2 else "macro"
-    if metric == "accuracy":
-        return float(sk.accuracy_score(truth, guess))
-    if metric == "f1":
-        return float(sk.f1_score(truth, guess, average=average, zero_division=0))
-    return float(sk.matthews_corrcoef(truth, guess))

@@ -17,12 +17,11 @@ from .base import (
     Reading,
     Role,
     Task,
-    likelihoods,
     padded_lists,
-    perplexity,
 )
 from .cells import words
 from .chat import ALL, ASSISTANT, COMPLETION, asked, at_row, objects_of, placed, tokens_of, turn_ends, turns_of
+from .measures import likelihoods, perplexity
 
 _SHOWN = 8  # tokens
 _Learnt = tuple[list[int], list[bool]]
@@ -126,6 +125,9 @@ class CausalLM(Task):
 
     def summary(self, out: Any, targets: Batch) -> Tensor:
         return likelihoods(out.logits, targets["labels"])
+
+    def summed(self, summary: Tensor) -> Tensor:
+        return summary[:, :2].sum(0)
 
     def measure(self, metric: str, found: np.ndarray, rows: Any) -> float:
         return perplexity(metric, found)

@@ -10,8 +10,16 @@ from torch import Tensor, nn
 
 from ..errors import SpecError, reason
 from ..graph.traced import Inputs
-from .base import Batch, Collate, Reading, Role, Task, agreement, guesses, name_labels
+from .base import (
+    Batch,
+    Collate,
+    Reading,
+    Role,
+    Task,
+    name_labels,
+)
 from .cells import check_labels
+from .measures import agreement, guesses
 
 _NAME = ("model", "name")
 _PROBES = ((40, 40), (64, 40), (40, 90))

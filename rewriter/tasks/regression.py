@@ -8,8 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import PLAIN, Batch, Criterion, Role, Task, correlation
+from .base import (
+    PLAIN,
+    Batch,
+    Criterion,
+    Role,
+    Task,
+)
 from .cells import check_cells, number
+from .measures import correlation
 
 
 class Regression(Task):

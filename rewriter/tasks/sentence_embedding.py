@@ -22,11 +22,11 @@ from .base import (
     Reading,
     Role,
     Task,
-    correlation,
     cut_off,
     padded,
 )
 from .cells import check_cells, number, words
+from .measures import correlation
 
 SCALE = 20.0  # of the cosines among which the right pair is told, as sentence-transformers' ranking loss has it
 DEPTHS = (1, 5, 10)

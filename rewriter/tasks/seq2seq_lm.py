@@ -18,14 +18,13 @@ from .base import (
     Reading,
     Role,
     Task,
-    likelihoods,
     padded,
     padded_lists,
-    perplexity,
     token_inputs,
     tokenised,
 )
 from .cells import words
+from .measures import likelihoods, perplexity
 
 
 class Seq2SeqLM(Task):
@@ -80,6 +79,9 @@ class Seq2SeqLM(Task):
 
     def summary(self, out: Any, targets: Batch) -> Tensor:
         return likelihoods(out.logits, targets["labels"])
+
+    def summed(self, summary: Tensor) -> Tensor:
+        return summary[:, :2].sum(0)
 
     def measure(self, metric: str, found: np.ndarray, rows: Any) -> float:
         return perplexity(metric, found)

@@ -6,8 +6,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .base import Batch, Task, agreement, guesses, name_labels
+from .base import (
+    Batch,
+    Task,
+    name_labels,
+)
 from .cells import check_labels
+from .measures import agreement, guesses
 
 
 class SequenceClassification(Task):

@@ -9,8 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SpecError
-from .base import IGNORED, Batch, Reading, Role, Task, agreement, cut_off, guesses, name_labels, padded_lists
+from .base import (
+    IGNORED,
+    Batch,
+    Reading,
+    Role,
+    Task,
+    cut_off,
+    name_labels,
+    padded_lists,
+)
 from .cells import check_labels, words
+from .measures import agreement, guesses
 
 
 class TokenClassification(Task):

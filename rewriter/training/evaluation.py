@@ -74,21 +74,26 @@ def predict(model: TunedModel, spec: Spec, rows: Rows, collate: Collate) -> tupl
     """`evaluate`, and what the metric needs of the model's outputs: (n, k) float64 in the order of the rows; None
     where the loss is the metric."""
     task, size, device = spec.task, spec.train.batch_size, processes().device
-    chunks = [range(i, min(i + size, len(rows))) for i in range(0, len(rows), size)]
-    own = share(chunks)
+    order = np.arange(len(rows))
+    if task.writes:  # Rows of like lengths have little padding.
+        order = np.argsort([len(row) for row in rows["input_ids"]], kind="stable")
+    chunks = [order[i : i + size].tolist() for i in range(0, len(rows), size)]
+    own = share(range(len(chunks)))
     sums, parts = torch.zeros(2, dtype=torch.float64, device=device), []
     # A loader draws a seed; a run that resumes after the evaluation would not have drawn it.
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         model.eval()
-        loader = DataLoader(rows, batch_sampler=[list(some) for some in own or chunks[:1]], collate_fn=collate)
-        for some, batch in zip(own or chunks[:1], loader, strict=True):
+        reads = _read(model, spec)
+        loader = DataLoader(rows, batch_sampler=[chunks[i] for i in own or [0]], collate_fn=collate)
+        for number, batch in zip(own or [0], loader, strict=True):
             inputs, targets = split(model, batch, device)
             with autocast(spec.train, device):
-                out = model(**inputs)
-            sums += torch.stack([task.loss(out, targets).double(), task.count(targets).double()])
-            if spec.compared != "loss":
-                summary = task.summary(out, targets).double()
-                parts.append(torch.cat([torch.full_like(summary[:, :1], some[0]), summary], dim=1))
+                out = reads(**inputs)
+            summary = task.summary(out, targets).double() if spec.compared != "loss" else None
+            both = None if summary is None else task.summed(summary)
+            sums += both if both is not None else torch.stack([task.loss(out, targets), task.count(targets)]).double()
+            if summary is not None:
+                parts.append(torch.cat([torch.full_like(summary[:, :1], number), summary], dim=1))
         model.train()
     if not own:  # Of the first batch only the shape of its summary was wanted.
         sums, parts = torch.zeros_like(sums), [part[:0] for part in parts]
@@ -98,4 +103,15 @@ def predict(model: TunedModel, spec: Spec, rows: Rows, collate: Collate) -> tupl
         return found, None
     every = together(torch.cat(parts)).cpu().numpy()
     every = every[every[:, 0].argsort(kind="stable")][:, 1:]  # Each process had its own batches.
+    every = every[order.argsort()] if task.writes else every  # A row of each row.
     return {spec.compared: task.measure(spec.compared, every, rows), **found}, every
+
+
+def _read(model: TunedModel, spec: Spec) -> TunedModel:
+    """A model in eval mode whose logits, where they are over a vocabulary, are computed where they are measured."""
+    if not spec.task.writes:
+        return model
+    other, off = model.clone("eval"), spec.train.passes.off
+    other.graphs["eval"] = run(other.graphs["eval"], "train", Context("eval", defers=True), off)
+    other.recompile()
+    return other

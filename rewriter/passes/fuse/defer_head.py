@@ -33,6 +33,19 @@ def defer_head(graph: fx.Graph, context: Context) -> fx.Graph:
     return graph
 
 
+def last_alone(graph: fx.Graph) -> fx.Graph:
+    """Compute logits, the first output (batch, sequence, vocabulary), of the last position alone: (batch, 1, ...)."""
+    logits = graph.output_node().all_input_nodes[0]
+    found = _head(logits, _live(graph)) if len(logits.users) == 1 else None
+    if found and found[0].meta["val"].ndim == 3:
+        hidden, nodes = found
+        with graph.inserting_before(nodes[0]):
+            last = graph.call_function(aten.slice.Tensor, (hidden, 1, -1, 2**63 - 1))
+        for node in nodes:
+            node.replace_input_with(hidden, last)
+    return graph
+
+
 def _live(graph: fx.Graph) -> set[fx.Node]:
     """What depends on an input."""
     found: set[fx.Node] = set()
