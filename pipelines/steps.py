@@ -13,6 +13,7 @@ import torch
 from rewriter import Session, TunedModel, load_model, objective, rewrite, trace, tuned_parameters
 from rewriter.session import example_inputs
 from rewriter.training.evaluation import for_training
+from rewriter.training.memory import return_large_blocks
 from rewriter.training.packing import Packed, collate_packed
 
 _PEAK = "from pipelines.steps import peak; import sys; print(peak(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])))"
@@ -115,6 +116,7 @@ def _model(spec: str | Path, name: str, rows: int, length: int) -> tuple[tuple[T
 
 def peak(spec: str, name: str, rows: int, length: int) -> int:
     """Bytes of a step's peak above what is held before it, in this process."""
+    return_large_blocks()
     (model, loss), batch = _model(spec, name, rows, length)
     clear = Path("/proc/self/clear_refs")
     clear.write_text("5")  # The peak starts anew.

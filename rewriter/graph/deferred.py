@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
-ENTRIES = 2**23  # Logits of a chunk: 32 MiB in float32; larger ones are no faster on CPUs.
+ENTRIES = 2**22  # Logits of a chunk: 16 MiB in float32; larger ones are no faster on CPUs.
 
 Term = Callable[[Tensor, Tensor], Tensor]
 

@@ -25,6 +25,7 @@ from . import checkpoint
 from .checkpoint import Progress, Tuning, save_predictions
 from .evaluation import Collate, Rows, autocast, for_training, objective, predict, split
 from .generation import Asked, generate
+from .memory import return_large_blocks
 from .optimisers import PLATEAU, make_optimiser, make_schedule
 from .packing import Packed, collate_packed
 from .parallel import processes, share, sum_gradients, total
@@ -144,6 +145,7 @@ def tune(
         SpecError: the loss is not finite; half precision where the hardware has none; a batch that can't be shared out.
         Interrupted: stopped by a signal.
     """
+    return_large_blocks()
     places, started = folder / "checkpoints", time.perf_counter()
     last = checkpoint.checkpoints(places)[-1:] if resume else []
     graph = model.graphs["train"]
