@@ -137,15 +137,14 @@ def tune(
     Returns:
         The tuned model (another one where a budget took something away), and
         {"validation": {metric: value, "loss": value, "rows"}, "train": {"loss", "steps", "epochs", "seconds", "rows"},
-        "evaluations": {"kept": step, "best": step, "value": metric of the best}}; where answers are written, their
-        measures are of "validation" too, and "generated" has {"rows", "samples"}; "before" has what was measured before
-        the first step.
+        "evaluations": {"kept": step, "best": step, "value": metric of the best}, "before": what was measured before the
+        first step}; where answers are written, their measures are of "validation" too, and "generated" has {"rows",
+        "samples"}.
 
     Raises:
         SpecError: the loss is not finite; half precision where the hardware has none; a batch that can't be shared out.
         Interrupted: stopped by a signal.
     """
-    return_large_blocks()
     places, started = folder / "checkpoints", time.perf_counter()
     last = checkpoint.checkpoints(places)[-1:] if resume else []
     graph = model.graphs["train"]
@@ -177,6 +176,7 @@ def _begin(
     last: Path | None,
     layers: int = 0,
 ) -> Run:
+    return_large_blocks()
     settings, task, device = spec.train, spec.task, device_of(spec)
     if settings.class_weights is not None and weights is None:
         raise SpecError("the weights of the labels are not given: see `label_weights`", ("train", "class_weights"))
