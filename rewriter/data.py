@@ -152,6 +152,8 @@ def _weighted(train: datasets.Dataset, data: Data) -> datasets.Dataset:
     whole[rest] += 1
     chosen, generator = [], np.random.default_rng(seed)
     for i, wanted in enumerate(whole):
+        if not wanted:
+            raise SpecError(f"by its weight none of {total} rows is of it", ("data", "mixture", i, "weight"))
         own = np.flatnonzero(part == i)
         chosen += [generator.permutation(own)[: min(wanted - start, len(own))] for start in range(0, wanted, len(own))]
     return train.select(np.sort(np.concatenate(chosen)))

@@ -107,6 +107,7 @@ def test_a_cell_without_a_text_is_refused(tmp_path):
         ({"values": {"other": {1: "a"}}}, "'other', which no turn"),
         ({"columns": {"text": "text"}}, "leave out `columns`"),
         ({"turns": {"role": "from"}}, "for a column of turns"),
+        ({"columns": {"messages": "messages", "tools": "text"}}, "both read 'text'"),
         ({"chat": CHAT[:2], "values": None}, "the last turn of `chat` is the assistant's"),
         ({"chat": CHAT[2:]}, "others come before"),
         ({"chat": [{"user": "{text"}, {"assistant": "a"}], "values": None}, "stands for a cell"),

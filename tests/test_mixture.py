@@ -59,7 +59,7 @@ def test_without_weights_every_row_is_there_once(files):
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.floats(0.1, 10), st.floats(0.1, 10), st.none() | st.integers(1, 90), st.integers(0, 3))
+@given(st.floats(0.2, 5), st.floats(0.2, 5), st.none() | st.integers(60, 90), st.integers(0, 3))
 def test_shares_are_the_weights(files, one, other, limit, seed):
     spec = spec_of(weighted(files, one, other), limit={"train": limit}, split={"validation": 4, "seed": seed})
     rows = load_rows(spec, [])
@@ -118,6 +118,18 @@ def test_parts_that_do_not_go_together(files, change, path, said):
     with pytest.raises(SpecError, match=said) as error:
         spec_of([files[0], files[1] | change])
     assert error.value.path == path
+
+
+def test_a_part_without_a_row_is_refused(files):
+    with pytest.raises(SpecError, match="none of 5 rows") as error:
+        load_rows(spec_of(weighted(files, 100.0, 1.0), limit={"train": 5}), [])
+    assert error.value.path == ("data", "mixture", 1, "weight")
+
+
+def test_malformed_parts_are_refused(files):
+    for columns in (5, ["a"]):
+        with pytest.raises(ValueError, match="valid dictionary"):
+            spec_of([{**files[0], "columns": columns}, files[1]])
 
 
 def test_keys_of_parts_are_given_in_parts(files):

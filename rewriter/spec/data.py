@@ -120,14 +120,19 @@ class Source(Strict):
             return
         if MADE not in self.columns:
             raise ValueError("`chat` makes the messages: leave out `columns`")
+        if both := sorted({column for role, column in self.columns.items() if role != MADE} & set(self._named())):
+            raise ValueError(f"`columns` and `chat` both read {both[0]!r}: tools are no text")
         if self.turns is not None:
             raise ValueError("`turns` is for a column of turns; `chat` makes them of others")
         if "assistant" not in self.chat[-1] or len(self.chat) == 1:
             raise ValueError("the last turn of `chat` is the assistant's, and others come before it")
-        named = [column for turn in self.chat for text in turn.values() for column in fields_of(text)]
         for column in self.values:
-            if column not in named:
+            if column not in self._named():
                 raise ValueError(f"`values` has {column!r}, which no turn of `chat` names")
+
+    def _named(self) -> list[str]:
+        """The columns that `chat` names."""
+        return [column for turn in self.chat or [] for text in turn.values() for column in fields_of(text)]
 
     @property
     def reads(self) -> dict[str, Place]:
@@ -152,9 +157,15 @@ class Source(Strict):
 class Part(Source):
     """One of the data sets of a mixture."""
 
-    weight: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+    weight: Annotated[float, Field(ge=1e-3, le=1e3)] | None = Field(
         None, description="of its rows among the training rows; given for all parts or for none"
     )
+
+
+def _roles(part: dict) -> list[str]:
+    """As a part that is not checked yet names them."""
+    columns = part.get("columns")
+    return list(columns) if isinstance(columns, dict) and columns else [MADE]
 
 
 _OWN = ("format", "options", "files", "name", "config", "where", "turns", "chat", "values")
@@ -184,7 +195,7 @@ class Data(Source):
         parts = given.get("mixture") if isinstance(given, dict) else None
         if not isinstance(parts, list) or "columns" in given:
             return given
-        roles = {role: role for part in parts if isinstance(part, dict) for role in part.get("columns") or [MADE]}
+        roles = {role: role for part in parts if isinstance(part, dict) for role in _roles(part)}
         return given | {"columns": roles}
 
     def _check(self) -> None:

@@ -208,7 +208,7 @@ def _begin(
         steps,
         settings.evaluate_steps or per_epoch,
         progress,
-        [(one["step"], _turned(spec, one[name])) for one in progress.history if name in one],
+        [(one["step"], _turned(spec, one[name])) for one in progress.history if name in one and one["step"]],
         {key: torch.tensor(value, dtype=torch.float64, device=device) for key, value in progress.losses.items()},
         torch.tensor(True, device=device),
     )
