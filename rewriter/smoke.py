@@ -14,7 +14,8 @@ import transformers
 from .graph.globs import expand_braces
 from .pretrained import Pretrained, quiet
 from .resources import is_local
-from .spec import Spec
+from .spec import Data, Spec
+from .spec.data import Part
 
 LAYERS, STEPS, ROWS = 2, 2, 16
 _COUNTS = (
@@ -71,6 +72,11 @@ def _shorten(config: Any, layers: int) -> None:
             setattr(config, name, getattr(config, name)[:layers])
 
 
+def _unweighted(data: Data) -> list[Part] | None:
+    """The parts of a mixture without their weights: of few rows a share may be none."""
+    return data.mixture and [part.model_copy(update={"weight": None}) for part in data.mixture]
+
+
 def small_spec(spec: Spec, folder: Path) -> Spec:
     """The spec on the model in a folder, for two steps on few rows; what only a full run can tell is left out."""
     data, train = spec.data, spec.train
@@ -97,7 +103,7 @@ def small_spec(spec: Spec, folder: Path) -> Spec:
     small = spec.model_copy(
         update={
             "model": model,
-            "data": data.model_copy(update={"limit": limit}),
+            "data": data.model_copy(update={"limit": limit, "mixture": _unweighted(data)}),
             "train": train.model_copy(update=short),
             "limits": type(spec.limits)(),
             "strict": False,

@@ -132,7 +132,7 @@ def _spans(processor: Any, turns: list[Turn], tools: Any, whole: str) -> list[tu
         given = _applied(processor, turns[:i], tools, tokenize=False, add_generation_prompt=True) if i else ""
         start = len(given) if given and whole.startswith(given) else _begins(processor, turns, tools, whole, i)
         stop = _ends(processor, turns, tools, whole, i, start)
-        if stop is None or stop < start:
+        if stop is None or stop < start or (stop == start and turns[i].get("content")):
             raise SpecError(
                 f"what the template renders of the first {i + 1} turns is no start of what it renders of all "
                 f"{len(turns)}: which tokens are the assistant's is not known; mark them in data.template by "

@@ -189,3 +189,11 @@ def test_a_template_file_that_is_not_there(tmp_path):
     spec = spec_of(tmp_path / "model", tmp_path / "rows.jsonl", columns={"messages": "m"}, template="chat.jinja")
     with pytest.raises(SubspanError, match=r"chat\.jinja: .*No such file"):
         Session(spec).tune(tmp_path / "run")
+
+
+def test_a_template_that_drops_the_last_turn_is_refused():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHATML.replace("in messages %", "in messages[:2] %")
+    turns = [{"role": role, "content": "good film"} for role in ("user", "assistant")] * 2
+    with pytest.raises(SpecError, match="of the first 4 turns is no start"):
+        encode(spec_of(columns={"messages": "m"}), datasets.Dataset.from_list([{"m": turns}]), tokenizer, [])
