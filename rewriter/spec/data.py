@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from string import Formatter
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from ..errors import SpecError
 from .limits import Count, Scalar, Seed, Strict
@@ -70,8 +70,17 @@ Text = Annotated[str, AfterValidator(_text)]
 ChatTurn = Annotated[dict[Literal["system", "developer", "user", "assistant"], Text], Field(min_length=1, max_length=1)]
 
 
+def _columns_may_be_made(schema: dict[str, Any]) -> None:
+    """`chat` and `mixture` make columns: an editor is not to ask for them."""
+    schema["required"] = [name for name in schema.get("required", []) if name != "columns"]
+    if not schema["required"]:
+        del schema["required"]
+
+
 class Source(Strict):
     """Rows of files or of a hub, and what their columns are."""
+
+    model_config = ConfigDict(json_schema_extra=_columns_may_be_made)
 
     format: Format | None = Field(None, description="how `files` are read")
     options: dict[str, Scalar | list[Scalar]] = Field(

@@ -273,7 +273,7 @@ def test_68_rotations_on_a_half_base(tmp_path):
 def test_16_sizes_come_from_the_processor(tmp_path, kind):
     session = Session(image_spec(tmp_path, vision(kind, 32), 32))
     traced, _ = session.shapes()
-    assert session.prepare().inputs.kwargs["pixel_values"].shape[1:] == (3, 32, 32)
+    assert session.prepare().inputs["eval"].kwargs["pixel_values"].shape[1:] == (3, 32, 32)
     assert session.plan().trainable_parameters > 0 and traced
 
 
