@@ -373,7 +373,7 @@ def save_model(pretrained: Pretrained, folder: str) -> None:
 def set_ends(model: nn.Module, ends: Sequence[int]) -> None:
     """Let a model stop at these tokens too, and at those that its config or its settings for writing name. In place."""
     configs = [one for one in (model.config, getattr(model, "generation_config", None)) if one is not None]
-    own = [_listed(config.eos_token_id) for config in configs]
+    own = [_listed(getattr(config, "eos_token_id", None)) for config in configs]
     every = list(dict.fromkeys([*(one for some in own for one in some), *ends]))
     for config, some in zip(configs, own, strict=True):
         if set(every) - set(some):
