@@ -8,7 +8,7 @@ import datasets
 
 from .errors import SpecError
 from .spec import Data, filled
-from .spec.data import MADE, Place
+from .spec.data import MADE, Place, named_in
 from .tasks import fits
 
 
@@ -20,11 +20,8 @@ def with_turns(part: datasets.Dataset, data: Data) -> datasets.Dataset:
     """
     if data.chat is None:
         return part
-    readers = {
-        column: _text_reader(part.features[column], column, place, data)
-        for column, place in data.reads.items()
-        if place[0] == "chat"
-    }
+    named = named_in(data.chat).items()
+    readers = {column: _text_reader(part.features[column], column, place, data) for column, place in named}
     cells = {column: [read(row, cell) for row, cell in enumerate(part[column])] for column, read in readers.items()}
     rows = (
         (dict(zip(cells, row, strict=True)) for row in zip(*cells.values(), strict=True)) if cells else [{}] * len(part)
@@ -51,12 +48,13 @@ def text_reader(column: str, place: Place, data: Data, names: list[str] | None =
     Args:
         names: of a column of class labels.
     """
-    values = {_written(key): text for key, text in data.values.get(column, {}).items()}
+    values = {as_written(key): text for key, text in data.values.get(column, {}).items()}
 
     def read(row: int, cell: Any) -> str:
-        if cell is None:
-            raise SpecError(f"row {row} of column {column!r} holds no text (null)", ("data", *place))
-        text = names[cell] if names and isinstance(cell, int) else _written(cell)
+        if cell is None or not isinstance(cell, str | int):  # Other numbers have more than one spelling.
+            held = "null" if cell is None else repr(cell)[:40]
+            raise SpecError(f"row {row} of column {column!r} holds no text ({held})", ("data", *place))
+        text = names[cell] if names and isinstance(cell, int) else as_written(cell)
         if values and text not in values:
             said = f"row {row} of column {column!r} holds {text[:40]!r}, which is none of {', '.join(values)}"
             raise SpecError(said, ("data", "values", column))
@@ -72,5 +70,6 @@ def _text_reader(feature: Any, column: str, place: Place, data: Data) -> Callabl
     return text_reader(column, place, data, names)
 
 
-def _written(value: Any) -> str:
+def as_written(value: Any) -> str:
+    """A cell as the text that a csv file has for it: true, not True."""
     return str(value).lower() if isinstance(value, bool) else str(value)

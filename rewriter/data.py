@@ -17,12 +17,12 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from .chats import with_turns
+from .chats import as_written, with_turns
 from .errors import SpecError, reason
 from .files import aside, cache_folder, read_json, write_json
 from .sources import bars, read
 from .spec import Data, Spec, Turns
-from .spec.data import Part
+from .spec.data import Part, named_in
 from .tasks import (
     TASKS,
     Question,
@@ -78,7 +78,7 @@ def _parts(spec: Spec, labels: list[str]) -> dict[str, datasets.Dataset]:
     data, roles = spec.data, spec.task.roles
     texts = [column for role, column in data.columns.items() if roles[role].kind in ("text", "label")]
     with _decoded():
-        found = read(data, [*texts, *(column for column, place in data.reads.items() if place[0] == "chat")])
+        found = read(data, [*texts, *named_in(data.chat or [])])
         parts = {name: _own(spec, with_turns(_filter(part, data, name), data)) for name, part in found.items()}
         for part in parts.values():
             if len(part):
@@ -209,7 +209,7 @@ def _filter(part: datasets.Dataset, data: Data, name: str) -> datasets.Dataset:
     for column, wanted in data.where.items():
         allowed = wanted if isinstance(wanted, list) else [wanted]
         values = part[column]
-        written = {str(one).lower() if isinstance(one, bool) else str(one) for one in allowed}
+        written = {*map(as_written, allowed)}
         # A csv file's own texts: 1 is written 1, and true in any case.
         keep = [i for i in keep if values[i] in allowed or (values[i] in written and data.format == "csv")]
     if not keep:

@@ -91,11 +91,16 @@ def again(forward: Callable[[Tensor, Tensor], Tensor]) -> Following:
     texts: list[list[int]] = []
 
     def following(new: Ids) -> Tensor:
-        texts[:] = [[*old, *one] for old, one in zip(texts or [[]] * len(new), new, strict=True)]
+        texts[:] = _longer(texts, new)
         logits = forward(*right(texts))
         return logits[torch.arange(len(texts)), torch.tensor([len(one) - 1 for one in texts])]
 
     return following
+
+
+def _longer(texts: Ids, new: Ids) -> list[list[int]]:
+    """Texts with what is new of each; at first there are none."""
+    return [[*old, *one] for old, one in zip(texts or [[]] * len(new), new, strict=True)]
 
 
 def either(first: Following, second: Following) -> Following:
@@ -105,7 +110,7 @@ def either(first: Following, second: Following) -> Following:
 
     def following(new: Ids) -> Tensor:
         nonlocal failed
-        texts[:] = [[*old, *one] for old, one in zip(texts or [[]] * len(new), new, strict=True)]
+        texts[:] = _longer(texts, new)
         if failed:
             return second(new)
         try:

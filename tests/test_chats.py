@@ -139,6 +139,8 @@ def test_a_whole_chat_is_asked_as_it_is_and_other_columns_are_said(table):
     assert rows_of(spec_of(table), [json.dumps({"messages": said})]) == [{"messages": said}]
     with pytest.raises(SubspanError, match=r'row 1 has no text; data.chat asks of {"text": "\.\.\."}'):
         rows_of(spec_of(table), ['{"txt": "a"}'])
+    with pytest.raises(SubspanError, match=r"row 1 of column 'text' holds no text \(1.5\)"):
+        rows_of(spec_of(table), ['{"text": 1.5}'])
     two = [{"user": "{text} {label}"}, {"assistant": "ok"}]
     with pytest.raises(SubspanError, match=r"asks of .*text.*label"):
         rows_of(spec_of(table, chat=two), ["a film"])

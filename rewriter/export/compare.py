@@ -236,20 +236,6 @@ def _jittered(weight: Tensor, eps: float) -> Tensor:
     return noise.sub_(0.5).mul_(eps).add_(1).mul_(weight)
 
 
-def moved(samples: Iterable[Sample], stage: Stage, axes: Sequence[str | None]) -> dict[int, float]:
-    """Of each output how far a stage is from the wider run on samples.
-
-    Args:
-        axes: from `sequences`.
-    """
-    found: dict[int, float] = {}
-    for sample in samples:
-        masks = [_real(name, sample.inputs, sample.targets) for name in axes]
-        for i, (value, exact, mask) in enumerate(zip(stage(sample.inputs), sample.outputs()[1], masks, strict=True)):
-            found[i] = max(found.get(i, 0.0), gap(value, exact, mask).largest)
-    return found
-
-
 def sequences(graph: fx.Graph, names: Sequence[str]) -> list[str | None]:
     """For each output of a traced graph, the input whose sequence (dimension 1) it has; None where it has none.
 

@@ -309,7 +309,7 @@ def _truth(
     if eps is not None:
         merged = {site.place for site in tuned.plan.sites if site.merges and site.layout}
         once = compare.run_wide(torch_stage(compare.retyped(tuned, dtype, merged, eps), dtype))
-        stored = compare.moved(kept[: len(random)], once, axes)
+        stored = compare.distances(kept[: len(random)], {"stored": once}, axes)[0]["stored"].wide
     return compare.Truth(
         spec,
         tuned.input_names,

@@ -1,6 +1,6 @@
 """The data of a spec: where rows lie, which of them are read, and what their columns are."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from string import Formatter
 from typing import Annotated, Any, Literal
 
@@ -70,6 +70,16 @@ Text = Annotated[str, AfterValidator(_text)]
 ChatTurn = Annotated[dict[Literal["system", "developer", "user", "assistant"], Text], Field(min_length=1, max_length=1)]
 
 
+def named_in(chat: Sequence[Mapping[str, str]]) -> dict[str, Place]:
+    """The columns that turns name, in order -> where in the data section each is named first."""
+    found: dict[str, Place] = {}
+    for i, turn in enumerate(chat):
+        for role, text in turn.items():
+            for column in fields_of(text):
+                found.setdefault(column, ("chat", i, role))
+    return found
+
+
 def _columns_may_be_made(schema: dict[str, Any]) -> None:
     """`chat` and `mixture` make columns: an editor is not to ask for them."""
     schema["required"] = [name for name in schema.get("required", []) if name != "columns"]
@@ -129,19 +139,16 @@ class Source(Strict):
             return
         if MADE not in self.columns:
             raise ValueError("`chat` makes the messages: leave out `columns`")
-        if both := sorted({column for role, column in self.columns.items() if role != MADE} & set(self._named())):
+        named = named_in(self.chat)
+        if both := sorted({column for role, column in self.columns.items() if role != MADE} & named.keys()):
             raise ValueError(f"`columns` and `chat` both read {both[0]!r}: tools are no text")
         if self.turns is not None:
             raise ValueError("`turns` is for a column of turns; `chat` makes them of others")
         if "assistant" not in self.chat[-1] or len(self.chat) == 1:
             raise ValueError("the last turn of `chat` is the assistant's, and others come before it")
         for column in self.values:
-            if column not in self._named():
+            if column not in named:
                 raise ValueError(f"`values` has {column!r}, which no turn of `chat` names")
-
-    def _named(self) -> list[str]:
-        """The columns that `chat` names."""
-        return [column for turn in self.chat or [] for text in turn.values() for column in fields_of(text)]
 
     @property
     def reads(self) -> dict[str, Place]:
@@ -150,17 +157,12 @@ class Source(Strict):
         for role, column in self.columns.items():
             if self.chat is None or role != MADE:
                 found.setdefault(column, ("columns", role))
-        for i, turn in enumerate(self.chat or []):
-            for role, text in turn.items():
-                for column in fields_of(text):
-                    found.setdefault(column, ("chat", i, role))
-        return found
+        return found | named_in(self.chat or [])
 
     @property
     def asked(self) -> list[str]:
         """The columns that `chat` names before the assistant's last turn: what is known when it is asked."""
-        texts = [text for turn in (self.chat or [])[:-1] for text in turn.values()]
-        return list(dict.fromkeys(column for text in texts for column in fields_of(text)))
+        return list(named_in((self.chat or [])[:-1]))
 
 
 class Part(Source):

@@ -1,11 +1,13 @@
 """Recompute gates: of an activation times another tensor the backward computes the activation again."""
 
+from collections.abc import Hashable
+
 import torch
 from torch import fx
 
 from ...graph.gated import gated
 from ...graph.ops import aten
-from ..base import Context
+from ..base import Context, described
 
 _ACTIVATIONS = {
     aten.silu.default, aten.gelu.default, aten.relu.default, aten.sigmoid.default, aten.tanh.default, aten.mish.default,
@@ -16,7 +18,7 @@ def recompute_gates(graph: fx.Graph, context: Context) -> fx.Graph:
     """Keep what gated units read for the backward, and compute their activations again there."""
     for mul in graph.find_nodes(op="call_function", target=aten.mul.Tensor):
         for gate, other in (mul.args, mul.args[::-1]):
-            if _is_gate(gate) and isinstance(other, fx.Node) and _alike(gate, other) and _alike(gate, mul):
+            if _is_gate(gate) and isinstance(other, fx.Node) and len({_kind(one) for one in (gate, other, mul)}) == 1:
                 _replace(graph, mul, gate, other)
                 break
     return graph
@@ -27,11 +29,8 @@ def _is_gate(gate: object) -> bool:
     return alone and not any(isinstance(one, fx.Node) for one in (*gate.args[1:], *gate.kwargs.values()))
 
 
-def _alike(one: fx.Node, other: fx.Node) -> bool:
-    """Whether both are tensors of one shape and one type."""
-    values = [node.meta.get("val") for node in (one, other)]
-    whole = all(isinstance(value, torch.Tensor) for value in values)
-    return whole and len({(tuple(map(str, value.shape)), value.dtype) for value in values}) == 1
+def _kind(node: fx.Node) -> Hashable:
+    return described(node.meta["val"])
 
 
 def _replace(graph: fx.Graph, mul: fx.Node, gate: fx.Node, other: fx.Node) -> None:
