@@ -117,6 +117,17 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed_to_the_same_bits(made, tmp
     assert again == metrics and log_of(tmp_path / "run") == log_of(tmp_path / "whole")
 
 
+def test_what_is_measured_before_the_first_step_is_no_state_to_keep(made, tmp_path):
+    """At so small a rate all evaluations are equal, and the first of them would be kept."""
+    settings = [*STEPS, "train.evaluate_start=true", "train.evaluate_steps=2", "train.keep=best"]
+    settings += ["train.learning_rate=1e-30"]
+    metrics = run(made, tmp_path / "whole", *settings)[1]
+    killed(made, tmp_path / "run", 10, *settings)
+    again = run(made, tmp_path / "run", *settings, resume=True)[1]
+    assert again["evaluations"] == metrics["evaluations"] and metrics["evaluations"]["best"] == 2
+    assert again["before"] == metrics["before"] and log_of(tmp_path / "run") == log_of(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_the_optimiser_s_state_is_by_name_and_as_large_as_the_plan_says(made, tmp_path, name):
     run(made, tmp_path, f"train.optimiser={name}", "train.max_steps=4")
