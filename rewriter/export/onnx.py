@@ -115,10 +115,12 @@ def _rename(graph: onnx_ir.Graph, inputs: Inputs) -> None:
 
 
 def _renamed(dim: Any, words: re.Pattern[str], symbols: Mapping[str, str]) -> Any:
-    """A dimension, or an expression of several, by the names given."""
+    """A dimension, or an expression of several, by the names given; a sum in one order, so that equal ones read so."""
     if not isinstance(dim, onnx_ir.SymbolicDim) or not dim.value:
         return dim
-    return words.sub(lambda found: symbols[found[0]], dim.value)
+    named = words.sub(lambda found: symbols[found[0]], dim.value)
+    terms = named.split(" + ")
+    return " + ".join(sorted(terms)) if all(term.isidentifier() for term in terms) else named
 
 
 def save(model: onnx_ir.Model, file: Path) -> None:
