@@ -8,6 +8,7 @@ from .clean.remove_dead import remove_dead
 from .clean.remove_identities import remove_identities
 from .fuse.accumulate import accumulate
 from .fuse.defer_head import defer_head
+from .fuse.keep_rows import keep_rows
 from .fuse.recompute_gates import recompute_gates
 from .fuse.share_inputs import share_inputs
 from .insert.add_penalties import add_penalties
@@ -31,4 +32,5 @@ PASSES: tuple[Pass, ...] = (
     Pass(recompute_gates, ("train",)),
     Pass(defer_head, ("train",)),
     Pass(copy_contiguous, ("export",)),
+    Pass(keep_rows, ("export",)),
 )

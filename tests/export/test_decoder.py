@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import onnx_ir
 import onnxruntime
 import pytest
 import torch
@@ -63,6 +64,8 @@ def test_greedy_tokens_are_those_of_generate(tmp_path, name):
     if name == "llama":
         check_names(run)
     variants.fused(run / "onnx" / "model.onnx", fused := tmp_path / "fused.onnx")
+    nodes = onnx_ir.load(run / "onnx" / "model.onnx").graph
+    assert "Gemm" not in {node.op_type for node in nodes}  # Of which no weight in 8 or 4 bits is made.
     assert variants.attention_nodes(fused) == (0 if name in NO_RULE else model.config.num_hidden_layers)
     np.testing.assert_array_equal(greedy(fused, ids, mask), expected.numpy())
 
