@@ -67,9 +67,8 @@ def load_rows(spec: Spec, labels: list[str]) -> Rows:
     """
     if spec.data is None:
         raise SpecError("'data' is missing: training needs it")
-    if spec.data.mixture is None:
-        return _rows(spec, _parts(spec, labels))
-    return _rows(spec, _mixed(spec, labels))
+    with bars():
+        return _rows(spec, _parts(spec, labels) if spec.data.mixture is None else _mixed(spec, labels))
 
 
 def _parts(spec: Spec, labels: list[str]) -> dict[str, datasets.Dataset]:
@@ -77,7 +76,7 @@ def _parts(spec: Spec, labels: list[str]) -> dict[str, datasets.Dataset]:
     rows have the numbers that they have in the file."""
     data, roles = spec.data, spec.task.roles
     texts = [column for role, column in data.columns.items() if roles[role].kind in ("text", "label")]
-    with _decoded():
+    with _decoded(), _counted(data):
         found = read(data, [*texts, *named_in(data.chat or [])])
         parts = {name: _own(spec, with_turns(_filter(part, data, name), data)) for name, part in found.items()}
         for part in parts.values():
@@ -160,6 +159,18 @@ def _weighted(train: datasets.Dataset, data: Data) -> datasets.Dataset:
 
 
 @contextlib.contextmanager
+def _counted(data: Data) -> Iterator[None]:
+    """What a row's number in a mistake means, where rows are left out before they are checked."""
+    try:
+        yield
+    except SpecError as error:
+        if not data.where or not error.message.startswith("row "):
+            raise
+        said = f"{error.message} (of the rows that data.where keeps, the first being row 0)"
+        raise type(error)(said, error.path, error.at_key) from None
+
+
+@contextlib.contextmanager
 def _decoded() -> Iterator[None]:
     """Bytes that are no text are found when a cell is read."""
     try:
@@ -174,6 +185,8 @@ def _rows(spec: Spec, parts: dict[str, datasets.Dataset]) -> Rows:
     data = spec.data
     if "train" not in parts:
         raise SpecError(f"no split 'train', only {', '.join(parts)}", _DATA)
+    if data.split and "validation" in parts:
+        raise SpecError("the data has validation rows of its own: leave out `split`", ("data", "split"))
     if data.split:
         held = data.split.validation
         rows, share = len(parts["train"]), isinstance(held, float)

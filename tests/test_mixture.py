@@ -2,15 +2,18 @@
 
 import json
 import math
+import shutil
 from collections import Counter
 
 import pytest
+import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewriter import SpecError, load_rows
+from rewriter import Session, SpecError, load_rows
 from rewriter.spec import Spec, dump_spec
 from rewriter.spec.places import parse
+from tests.cases.tiny import LLAMA, saved
 
 CHAT = [{"user": "{q}"}, {"assistant": "{a}"}]
 
@@ -143,3 +146,24 @@ def test_mistakes_in_a_part_have_its_place(files):
     with pytest.raises(SpecError, match="no column 'd'") as error:
         load_rows(spec_of([files[0] | {"columns": {"messages": "d"}}, files[1]]), [])
     assert error.value.path == ("data", "mixture", 0, "columns", "messages")
+
+
+def test_a_run_over_a_mixture_resumes_to_the_same_bits(files, tmp_path):
+    saved(tmp_path / "model", hf.LlamaConfig(**LLAMA), "CausalLM")
+    said = "{% for m in messages %}{{m.role + ' ' + m.content + ' '}}{% endfor %}"
+    spec = spec_of(weighted(files, 1.0, 2.0), template=said, loss="all", max_length=16).model_dump(mode="json")
+    spec["model"]["name"] = str(tmp_path / "model")
+    spec["rules"] = [{"target": "**.q_proj.weight", "apply": [{"lora": {"rank": 2}}]}]
+    spec["train"] |= {"batch_size": 8, "epochs": 2, "checkpoint_steps": 13, "log_steps": 1}
+    runs = [tmp_path / name for name in ("whole", "killed")]
+    for run in runs:
+        Session(Spec.model_validate(spec)).tune(run)
+    (runs[1] / "metrics.json").unlink()
+    kept = sorted((runs[1] / "checkpoints").iterdir(), key=lambda one: int(one.name.split("-")[1]))
+    assert [one.name for one in kept] == ["checkpoint-13", "checkpoint-20"]  # The first in the middle of an epoch.
+    shutil.rmtree(kept[1])
+    Session(Spec.model_validate(spec)).tune(runs[1], resume=True)
+    tensors, logs = (
+        [(run / name).read_bytes() for run in runs] for name in ("adapter/adapter.safetensors", "log.jsonl")
+    )
+    assert tensors[0] == tensors[1] and logs[0] == logs[1]

@@ -173,7 +173,9 @@ def _chats(batch: dict[str, list], index: list[int], reading: Reading) -> list[_
             ids, learnt = tokens_of(reading.processor, turns, reading.loss or ASSISTANT, tools)
             ended = turn_ends(reading.processor) if ended is None else ended
         except SpecError as error:
-            raise SpecError(f"{error.message} (a chat that starts with {str(turns[0])[:40]} ...)", error.path) from None
+            raise SpecError(
+                f"{error.message} (a chat that starts with {str(turns[0].get('content'))[:40]!r})", error.path
+            ) from None
         own = turns[-1]["role"] == "assistant" and not ended
         found.append(_ended(ids, learnt, reading.processor.eos_token_id) if own else (ids, learnt))
     return found

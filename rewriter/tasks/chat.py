@@ -104,17 +104,19 @@ def tokens_of(
         tools: that the template tells of.
 
     Raises:
-        SpecError: there is no template, it can't render the turns, or what it renders of the first of them is no start
-            of what it renders of all, so that which tokens are whose is not known.
+        SpecError: there is no template, it can't render the turns or leaves one of them or a tool out, or what it
+            renders of the first of them is no start of what it renders of all, so that which tokens are whose is not
+            known.
     """
     turns, tools = list(turns), list(tools) if tools else None
     if processor.chat_template is None:
         raise SpecError("its tokenizer has no chat template; set data.template", ("model", "name"))
+    text = _applied(processor, turns, tools, tokenize=False)
+    _check_all_there(processor, turns, tools, text)
     if learn == ASSISTANT and _MARKS.search(_COMMENTS.sub("", processor.get_chat_template(tools=tools))):
         made = _applied(processor, turns, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         ids, learnt = list(made["input_ids"]), [bool(one) for one in made["assistant_masks"]]
     else:
-        text = _applied(processor, turns, tools, tokenize=False)
         made = placed(processor, text, add_special_tokens=False)
         ids = list(made["input_ids"])
         spans = [(0, len(text))] if learn == ALL else _spans(processor, turns, tools, text)
@@ -122,6 +124,23 @@ def tokens_of(
         inside = lambda first, last: any(start < max(last, first + 1) and first < stop for start, stop in spans)  # noqa: E731
         learnt = [inside(first, last) for first, last in made["offset_mapping"]]
     return ids, learnt
+
+
+def _check_all_there(processor: Any, turns: list[Turn], tools: Any, text: str) -> None:
+    """Every turn, every call and every tool is in what is rendered: if not as it is written, then in a way that another
+    text changes."""
+    contents = [said.strip() if isinstance(said := turn.get("content"), str) else "" for turn in turns]
+    for i, (turn, said) in enumerate(zip(turns, contents, strict=True)):
+        if said and text.count(said) < contents.count(said):
+            other = [*turns[:i], turn | {"content": turn["content"] + _SAID}, *turns[i + 1 :]]
+            if _applied(processor, other, tools, tokenize=False) == text:
+                raise _left_out(f"turn {i}, the {turn['role']}'s")
+        for call in turn.get("tool_calls") or []:
+            if _name_of(call) not in text:
+                raise _left_out(f"a call in turn {i}")
+    for tool in tools or []:
+        if _name_of(tool) not in text:
+            raise _left_out(f"the tool {_name_of(tool)!r}")
 
 
 def _spans(processor: Any, turns: list[Turn], tools: Any, whole: str) -> list[tuple[int, int]]:
@@ -166,6 +185,18 @@ def _ends(processor: Any, turns: list[Turn], tools: Any, whole: str, i: int, sta
     place = whole.find(end, own + len(said.strip()) if own >= 0 else start) if end.strip() else -1
     following = _begins(processor, turns, tools, whole, i + 1)
     return place + len(end) if place >= 0 and place + len(end) <= following else None
+
+
+def _name_of(one: Any) -> str:
+    """Of a tool, or of a call of one; empty where it is written in another way."""
+    inner = one.get("function", one) if isinstance(one, Mapping) else None
+    name = inner.get("name") if isinstance(inner, Mapping) else None
+    return name if isinstance(name, str) else ""
+
+
+def _left_out(what: str) -> SpecError:
+    said = f"its chat template leaves out {what}: set data.template to one that has it, or take it out of the data"
+    return SpecError(said, ("data", "template"))
 
 
 def placed(processor: Any, text: str | Sequence[str], **options: Any) -> Any:

@@ -65,7 +65,8 @@ def test_greedy_tokens_are_those_of_generate(tmp_path, name):
         check_names(run)
     variants.fused(run / "onnx" / "model.onnx", fused := tmp_path / "fused.onnx")
     nodes = onnx_ir.load(run / "onnx" / "model.onnx").graph
-    assert "Gemm" not in {node.op_type for node in nodes}  # Of which no weight in 8 or 4 bits is made.
+    if name == "gpt2":  # No weight in 8 or 4 bits is made of a Gemm.
+        assert "Gemm" not in {node.op_type for node in nodes}
     assert variants.attention_nodes(fused) == (0 if name in NO_RULE else model.config.num_hidden_layers)
     np.testing.assert_array_equal(greedy(fused, ids, mask), expected.numpy())
 

@@ -46,8 +46,7 @@ CHAT = [
 ]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
+def make_tokenizer():
     """Of bytes, with the markers of all templates as special tokens."""
     core = tokenizers.Tokenizer(tokenizers.models.BPE(dict.fromkeys(()), []))
     core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -57,6 +56,11 @@ def tokenizer():
         ["a film"], tokenizers.trainers.BpeTrainer(special_tokens=MARKERS, initial_alphabet=alphabet)
     )
     return hf.PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
 
 
 def learnt(tokenizer, ids, kept):
@@ -163,6 +167,49 @@ def test_whose_tokens_are_whose_is_known_or_refused(tokenizer):
         read(tokenizer, "{{raise_exception('no system')}}", CHAT, "assistant")
     with pytest.raises(SpecError, match="has no chat template"):
         read(tokenizer, None, CHAT, "assistant")
+
+
+LEAVES_OUT = {
+    "a system turn": (
+        "{% if m.role != 'system' %}",
+        [{"role": "system", "content": "be brief"}, *CHAT],
+        None,
+        "turn 0, the system's",
+    ),
+    "the second question": ("{% if not loop.index0 == 2 %}", CHAT, None, "turn 2, the user's"),
+    "a repeated question": (
+        "{% if not loop.index0 == 2 %}",
+        [*CHAT[:2], CHAT[0], CHAT[3]],
+        None,
+        "turn 0, the user's|turn 2, the user's",
+    ),
+    "a call": (
+        "{% if true %}",
+        [CHAT[0], {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "rate"}}]}],
+        None,
+        "a call in turn 1",
+    ),
+    "a tool": ("{% if true %}", CHAT, [{"type": "function", "function": {"name": "rate"}}], "the tool 'rate'"),
+}
+
+
+@pytest.mark.parametrize("name", LEAVES_OUT)
+@pytest.mark.parametrize("learn", ["assistant", "all"])
+def test_what_a_template_leaves_out_is_refused(tokenizer, name, learn):
+    when, turns, tools, said = LEAVES_OUT[name]
+    template = (
+        "{% for m in messages %}"
+        + when
+        + "{{'<|im_start|>' + m.role + m.content + '<|im_end|>'}}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(SpecError, match=f"its chat template leaves out ({said})") as error:
+        read(tokenizer, template, turns, learn, tools)
+    assert error.value.path == ("data", "template")
+
+
+def test_what_a_template_writes_in_another_way_is_there(tokenizer):
+    template = "{% for m in messages %}{{'<|im_start|>' + m.role + (m.content | upper) + '<|im_end|>'}}{% endfor %}"
+    assert len(learnt(tokenizer, *read(tokenizer, template, CHAT, "assistant"))) == 2
 
 
 SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]

@@ -12,6 +12,7 @@ import pytest
 import tokenizers
 import transformers as hf
 
+from rewriter import SpecError
 from rewriter.tasks.chat import tokens_of
 
 FOLDER = Path(os.environ.get("SUBSPAN_TRL", "nowhere")) / "trl" / "chat_templates"
@@ -65,7 +66,12 @@ def test_the_tokens_that_trl_learns_are_learnt(name):
             )
         except jinja2.TemplateError:  # It takes no system turn, or no tools.
             continue
-        ids, learnt = tokens_of(tokenizer, turns, "assistant", tools)
+        try:
+            ids, learnt = tokens_of(tokenizer, turns, "assistant", tools)
+        except SpecError as error:
+            text = tokenizer.decode(theirs["input_ids"])
+            assert "leaves out" in error.message and ('"f"' not in text if tools else turns[0]["content"] not in text)
+            continue
         assert ids == theirs["input_ids"] and learnt == [bool(one) for one in theirs["assistant_masks"]]
         compared += any(learnt)
     if not compared:
