@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install demo demo-llm test lint clean
+.PHONY: install demo demo-llm test test-slow lint clean
 
 install: $(VENV)/.installed
 
@@ -23,7 +23,10 @@ demo-llm: install
 
 test: install
 	$(BIN)/python -m ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
 
 lint: install
 	$(BIN)/python -m ruff check .

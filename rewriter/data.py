@@ -221,7 +221,7 @@ def _filter(part: datasets.Dataset, data: Data, name: str) -> datasets.Dataset:
     keep = range(len(part))
     for column, wanted in data.where.items():
         allowed = wanted if isinstance(wanted, list) else [wanted]
-        values = part[column]
+        values = part[column][:]
         written = {*map(as_written, allowed)}
         # A csv file's own texts: 1 is written 1, and true in any case.
         keep = [i for i in keep if values[i] in allowed or (values[i] in written and data.format == "csv")]

@@ -22,7 +22,7 @@ def traces(monkeypatch):
 
 
 def test_each_is_one_call(file, tmp_path):
-    session = Session(file, "train.max_steps=3")
+    session = Session(file, "train.max_steps=3", "export.onnx=null")
     found = session.plan()
     assert isinstance(found, Plan) and found.trainable_parameters == 512
     assert repr(found) == f"<Plan: 6 sites, 512 tuned parameters of {found.total_parameters:,}, 34 in new heads>"

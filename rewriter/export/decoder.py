@@ -21,9 +21,10 @@ from ..graph.traced import Inputs
 from ..trace import trace, twin
 from ..tuned import TunedModel
 from .latency import Run, waited
-from .merge import rest
+from .merge import rest, staying
 from .verify import PAST, PRESENT, Stage, fed
 
+_BEFORE = {"embeddings"}  # Kinds of sites that become keys and values.
 _SIZES = {"batch": 3, "sequence": 4, "past_sequence": 7, "total_sequence": 11}
 
 
@@ -70,8 +71,8 @@ def decoder_of(
     called |= {f"present_{i}": name for i, name in enumerate(layered(PRESENT, len(held)))}
     examples = Inputs((), kwargs, dynamic)
     decoder = _decoder(model, _before(model, inputs, tuned, merged) if tuned is not None and tuned.rows else [])
-    if tuned is not None:
-        decoder = rest(tuned, trace(decoder, examples, ("eval",)), {"embeddings"}, merged)
+    if tuned is not None and staying(tuned, _BEFORE, merged):
+        decoder = rest(tuned, trace(decoder, examples, ("eval",)), _BEFORE, merged)
     return decoder.eval(), examples, called
 
 

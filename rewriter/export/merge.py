@@ -90,6 +90,11 @@ def merge(model: TunedModel, *into: nn.Module, partly: bool = False) -> float:
     return stored
 
 
+def staying(model: TunedModel, without: Collection[str] = (), merged: bool = True) -> tuple[Site, ...]:
+    """The sites of a tuned model that stay in a graph; arguments as of `rest`."""
+    return tuple(site for site in model.plan.sites if not (merged and site.merges) and site.kind not in without)
+
+
 def rest(model: TunedModel, onto: TracedModel, without: Collection[str] = (), merged: bool = True) -> TunedModel:
     """What merges no further: `onto` with the sites of a tuned model that can't merge.
 
@@ -99,8 +104,6 @@ def rest(model: TunedModel, onto: TracedModel, without: Collection[str] = (), me
         without: kinds of sites to leave out.
         merged: if not, nothing is merged into `onto`, and it gets all sites.
     """
-    own = (site for site in model.plan.sites if not (merged and site.merges))
-    stay = tuple(site for site in own if site.kind not in without)
-    plan = replace(model.plan, sites=stay)
+    plan = replace(model.plan, sites=staying(model, without, merged))
     values = {name: value.detach() for name, value in adapter_tensors(model).items()}
     return rewrite(onto, plan, values=values, without=model.without, also=model.also)

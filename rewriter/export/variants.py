@@ -59,6 +59,14 @@ def int8(source: Path, file: Path) -> None:
     _save(_blocks(_bare(source), 8), file)
 
 
+def int8_fused(source: Path, file: Path) -> None:
+    """Weights in int8 as of `int8`, in the products that `fused` leaves."""
+    fused(source, file)
+    model = _bare(file)
+    data_of(file).unlink(missing_ok=True)  # It would be appended to.
+    _save(_blocks(model, 8), file)
+
+
 def int8_dynamic(source: Path, file: Path) -> None:
     """Weights in int8, symmetric per output; activations in uint8 by tensor, as they come; tables of ids too."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -117,6 +125,7 @@ VARIANTS = {
     ),
     "bfloat16": Variant("model_bf16.onnx", bfloat16, ("cuda",), 0.99, 0.03, dtype=torch.bfloat16),
     "int8": Variant("model_int8.onnx", int8, ("cpu",), 0.995, 0.03),
+    "int8-fused": Variant("model_int8_fused.onnx", int8_fused, ("cpu",), 0.995, 0.03, fuses=True),
     "int8-dynamic": Variant("model_quantized.onnx", int8_dynamic, ("cpu",), 0.995, 0.03, mixes=True),
     "int4": Variant("model_q4.onnx", int4, TARGETS, 0.98, 0.03),
 }

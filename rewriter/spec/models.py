@@ -34,7 +34,8 @@ SCHEDULES = (
 )  # fmt: skip
 TRACKERS = ("tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio")
 VARIANTS = (
-    "float32", "float32-fused", "float16", "float16-fused", "bfloat16", "int8", "int8-dynamic", "int4",
+    "float32", "float32-fused", "float16", "float16-fused", "bfloat16", "int8", "int8-fused", "int8-dynamic",
+    "int4",
 )  # fmt: skip
 Dtype = Literal["float32", "bfloat16", "float16"]
 

@@ -7,6 +7,8 @@ import transformers as hf
 from rewriter import Rule, Session, SpecError
 from tests.cases.tiny import GPT2, T5, saved, spec_of
 
+pytestmark = pytest.mark.slow
+
 
 def tied(folder, kind="gpt2"):
     config = {
@@ -40,6 +42,7 @@ def test_35_tied_weights_are_exported_and_stay_tied(tmp_path, kind, target, appl
             **spec.model_dump(by_alias=True),
             "data": data,
             "rules": [rule],
+            "export": {"onnx": None} if kind == "t5" else {},  # Its tables are tied in the checkpoint.
             "train": {"max_steps": 3, "batch_size": 4, "learning_rate": 0.01},
         }
     )

@@ -30,6 +30,8 @@ from rewriter.folder import spec_of
 from tests.export.test_decoder import exported
 from tests.pipelines.test_tasks import CASES, COMMON, LABELS, MORE, minilm, row, rows, sentence, text_model
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 NODE, OPTIMUM = os.environ.get("SUBSPAN_NODE"), os.environ.get("SUBSPAN_OPTIMUM")
 node = pytest.mark.skipif(not NODE or not shutil.which("node"), reason="SUBSPAN_NODE names no folder of npm packages")

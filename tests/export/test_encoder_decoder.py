@@ -13,6 +13,8 @@ from rewriter.export.encoder_decoder import FILES, decoded, encoded
 from rewriter.export.verify import open_file
 from tests.cases.tiny import BART, T5, task_spec
 
+pytestmark = pytest.mark.slow
+
 START = {"decoder_start_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
 MODELS = {
     "t5": (lambda: hf.T5Config(**T5, **START), "decoder.**.{q,v}.weight"),

@@ -13,6 +13,8 @@ from rewriter.export.kernels import TABLE, fallen, lacking, registered
 from rewriter.export.verify import open_file
 from tests.tiny import project
 
+pytestmark = pytest.mark.slow
+
 GPU = torch.cuda.is_available()
 needs_a_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 

@@ -55,7 +55,7 @@ def test_the_names_are_those_of_the_spec():
 def test_all_that_make_sense_are_compared_and_timed(run):
     edited(run, "latency: null", "latency: [[1, 8], [3, 16]]")
     found, by_name = exported(run, measure=True)
-    assert list(by_name) == ["float32", "float32-fused", "int8", "int8-dynamic", "int4"]
+    assert list(by_name) == ["float32", "float32-fused", "int8", "int8-fused", "int8-dynamic", "int4"]
     assert found["target"] == "cpu" and by_name[found["chosen"]]["holds"]
     for name in ("float32", "float32-fused"):
         assert by_name[name]["holds"] and by_name[name]["agreement"] == 1.0

@@ -21,6 +21,8 @@ from tests.cases.tiny import LLAMA, saved, task_spec
 from tests.pipelines.test_run import fails, succeeds
 from tests.tiny import project
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 TEMPLATE = (
     "{% for m in messages %}{{m.role + ' ' + m.content + ' [SEP] '}}{% endfor %}"

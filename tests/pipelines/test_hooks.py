@@ -12,6 +12,8 @@ from ruamel.yaml import YAML
 
 from tests import tiny
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

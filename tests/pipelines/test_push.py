@@ -11,6 +11,8 @@ from rewriter import Session
 from tests.pipelines.test_run import fails, succeeds
 from tests.tiny import project
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

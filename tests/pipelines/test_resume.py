@@ -13,6 +13,8 @@ from rewriter.training.checkpoint import checkpoints
 from tests import tiny
 from tests.pipelines.test_run import succeeds
 
+pytestmark = pytest.mark.slow
+
 OLD = Path(__file__).parents[1] / "data" / "run-0.1.0"
 
 

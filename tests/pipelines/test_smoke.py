@@ -10,6 +10,8 @@ from rewriter import Session, SpecError
 from tests.cases.tiny import BART, GPT2, image_spec, task_spec, vision
 from tests.tiny import project
 
+pytestmark = pytest.mark.slow
+
 
 def smoke(file, *settings):
     return [

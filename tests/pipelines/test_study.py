@@ -17,6 +17,8 @@ from pipelines import cells, results, study
 from rewriter import load_spec
 from tests import tiny
 
+pytestmark = pytest.mark.slow
+
 RULES = """\
 variants:
   - values: {row: [lora, ssb, broken], step: [{lora: {rank: 2}}, ssb, {lora: {rank: 99}}]}

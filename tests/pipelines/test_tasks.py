@@ -18,6 +18,8 @@ from tests.architectures import ARCHITECTURES
 from tests.pipelines.test_run import fails, succeeds
 from tests.tiny import WORDS, make_tokenizer, save_csv
 
+pytestmark = pytest.mark.slow
+
 COMMON = """\
 version: 1
 model: {{name: {model}, task: {task}{more}}}
@@ -79,8 +81,6 @@ CASES = {
     "decoder": ("sequence-classification", "gpt2", hf.GPT2ForSequenceClassification, "{text: a, label: y}", "transformer.h.*.attn.c_attn.weight", "accuracy"),
     "regression": ("regression", "distilbert", None, "{text: a, label: score}", "distilbert.transformer.layer.*.attention.q_lin.weight", "mse"),
     "tags": ("token-classification", "bert", hf.BertForTokenClassification, "{tokens: words, label: tags}", BERT, "accuracy"),
-    "gpt2": ("causal-lm", "gpt2", None, "{text: a}", "transformer.h.*.attn.c_attn.weight", "perplexity"),
-    "llama": ("causal-lm", "llama", None, "{text: a}", "model.layers.*.self_attn.{q,v}_proj.weight", "perplexity"),
     "mixtral": ("causal-lm", "mixtral", None, "{text: a}", "model.layers.*.mlp.experts.{gate_up_proj,down_proj}", "perplexity"),
     "labels": ("multi-label-classification", "bert", None, "{text: a, label: some}", BERT, "micro_f1"),
     "scored": ("sentence-embedding", "bert", None, "{text: a, text_pair: b, score: score}", BERT[5:], "spearman"),

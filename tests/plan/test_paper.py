@@ -7,6 +7,8 @@ import pytest
 from pipelines.validate import Format, Level, check_all
 from rewriter import SubspanError, load_spec, load_specs
 
+pytestmark = pytest.mark.slow
+
 PAPER = Path(__file__).parents[2] / "specs" / "paper"
 RANKS = (2, 4, 8, 16)
 # Layers, width, nominal millions, then the print in thousandths: rows 2 to 6, and for ranks 2, 4, 8, 16 HAdapter,

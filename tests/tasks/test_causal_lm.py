@@ -195,5 +195,5 @@ def test_a_template_that_drops_the_last_turn_is_refused():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = CHATML.replace("in messages %", "in messages[:2] %")
     turns = [{"role": role, "content": "good film"} for role in ("user", "assistant")] * 2
-    with pytest.raises(SpecError, match="of the first 4 turns is no start"):
+    with pytest.raises(SpecError, match="leaves out turn 2, the user's"):
         encode(spec_of(columns={"messages": "m"}), datasets.Dataset.from_list([{"m": turns}]), tokenizer, [])

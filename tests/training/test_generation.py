@@ -17,6 +17,8 @@ from rewriter.training import generation
 from rewriter.training.generation import measures
 from tests.cases.tiny import LLAMA, T5, saved
 
+pytestmark = pytest.mark.slow
+
 WORDS = ["good", "great", "fine", "bad", "awful", "poor", "film", "plot"]
 
 

@@ -18,6 +18,8 @@ from rewriter.transforms import TRANSFORMS, Scope, transform
 from tests import tiny
 from tests.pipelines.test_run import call, fails
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "tests" / "data" / "growing"
 
