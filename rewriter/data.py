@@ -6,7 +6,8 @@ import inspect
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -44,6 +45,8 @@ _SHOWN = 5
 _FEW = 1000  # Rows that are encoded faster than they are read again.
 _SAID = "notes.json"
 PART = "part"  # No role is called so.
+ROW = "subspan.row"  # The number of a row in its file; not of a mixture, which has several.
+_NUMBER = re.compile(r"row (\d+)")
 
 
 @dataclass
@@ -76,12 +79,14 @@ def _parts(spec: Spec, labels: list[str]) -> dict[str, datasets.Dataset]:
     rows have the numbers that they have in the file."""
     data, roles = spec.data, spec.task.roles
     texts = [column for role, column in data.columns.items() if roles[role].kind in ("text", "label")]
-    with _decoded(), _counted(data):
-        found = read(data, [*texts, *named_in(data.chat or [])])
-        parts = {name: _own(spec, with_turns(_filter(part, data, name), data)) for name, part in found.items()}
-        for part in parts.values():
-            if len(part):
-                _check_rows(spec, part, labels)
+    with _decoded():
+        parts = read(data, [*texts, *named_in(data.chat or [])])
+        for name, whole in parts.items():
+            part = _filter(whole.add_column(ROW, range(len(whole))), data, name)
+            with _numbered(part[ROW]):
+                parts[name] = _own(spec, with_turns(part, data))
+                if len(part):
+                    _check_rows(spec, parts[name], labels)
         _check_labels(spec, parts, labels)
     return parts
 
@@ -159,14 +164,14 @@ def _weighted(train: datasets.Dataset, data: Data) -> datasets.Dataset:
 
 
 @contextlib.contextmanager
-def _counted(data: Data) -> Iterator[None]:
-    """What a row's number in a mistake means, where rows are left out before they are checked."""
+def _numbered(numbers: Sequence[int]) -> Iterator[None]:
+    """The row that a mistake starts with by its number in the file, where a filter left others out."""
     try:
         yield
     except SpecError as error:
-        if not data.where or not error.message.startswith("row "):
+        if not (found := _NUMBER.match(error.message)):
             raise
-        said = f"{error.message} (of the rows that data.where keeps, the first being row 0)"
+        said = f"row {numbers[int(found[1])]}{error.message[found.end() :]}"
         raise type(error)(said, error.path, error.at_key) from None
 
 
@@ -239,7 +244,7 @@ def _own(spec: Spec, part: datasets.Dataset) -> datasets.Dataset:
         SpecError: an image is a path that leads elsewhere.
     """
     data = spec.data
-    part = part.select_columns(list(dict.fromkeys(data.columns.values())))
+    part = part.select_columns([*dict.fromkeys(data.columns.values()), ROW])
     for role, column in data.columns.items():
         if spec.task.roles[role].kind != "image" or not fits("image", part.features[column]):
             continue
@@ -331,9 +336,18 @@ def encode(
             or nothing is left.
     """
     check_length(spec, getattr(processor, "model_max_length", None))
-    data = spec.data
+    data, numbers = spec.data, rows[ROW][:] if ROW in rows.column_names else None
+    rows = rows.remove_columns(ROW) if numbers else rows
     reading = Reading(
-        data.columns, rows.features, processor, labels, data.max_length, data.long, data.loss, *turn_names(data)
+        data.columns,
+        rows.features,
+        processor,
+        labels,
+        data.max_length,
+        data.long,
+        data.loss,
+        *turn_names(data),
+        numbers,
     )
     notes = [] if notes is None else notes
     place = _kept(spec, rows, reading)
@@ -365,7 +379,7 @@ def _kept(spec: Spec, rows: datasets.Dataset, reading: Reading) -> Path | None:
         return None
     processor = [core.to_str(), reading.processor.chat_template, reading.processor.special_tokens_map]
     options = [spec.model.task, spec.model.task_options, dict(reading.columns), list(reading.labels), reading.length]
-    options += [reading.long, reading.loss, dict(reading.turns), dict(reading.spoken)]
+    options += [reading.long, reading.loss, dict(reading.turns), dict(reading.spoken), reading.numbers]
     found = hashlib.sha256(json.dumps([processor, options, digest_of(rows), _code()], default=str).encode())
     return cache_folder("encoded") / found.hexdigest()
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rewriter import Spec, SpecError, encode, load_rows, task_of
+from rewriter.spec.data import Split
 from rewriter.tasks.base import IGNORED, class_reader
 from tests.tiny import make_tokenizer
 
@@ -180,3 +181,40 @@ def test_options_of_the_reader(tmp_path):
         load_rows(spec_of(file, COLUMNS, options={"seperator": "x"}, split={"validation": 2}), ["0", "1"])
     with pytest.raises(ValueError, match="no 'data_files'"):
         spec_of(file, COLUMNS, options={"data_files": "/etc/passwd"})
+
+
+def test_a_split_beside_validation_rows_is_refused(table):
+    spec, files = spec_of(table, COLUMNS), dict.fromkeys(("train", "validation"), str(table))
+    data = spec.data.model_copy(update={"files": files, "split": Split(validation=4)})
+    with pytest.raises(SpecError, match="validation rows of its own") as error:
+        load_rows(spec.model_copy(update={"data": data}), ["no", "yes"])
+    assert error.value.path == ("data", "split")
+
+
+def test_a_row_has_its_number_in_the_file(tmp_path):
+    """In mistakes, and in what is said of chats, whatever is filtered and held out before."""
+    (tmp_path / "rows.csv").write_text("text,label,source\n" + "x,0,b\n" * 5 + "x,0,a\n,1,a\n")
+    spec = spec_of(tmp_path / "rows.csv", COLUMNS, where={"source": "a"}, split={"validation": 1})
+    with pytest.raises(SpecError, match=r"row 6 of column 'text' holds no text \(null\)"):
+        load_rows(spec, ["no", "yes"])
+
+
+def test_what_is_said_of_chats_names_their_rows(tmp_path):
+    turns = [{"role": "user", "content": "good"}, {"role": "assistant", "content": "film"}]
+    long = [turns[0], {"role": "assistant", "content": "film " * 20}]
+    chats = [turns, turns, turns[:1], [turns[1], *turns], long, [{"role": "system", "content": "a"}, *turns], turns]
+    lines = [{"m": chat, "kept": i > 0} for i, chat in enumerate(chats)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    template = "{% for m in messages %}{{m.role + ' ' + m.content + ' '}}{% endfor %}"
+    said = {"split": {"validation": 1, "seed": 1}, "where": {"kept": True}, "format": "json"}
+    spec = spec_of(tmp_path / "rows.jsonl", {"messages": "m"}, "causal-lm", template=template, **said)
+    tokenizer, notes = make_tokenizer(), []
+    tokenizer.chat_template = template
+    rows = load_rows(spec, [])
+    encode(spec, datasets.concatenate_datasets([rows.train, rows.validation]), tokenizer, [], notes)
+    assert [note.partition(")")[0] for note in notes] == [
+        "1 of 6 rows are cut to 12 tokens (row 4",
+        "1 of 6 rows have nothing to learn from and are left out (row 2",
+        "1 of 6 chats have roles out of order (row 3",
+    ]
+    assert notes[2].endswith("e.g. assistant after nobody")

@@ -22,6 +22,7 @@ from .cells import class_reader, words
 
 IGNORED = -100
 WHOLE, LEARNT = "whole", "learnt"
+_SHOWN = 5  # rows
 LOWER = ("loss", "mse", "perplexity")
 WRITTEN = ("exact_match", "rouge", "bleu")  # Measured of what a task that writes has written.
 
@@ -78,6 +79,7 @@ class Reading:
         loss: which tokens are learnt; None: as the task says.
         turns: what a turn's `role` and `content` are called.
         spoken: a turn's role as written -> as templates call it.
+        numbers: of the rows in their file; None where they are of several.
     """
 
     columns: Mapping[str, str]
@@ -89,6 +91,14 @@ class Reading:
     loss: str | None = None
     turns: Mapping[str, str] = field(default_factory=lambda: {"role": "role", "content": "content"})
     spoken: Mapping[str, str] = field(default_factory=dict)
+    numbers: Sequence[int] | None = None
+
+    def named(self, rows: Sequence[int]) -> str:
+        """Rows by their numbers in the file, the first few: ` (rows 3, 8)`; nothing where they have none."""
+        if self.numbers is None or not len(rows):
+            return ""
+        shown = ", ".join(str(self.numbers[row]) for row in rows[:_SHOWN])
+        return f" (row{'s' * (len(rows) > 1)} {shown}{', ...' * (len(rows) > _SHOWN)})"
 
 
 @dataclass(frozen=True)
@@ -265,17 +275,19 @@ class Task:
         if WHOLE in found.column_names:
             whole = np.array(found[WHOLE])
             kept = np.minimum(whole, reading.length)
-            if (cut := int((whole > kept).sum())) and whole.sum():
+            if len(cut := np.flatnonzero(whole > kept)):
                 share = 100 * (1 - kept.sum() / whole.sum())
+                which = reading.named(cut) if len(whole) == len(rows) else ""
                 notes.append(
-                    f"{cut} of {len(whole)} rows are cut to {reading.length} tokens: {share:.1f}% of all tokens "
-                    "are not read (data.max_length)"
+                    f"{len(cut)} of {len(whole)} rows are cut to {reading.length} tokens{which}: {share:.1f}% of all "
+                    "tokens are not read (data.max_length)"
                 )
             found = found.remove_columns(WHOLE)
-        learnt = np.flatnonzero(found[LEARNT])
-        if left := len(found) - len(learnt):
-            notes.append(f"{left} of {len(found)} rows have nothing to learn from and are left out")
-            found = found.select(learnt)
+        some = np.array(found[LEARNT], bool)
+        if len(left := np.flatnonzero(~some)):
+            which = reading.named(left) if len(found) == len(rows) else ""
+            notes.append(f"{len(left)} of {len(found)} rows have nothing to learn from and are left out{which}")
+            found = found.select(np.flatnonzero(some))
         return found.remove_columns(LEARNT)
 
     def tokens(self, batch: dict[str, list], index: list[int], reading: Reading) -> dict[str, Any]:

@@ -20,7 +20,19 @@ from .base import (
     padded_lists,
 )
 from .cells import words
-from .chat import ALL, ASSISTANT, COMPLETION, asked, at_row, objects_of, placed, tokens_of, turn_ends, turns_of
+from .chat import (
+    ALL,
+    ASSISTANT,
+    COMPLETION,
+    asked,
+    at_row,
+    disorder,
+    objects_of,
+    placed,
+    tokens_of,
+    turn_ends,
+    turns_of,
+)
 from .measures import likelihoods, perplexity
 
 _SHOWN = 8  # tokens
@@ -94,15 +106,29 @@ class CausalLM(Task):
         inputs = self.inputs(model, batch, length, processor).kwargs
         return {**inputs, "labels": torch.zeros_like(inputs["input_ids"])}
 
+    def encode(self, rows: Any, reading: Reading, notes: list[str]) -> Any:
+        """With a note of chats whose roles are in an odd order: some templates say nothing."""
+        found = super().encode(rows, reading, notes)
+        if "messages" in reading.columns:
+            cells = rows[reading.columns["messages"]]
+            chats = (turns_of(cell, reading.turns, reading.spoken) for cell in cells)
+            odd = {i: said for i, turns in enumerate(chats) if (said := disorder(turns))}
+            if odd:
+                which = reading.named(list(odd))
+                said = f"{len(odd)} of {len(rows)} chats have roles out of order{which}"
+                notes.append(f"{said}, e.g. {next(iter(odd.values()))}")
+        return found
+
     def tokens(self, batch: dict[str, list], index: list[int], reading: Reading) -> dict[str, Any]:
         """A text that is not cut ends with the end token, which is learnt too; one that is split becomes several rows,
         the first token of each but the first being learnt in the one before."""
         columns, out = reading.columns, {"input_ids": [], "attention_mask": [], "labels": [], WHOLE: []}
         read = _chats if "messages" in columns else _completions if "prompt" in columns else _texts
-        for ids, learnt in read(batch, index, reading):
+        for number, (ids, learnt) in zip(index, read(batch, index, reading), strict=True):
             whole, length = len(ids), reading.length
             if whole > length and reading.long == "refuse":
-                said = f"a text has {whole} tokens: {reading.processor.decode(ids[:_SHOWN])!r} ..."
+                start = f"{reading.processor.decode(ids[:_SHOWN])!r} ..."
+                said = f"a text has {whole} tokens: {start}{reading.named([number])}"
                 raise SpecError(f"{said}; data.long: truncate or split takes it", ("data", "max_length"))
             labels = [one if kept else IGNORED for one, kept in zip(ids[1:], learnt[1:], strict=True)] + [IGNORED]
             starts = range(0, max(whole, 1), length) if reading.long == "split" else (0,)
@@ -163,19 +189,18 @@ def _completions(batch: dict[str, list], index: list[int], reading: Reading) -> 
 def _chats(batch: dict[str, list], index: list[int], reading: Reading) -> list[_Learnt]:
     columns, found, ended = reading.columns, [], None
     for place, number in enumerate(index):
-        with at_row(number, columns["messages"], "messages"):
+        row, tools = reading.numbers[number] if reading.numbers else number, None
+        with at_row(row, columns["messages"], "messages"):
             turns = turns_of(batch[columns["messages"]][place], reading.turns, reading.spoken)
-        tools = None
         if "tools" in columns:
-            with at_row(number, columns["tools"], "tools"):
+            with at_row(row, columns["tools"], "tools"):
                 tools = objects_of(batch[columns["tools"]][place])
         try:
             ids, learnt = tokens_of(reading.processor, turns, reading.loss or ASSISTANT, tools)
             ended = turn_ends(reading.processor) if ended is None else ended
         except SpecError as error:
-            raise SpecError(
-                f"{error.message} (a chat that starts with {str(turns[0].get('content'))[:40]!r})", error.path
-            ) from None
+            start = f"a chat that starts with {str(turns[0].get('content'))[:40]!r}"
+            raise SpecError(f"{error.message} ({start}){reading.named([number])}", error.path) from None
         own = turns[-1]["role"] == "assistant" and not ended
         found.append(_ended(ids, learnt, reading.processor.eos_token_id) if own else (ids, learnt))
     return found

@@ -47,6 +47,24 @@ def turns_of(cell: Any, names: Mapping[str, str], roles: Mapping[str, str]) -> l
     return turns
 
 
+def disorder(turns: Sequence[Turn]) -> str | None:
+    """What is odd in the order of a chat's roles: who speaks where nobody would; None where nothing is."""
+    before = "nobody"
+    for turn in turns:
+        role = turn["role"]
+        given = before in ("nobody", "system", "developer")
+        odd = {
+            "system": not given,
+            "developer": not given,
+            "assistant": given or before == role,
+            "user": before == role,
+        }
+        if odd.get(role, before not in ("assistant", "tool")):
+            return f"{role} after {before}"
+        before = role
+    return None
+
+
 def check_turns(cells: Iterable[Any], column: str, names: Mapping[str, str], roles: Mapping[str, str]) -> None:
     """Every cell of a column holds turns.
 
