@@ -31,13 +31,13 @@ def run(
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Most tokens that a text goes on by.")] = 64,
     chat: Annotated[bool, typer.Option("--chat", help="Talk: each line of stdin is a turn.")] = False,
-    system: Annotated[str | None, typer.Option(help="With --chat: what the system says first.")] = None,
+    system: Annotated[str | None, typer.Option(help="Of chats: what the system says first.")] = None,
     transforms: Transforms = None,
 ) -> None:
     """Ask a run's shipped file, the merged checkpoint, the tuned model, or the base model without what was tuned.
 
     A row is a text, an image's path, or an object of JSON with what the task reads: {"question": ..., "context": ...},
-    {"text": ..., "text_pair": ...}.
+    {"text": ..., "text_pair": ...}, {"messages": [...]}; of data with chats a text is the user's turn.
 
     Prints a line of JSON for each row and stage, in order; a line with nothing on it is an empty text.
 
@@ -50,8 +50,6 @@ def run(
         from rewriter.folder import spec_of
 
         spec = spec_of(folder)
-        if system is not None and not chat:
-            raise SubspanError("--system goes with --chat")
         if chat:
             if texts or file or len(stages or []) > 1:
                 raise SubspanError("--chat reads stdin, and one stage answers: no texts, no --file, one --with")
@@ -63,6 +61,10 @@ def run(
         read = file.read_text() if file and str(file) != "-" else "" if texts else sys.stdin.read()
         lines = [line.removesuffix("\r") for line in read.removesuffix("\n").split("\n")] if read else []
         rows, notes = rows_of(spec, texts or lines), []
+        if system is not None:
+            if not all("messages" in row for row in rows):
+                raise SubspanError("--system is for chats")
+            rows = [row | {"messages": [{"role": "system", "content": system}, *row["messages"]]} for row in rows]
         if not rows:
             raise SubspanError("nothing is asked: give texts, --file, or lines on stdin")
         answers = {str(one): answerer(spec, folder, str(one), tokens, notes) for one in stages or [Stage.onnx]}

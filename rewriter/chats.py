@@ -55,6 +55,8 @@ def text_reader(column: str, place: Place, data: Data, names: list[str] | None =
             held = "null" if cell is None else repr(cell)[:40]
             raise SpecError(f"row {row} of column {column!r} holds no text ({held})", ("data", *place))
         text = names[cell] if names and isinstance(cell, int) else as_written(cell)
+        if text in ("True", "False") and data.format == "csv" and text.lower() in values:  # As pandas writes them.
+            text = text.lower()
         if values and text not in values:
             said = f"row {row} of column {column!r} holds {text[:40]!r}, which is none of {', '.join(values)}"
             raise SpecError(said, ("data", "values", column))

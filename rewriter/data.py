@@ -226,10 +226,13 @@ def _filter(part: datasets.Dataset, data: Data, name: str) -> datasets.Dataset:
     keep = range(len(part))
     for column, wanted in data.where.items():
         allowed = wanted if isinstance(wanted, list) else [wanted]
-        values = part[column][:]
-        written = {*map(as_written, allowed)}
+        if type(part.features[column]).__name__ not in ("Value", "ClassLabel"):
+            said = f"{column} holds no texts, numbers or truth values, which a filter compares"
+            raise SpecError(said, ("data", "where", column))
+        values, csv = part[column][:], data.format == "csv"
         # A csv file's own texts: 1 is written 1, and true in any case.
-        keep = [i for i in keep if values[i] in allowed or (values[i] in written and data.format == "csv")]
+        written = {*map(as_written, allowed)} | {str(one) for one in allowed if isinstance(one, bool)} if csv else set()
+        keep = [i for i in keep if values[i] in allowed or (csv and values[i] in written)]
     if not keep:
         seen = sorted({str(value) for value in part.unique(column)})
         shown = ", ".join(seen[:_SHOWN]) + (", ..." if len(seen) > _SHOWN else "")
@@ -272,7 +275,8 @@ def _broken(image: Mapping[str, Any]) -> str | None:
 
 def _check_column(part: datasets.Dataset, column: str, path: tuple[str, ...], at_key: bool = False) -> None:
     if column not in part.column_names:
-        raise SpecError(f"no column {column!r}; the data has {', '.join(part.column_names)}", path, at_key)
+        there = ", ".join(name for name in part.column_names if name != ROW)
+        raise SpecError(f"no column {column!r}; the data has {there}", path, at_key)
 
 
 def _check_labels(spec: Spec, parts: Mapping[str, datasets.Dataset], labels: list[str]) -> None:
@@ -350,6 +354,7 @@ def encode(
         numbers,
     )
     notes = [] if notes is None else notes
+    known = len(notes)
     place = _kept(spec, rows, reading)
     if place is not None and (there := _reread(place, notes)) is not None:
         return there
@@ -361,7 +366,9 @@ def encode(
                 raise
             raise SpecError(f"its tokenizer can't read the rows: {reason(error)}", ("model", "name")) from None
     if len(found) == 0:
-        raise SpecError(f"none of {len(rows)} rows has anything to learn from", _DATA)
+        said = "".join(f"; {note}" for note in notes[known:] if "nothing to learn" not in note)
+        place = ("data", "max_length") if "data.max_length" in said else _DATA
+        raise SpecError(f"none of {len(rows)} rows has anything to learn from{said}", place)
     if place is not None:
         with contextlib.suppress(OSError), bars():
             place.parent.mkdir(parents=True, exist_ok=True)

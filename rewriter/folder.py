@@ -11,7 +11,7 @@ import filelock
 
 from .errors import SubspanError
 from .files import UNFINISHED, recover, remove, write_text
-from .spec import Spec, dump_spec, is_dump, load_spec
+from .spec import Spec, differing, is_dump, load_spec
 from .training.checkpoint import BUDGET, EARLIER, OPTIMISER, PREDICTIONS, STATE, TUNED, checkpoints
 
 MARKER, LOCK = ".subspan-run", ".subspan-lock"
@@ -57,8 +57,8 @@ def check_folder(spec: Spec, out: Path, resume: bool, overwrite: bool) -> None:
         option = "--resume" if resume else "--overwrite"
         way_out = "" if resume else "; delete it yourself, or choose another --out"
         raise SubspanError(f"{option}: {out} is not a run: it has no {MARKER}{way_out}")
-    if resume and written.exists() and dump_spec(load_spec(written)) != dump_spec(spec):
-        raise SubspanError(f"--resume: {written} is of another run; its settings differ from this spec's")
+    if resume and written.exists() and (others := differing(load_spec(written), spec)):
+        raise SubspanError(f"--resume: {written} is of another run: it differs in {', '.join(others)}")
     if resume and (out / "metrics.json").exists():
         raise SubspanError(f"--resume: {out} is finished; python pipelines/export.py {out}")
 

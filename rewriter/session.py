@@ -34,7 +34,7 @@ from .plan.cost import StepCost, exceeded, saved_bytes, step_cost
 from .pretrained import Pretrained, check_missing, collator, load_model, positions, processor_of
 from .rewrite import rewrite
 from .smoke import small_model, small_spec
-from .spec import Spec, dump_spec, load_spec, located
+from .spec import Spec, differing, dump_spec, load_spec, located
 from .tasks import Question
 from .trace import capture, trace
 from .training.checkpoint import resumed_choices
@@ -410,8 +410,8 @@ class Session:
         run = Path(run) if run is not None else self.run
         if run is None:
             raise SubspanError("which run? export(folder), or tune first")
-        if dump_spec(spec_of(run)) != dump_spec(self.spec):
-            raise SubspanError(f"{run / 'spec.yaml'} is of another run; its settings differ from this spec's")
+        if others := differing(spec_of(run), self.spec):
+            raise SubspanError(f"{run / 'spec.yaml'} is of another run: it differs in {', '.join(others)}")
         from .export.ship import ship  # onnx and ONNX Runtime are imported when something is shipped.
 
         with claimed(run, made=False):

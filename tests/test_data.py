@@ -215,6 +215,30 @@ def test_what_is_said_of_chats_names_their_rows(tmp_path):
     assert [note.partition(")")[0] for note in notes] == [
         "1 of 6 rows are cut to 12 tokens (row 4",
         "1 of 6 rows have nothing to learn from and are left out (row 2",
-        "1 of 6 chats have roles out of order (row 3",
+        "1 of 6 chats have roles out of order, or turns without text (row 3",
     ]
     assert notes[2].endswith("e.g. assistant after nobody")
+
+
+def test_filters_read_texts_numbers_and_truth_values(tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label,kept\n" + "x,0,True\n" * 3 + "x,1,False\n" * 3)
+    spec = spec_of(tmp_path / "rows.csv", COLUMNS, where={"kept": [True]}, split={"validation": 1})
+    assert load_rows(spec, ["no", "yes"]).train["label"][:] == ["0", "0"]
+    (tmp_path / "rows.jsonl").write_text('{"text": "x", "label": 0, "tags": ["a"]}\n' * 3)
+    spec = spec_of(tmp_path / "rows.jsonl", COLUMNS, format="json", where={"tags": "a"}, split={"validation": 1})
+    with pytest.raises(SpecError, match="tags holds no texts, numbers or truth values") as error:
+        load_rows(spec, ["no", "yes"])
+    assert error.value.path == ("data", "where", "tags")
+
+
+def test_where_nothing_is_learnt_it_is_said_why(tmp_path):
+    turns = [{"role": "user", "content": "good " * 20}, {"role": "assistant", "content": "film"}]
+    (tmp_path / "rows.jsonl").write_text((json.dumps({"m": turns}) + "\n") * 3)
+    spec = spec_of(tmp_path / "rows.jsonl", {"messages": "m"}, "causal-lm", format="json", split={"validation": 1})
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{m.role + ' ' + m.content + ' '}}{% endfor %}"
+    with pytest.raises(
+        SpecError, match=r"none of 2 rows has anything to learn from; 2 of 2 rows are cut to 12"
+    ) as error:
+        encode(spec, load_rows(spec, []).train, tokenizer, [])
+    assert error.value.path == ("data", "max_length")

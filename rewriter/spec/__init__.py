@@ -3,7 +3,7 @@
 from .data import Data, Turns, filled
 from .limits import Limits
 from .models import Model, Passes, Rule, Spec, Train, link_model
-from .read import decisive, dump_spec, is_dump, load_spec, load_specs, located, warned
+from .read import decisive, differing, dump_spec, is_dump, load_spec, load_specs, located, warned
 
 __all__ = [
     "Data",
@@ -15,6 +15,7 @@ __all__ = [
     "Train",
     "Turns",
     "decisive",
+    "differing",
     "dump_spec",
     "filled",
     "is_dump",

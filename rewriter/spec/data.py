@@ -101,7 +101,7 @@ class Source(Strict):
     )
     name: str | None = Field(None, description="hub id of a data set, instead of `format` and `files`")
     config: str | None = Field(None, description="configuration of the hub data set")
-    where: dict[str, str | int | float | bool | list[str | int]] = Field(
+    where: dict[str, str | int | float | bool | list[str | int | bool]] = Field(
         default_factory=dict, description="keep rows whose column equals the value, or is in the list"
     )
     columns: dict[str, str] = Field(description="role -> column; which roles there are, the task says")

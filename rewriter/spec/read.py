@@ -160,6 +160,18 @@ def dump_spec(spec: Spec) -> str:
     return _written(spec.model_dump(mode="json", by_alias=True, exclude_none=False))
 
 
+def differing(one: Spec, other: Spec) -> list[str]:
+    """The settings that two specs differ in, as dotted keys; lists are compared whole."""
+    first, second = (_flat(spec.model_dump(mode="json", by_alias=True)) for spec in (one, other))
+    return [key for key in {**first, **second} if first.get(key) != second.get(key)]
+
+
+def _flat(value: Any, place: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {place: value}
+    return {key: one for name, part in value.items() for key, one in _flat(part, f"{place}.{name}".lstrip(".")).items()}
+
+
 def decisive(spec: Spec) -> dict[str, Any]:
     """What of a spec decides what is tuned: less where the model and the data lie, what is exported, and notes."""
     left_out = {"export": True, "meta": True, "limits": True, "model": {"name", "gguf", "revision"}}

@@ -107,7 +107,7 @@ class CausalLM(Task):
         return {**inputs, "labels": torch.zeros_like(inputs["input_ids"])}
 
     def encode(self, rows: Any, reading: Reading, notes: list[str]) -> Any:
-        """With a note of chats whose roles are in an odd order: some templates say nothing."""
+        """With a note of chats that are odd: some templates say nothing."""
         found = super().encode(rows, reading, notes)
         if "messages" in reading.columns:
             cells = rows[reading.columns["messages"]]
@@ -115,7 +115,7 @@ class CausalLM(Task):
             odd = {i: said for i, turns in enumerate(chats) if (said := disorder(turns))}
             if odd:
                 which = reading.named(list(odd))
-                said = f"{len(odd)} of {len(rows)} chats have roles out of order{which}"
+                said = f"{len(odd)} of {len(rows)} chats have roles out of order, or turns without text{which}"
                 notes.append(f"{said}, e.g. {next(iter(odd.values()))}")
         return found
 

@@ -141,7 +141,7 @@ def check_cells(rows: Any, columns: Mapping[str, str], role: str, read: Callable
 
 def check_labels(rows: Any, columns: Mapping[str, str], read: Callable[[Any], Any], labels: Sequence[str]) -> None:
     """`check_cells` of class labels."""
-    wanted, cells = f"one of the labels {', '.join(labels)}", rows.features[columns["label"]]
+    wanted, cells = f"one of the labels {', '.join(labels)}; model.labels names them", rows.features[columns["label"]]
     if getattr(cells, "dtype", None) == "bool":
         wanted += "; which of them is true? Call them 'false' and 'true', in either order"
     check_cells(rows, columns, "label", read, wanted)
@@ -171,6 +171,8 @@ def fits(kind: str, feature: Any) -> bool:
     if kind == "answers":
         return isinstance(feature, dict)
     if kind in ("messages", "tools"):
+        if kind == "tools" and getattr(feature, "dtype", None) == "null":
+            return True
         json = "Json" in (type(feature).__name__, type(inner).__name__)
         return isinstance(inner, dict) or json or getattr(feature, "dtype", None) in ("string", "large_string")
     if kind == "text":

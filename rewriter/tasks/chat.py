@@ -11,6 +11,7 @@ from ..errors import SpecError, reason
 
 ASSISTANT, COMPLETION, ALL = "assistant", "completion", "all"
 _ROLES = ("system", "developer", "user", "assistant", "tool")
+_TEMPLATE = ("data", "template")
 _SAID = "\u2402said\u2403"
 _MARKS, _COMMENTS = re.compile(r"\{%-?\s*generation\s*-?%\}"), re.compile(r"\{#.*?#\}", re.DOTALL)
 
@@ -43,12 +44,14 @@ def turns_of(cell: Any, names: Mapping[str, str], roles: Mapping[str, str]) -> l
             raise ValueError(f"turn {number} has the role {role!r}, not one of {', '.join(_ROLES)}")
         if "content" not in turn and "tool_calls" not in turn:
             raise ValueError(f"turn {number} has no content")
+        if isinstance(turn.get("content"), int | float):
+            raise ValueError(f"turn {number} has the content {turn['content']!r}, no text")
         turns.append(turn | {"role": role})
     return turns
 
 
 def disorder(turns: Sequence[Turn]) -> str | None:
-    """What is odd in the order of a chat's roles: who speaks where nobody would; None where nothing is."""
+    """What is odd in a chat: who speaks where nobody would, or an assistant who says nothing; None where nothing is."""
     before = "nobody"
     for turn in turns:
         role = turn["role"]
@@ -61,6 +64,8 @@ def disorder(turns: Sequence[Turn]) -> str | None:
         }
         if odd.get(role, before not in ("assistant", "tool")):
             return f"{role} after {before}"
+        if role == "assistant" and not turn.get("content") and not turn.get("tool_calls"):
+            return "an assistant's turn without text"
         before = role
     return None
 
@@ -134,6 +139,8 @@ def tokens_of(
     if learn == ASSISTANT and _MARKS.search(_COMMENTS.sub("", processor.get_chat_template(tools=tools))):
         made = _applied(processor, turns, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         ids, learnt = list(made["input_ids"]), [bool(one) for one in made["assistant_masks"]]
+        if not any(learnt) and any(turn["role"] == "assistant" and turn.get("content") for turn in turns):
+            raise SpecError("its chat template marks nothing of the assistant's by {% generation %}", _TEMPLATE)
     else:
         made = placed(processor, text, add_special_tokens=False)
         ids = list(made["input_ids"])
@@ -144,21 +151,44 @@ def tokens_of(
     return ids, learnt
 
 
-def _check_all_there(processor: Any, turns: list[Turn], tools: Any, text: str) -> None:
-    """Every turn, every call and every tool is in what is rendered: if not as it is written, then in a way that another
-    text changes."""
+def _check_all_there(processor: Any, turns: list[Turn], tools: list[Any] | None, text: str) -> None:
+    """Every turn, every call with its arguments, and the tools are in what is rendered, as they are written or in a way
+    that other words would change."""
+
+    def rendered_alike(others: list[Turn], told: list[Any] | None) -> bool:
+        try:
+            return _applied(processor, others, told, tokenize=False) == text
+        except SpecError:  # It reads what is other.
+            return False
+
     contents = [said.strip() if isinstance(said := turn.get("content"), str) else "" for turn in turns]
+    around = json.dumps([processor.get_chat_template(tools=tools), tools, [turn.get("tool_calls") for turn in turns]])
     for i, (turn, said) in enumerate(zip(turns, contents, strict=True)):
-        if said and text.count(said) < contents.count(said):
-            other = [*turns[:i], turn | {"content": turn["content"] + _SAID}, *turns[i + 1 :]]
-            if _applied(processor, other, tools, tokenize=False) == text:
-                raise _left_out(f"turn {i}, the {turn['role']}'s")
-        for call in turn.get("tool_calls") or []:
-            if _name_of(call) not in text:
-                raise _left_out(f"a call in turn {i}")
-    for tool in tools or []:
-        if _name_of(tool) not in text:
-            raise _left_out(f"the tool {_name_of(tool)!r}")
+        alone = said in text and said not in around and not any(said in one for k, one in enumerate(contents) if k != i)
+        if said and not alone and rendered_alike(_with(turns, i, content=turn["content"] + _SAID), tools):
+            raise _left_out(f"turn {i}, the {turn['role']}'s")
+        calls = turn.get("tool_calls") or []
+        for k, call in enumerate(calls):
+            if rendered_alike(_with(turns, i, tool_calls=[*calls[:k], _other(call), *calls[k + 1 :]]), tools):
+                raise _left_out(f"a call in turn {i}, or what it is called with")
+    if tools and rendered_alike(turns, [_other(tool) for tool in tools]):
+        raise _left_out("the tools")
+
+
+def _with(turns: list[Turn], i: int, **values: Any) -> list[Turn]:
+    return [*turns[:i], turns[i] | values, *turns[i + 1 :]]
+
+
+def _other(one: Any) -> Any:
+    """A call with other arguments, where it has any; a call or a tool of another name."""
+    if isinstance(one, Mapping) and isinstance(one.get("function"), Mapping):
+        return {**one, "function": _other(one["function"])}
+    if isinstance(one, Mapping) and one.get("arguments"):
+        given = one["arguments"]
+        return {**one, "arguments": {**given, _SAID: _SAID} if isinstance(given, Mapping) else f"{given}{_SAID}"}
+    if isinstance(one, Mapping) and isinstance(one.get("name"), str):
+        return {**one, "name": one["name"] + _SAID}
+    return _SAID
 
 
 def _spans(processor: Any, turns: list[Turn], tools: Any, whole: str) -> list[tuple[int, int]]:
@@ -182,8 +212,7 @@ def _spans(processor: Any, turns: list[Turn], tools: Any, whole: str) -> list[tu
 
 def _begins(processor: Any, turns: list[Turn], tools: Any, whole: str, i: int) -> int:
     """Where the text of a turn begins: up to there it is rendered alike with another text."""
-    other = [*turns[:i], turns[i] | {"content": _SAID}, *turns[i + 1 :]]
-    rendered = _applied(processor, other, tools, tokenize=False)
+    rendered = _applied(processor, _with(turns, i, content=_SAID), tools, tokenize=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(whole, rendered, strict=False)))
 
 
@@ -198,23 +227,15 @@ def _ends(processor: Any, turns: list[Turn], tools: Any, whole: str, i: int, sta
     # Some templates write a last turn in another way.
     last = [*turns[:i], {"role": "assistant", "content": _SAID}]
     end = _applied(processor, last, tools, tokenize=False).rpartition(_SAID)[2]
-    said = turns[i].get("content")
-    own = whole.find(said.strip(), start) if isinstance(said, str) else -1
+    said, following = turns[i].get("content"), _begins(processor, turns, tools, whole, i + 1)
+    own = whole.find(said.strip(), start, following) if isinstance(said, str) else -1
     place = whole.find(end, own + len(said.strip()) if own >= 0 else start) if end.strip() else -1
-    following = _begins(processor, turns, tools, whole, i + 1)
     return place + len(end) if place >= 0 and place + len(end) <= following else None
-
-
-def _name_of(one: Any) -> str:
-    """Of a tool, or of a call of one; empty where it is written in another way."""
-    inner = one.get("function", one) if isinstance(one, Mapping) else None
-    name = inner.get("name") if isinstance(inner, Mapping) else None
-    return name if isinstance(name, str) else ""
 
 
 def _left_out(what: str) -> SpecError:
     said = f"its chat template leaves out {what}: set data.template to one that has it, or take it out of the data"
-    return SpecError(said, ("data", "template"))
+    return SpecError(said, _TEMPLATE)
 
 
 def placed(processor: Any, text: str | Sequence[str], **options: Any) -> Any:
@@ -255,4 +276,4 @@ def _applied(processor: Any, turns: list[Turn], tools: Any, **options: Any) -> A
     try:
         return processor.apply_chat_template(turns, tools=tools, **options)
     except Exception as error:  # Of a template: it raises its own.
-        raise SpecError(f"its chat template can't render the turns: {reason(error)}", ("data", "template")) from None
+        raise SpecError(f"its chat template can't render the turns: {reason(error)}", _TEMPLATE) from None

@@ -371,7 +371,7 @@ def _keep(run: Run, places: Path) -> None:
         checkpoint.save(run.tuning, progress, places, settings.checkpoint_keep, best)
     if run.asked:
         said = f"stopped at step {progress.step} of {run.steps}"
-        raise Interrupted(f"{said}; a checkpoint is written, resume goes on from it")
+        raise Interrupted(f"{said}; a checkpoint is written, --resume goes on from it")
 
 
 def _end(run: Run, validation: Rows, places: Path) -> tuple[TunedModel, dict[str, dict[str, Any]]]:

@@ -114,8 +114,13 @@ def test_what_is_refused(run, tmp_path):
     line = fails("run", tmp_path / "run", "--chat", "--with", "tuned")
     assert line == "sequence-classification writes no text: ask it without --chat"
     assert "--chat reads stdin" in fails("run", run, "good", "--chat")
-    assert fails("run", run, "good", "--system", "x") == "--system goes with --chat"
     assert "subspan export" in fails("run", run, "--chat")
+
+
+def test_a_text_after_what_the_system_says(run):
+    whole = {"messages": [{"role": "system", "content": "bad"}, {"role": "user", "content": "good"}]}
+    said = succeeds("run", run, "--with", "tuned", "--tokens", "4", json.dumps(whole))
+    assert succeeds("run", run, "--with", "tuned", "--tokens", "4", "--system", "bad", "good") == said
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_what_there_was(monkeypatch, capsys):

@@ -35,7 +35,7 @@ GOLDEN = [
     ('labels: [negative, positive]', 'labels: [positive, positive]', '5:11+20', 'model.labels: labels must differ from each other'),
     ('task: sequence-classification', 'task: regression', '5:3+6', 'model.labels: regression has no labels'),
     ('labels: [negative, positive]', 'labels: []', '5:11+2', 'model.labels: list should have at least 1 item, not 0'),
-    ('labels: [negative, positive]', 'labels: [negative]', '10:32+5', "data.columns.label: column 'label' holds '1' (text 'fine plot plot plot a'); expected one of the labels negative"),
+    ('labels: [negative, positive]', 'labels: [negative]', '10:32+5', "data.columns.label: column 'label' holds '1' (text 'fine plot plot plot a'); expected one of the labels negative; model.labels names them"),
     ('labels: [negative, positive]', 'dtype: int8', '5:10+4', "model.dtype: should be 'float32', 'bfloat16' or 'float16', not 'int8'"),
     ('labels: [negative, positive]', 'trust_remote_code: "yes"', '5:22+5', "model.trust_remote_code: should be a valid boolean, not 'yes'"),
     ('format: csv', 'format: pickle', '7:11+6', "data.format: should be 'csv', 'json', 'parquet', 'arrow', 'text' or 'imagefolder', not 'pickle'"),

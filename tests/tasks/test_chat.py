@@ -169,42 +169,60 @@ def test_whose_tokens_are_whose_is_known_or_refused(tokenizer):
         read(tokenizer, None, CHAT, "assistant")
 
 
+RATE = {"type": "function", "function": {"name": "rate", "arguments": {"film": "a"}}}
+TOOL = [{"type": "function", "function": {"name": "rate"}}]
+CALLING = [CHAT[0], {"role": "assistant", "content": "", "tool_calls": [RATE, RATE]}, {"role": "tool", "content": "18"}]
+CALLING += [{"role": "assistant", "content": "It is 18 degrees"}]
+SAYS = "{{'<|im_start|>' + m.role + m.content + '<|im_end|>'}}"
+TELLS = "{% for t in tools or [] %}{{t | tojson}}{% endfor %}"
+BRIEF = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Be brief. How was it?"}, CHAT[1]]
+BUT_THIRD = "{% if not loop.index0 == 2 %}" + SAYS + "{% endif %}"
+SHORT = [*CHAT[:2], {"role": "user", "content": "a"}, CHAT[3]]
+# A template of one turn `m`, a chat, its tools, and what is said to be left out.
 LEAVES_OUT = {
-    "a system turn": (
-        "{% if m.role != 'system' %}",
-        [{"role": "system", "content": "be brief"}, *CHAT],
-        None,
-        "turn 0, the system's",
+    "a system turn": ("{% if m.role != 'system' %}" + SAYS + "{% endif %}", BRIEF, None, "turn 0, the system's"),
+    "a question": (BUT_THIRD, CHAT, None, "turn 2, the user's"),
+    "one that is part of an answer": (BUT_THIRD + "{{m.tool_calls or []}}", CALLING, None, "turn 2, the tool's"),
+    "one that is part of the markup": (BUT_THIRD, SHORT, None, "turn 2, the user's"),
+    "a repeated question": (BUT_THIRD, [*CHAT[:2], CHAT[0], CHAT[3]], None, "turn 2, the user's"),
+    "calls": (SAYS, CALLING, TOOL, "a call in turn 1"),
+    "the second call": (SAYS + "{{(m.tool_calls or [])[:1]}}", CALLING, TOOL, "a call in turn 1"),
+    "arguments": (
+        SAYS + "{% for c in m.tool_calls or [] %}{{c.function.name}}{% endfor %}",
+        CALLING,
+        TOOL,
+        "a call in",
     ),
-    "the second question": ("{% if not loop.index0 == 2 %}", CHAT, None, "turn 2, the user's"),
-    "a repeated question": (
-        "{% if not loop.index0 == 2 %}",
-        [*CHAT[:2], CHAT[0], CHAT[3]],
-        None,
-        "turn 0, the user's|turn 2, the user's",
-    ),
-    "a call": (
-        "{% if true %}",
-        [CHAT[0], {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "rate"}}]}],
-        None,
-        "a call in turn 1",
-    ),
-    "a tool": ("{% if true %}", CHAT, [{"type": "function", "function": {"name": "rate"}}], "the tool 'rate'"),
+    "tools": (SAYS, [{"role": "user", "content": "please rate it"}, CHAT[1]], TOOL, "the tools"),
 }
 
 
 @pytest.mark.parametrize("name", LEAVES_OUT)
 @pytest.mark.parametrize("learn", ["assistant", "all"])
 def test_what_a_template_leaves_out_is_refused(tokenizer, name, learn):
-    when, turns, tools, said = LEAVES_OUT[name]
-    template = (
-        "{% for m in messages %}"
-        + when
-        + "{{'<|im_start|>' + m.role + m.content + '<|im_end|>'}}{% endif %}{% endfor %}"
-    )
-    with pytest.raises(SpecError, match=f"its chat template leaves out ({said})") as error:
+    turn, turns, tools, said = LEAVES_OUT[name]
+    template = ("" if name == "tools" else TELLS) + "{% for m in messages %}" + turn + "{% endfor %}"
+    with pytest.raises(SpecError, match=f"its chat template leaves out {said}") as error:
         read(tokenizer, template, turns, learn, tools)
     assert error.value.path == ("data", "template")
+
+
+def test_equal_answers_whose_thoughts_are_left_out_are_learnt(tokenizer):
+    """The first of them is not looked for in the second, where its thought stands."""
+    template = (
+        "{% for m in messages %}{{'<|im_start|>' + m.role + '\n'}}{% if m.role == 'assistant' and not loop.last %}"
+        "{{m.content.split('</think>')[-1]}}{% else %}{{m.content}}{% endif %}{{'<|im_end|>\n'}}{% endfor %}"
+        "{% if add_generation_prompt %}{{'<|im_start|>assistant\n'}}{% endif %}"
+    )
+    answer = {"role": "assistant", "content": "<think>hm</think>fine"}
+    ids, kept = read(tokenizer, template, [CHAT[0], answer, CHAT[2], answer], "assistant")
+    assert learnt(tokenizer, ids, kept) == ["fine<|im_end|>\n", "<think>hm</think>fine<|im_end|>\n"]
+
+
+def test_marks_that_mark_nothing_are_refused(tokenizer):
+    template = "{% for m in messages %}{{m.role + m.content}}{% generation %}{% endgeneration %}{% endfor %}"
+    with pytest.raises(SpecError, match="marks nothing of the assistant's"):
+        read(tokenizer, template, CHAT, "assistant")
 
 
 def test_what_a_template_writes_in_another_way_is_there(tokenizer):
@@ -232,6 +250,7 @@ NAMES, ROLES = {"role": "role", "content": "content"}, {"human": "user", "gpt": 
         ('{"a": 1}', NAMES, "no list of objects"),
         ([{"role": "bot", "content": "a"}], NAMES, "turn 0 has the role 'bot', not one of system"),
         ([{"role": "user"}], NAMES, "turn 0 has no content"),
+        ([{"role": "user", "content": 5}], NAMES, "turn 0 has the content 5, no text"),
         (SHAREGPT, NAMES, "turn 0 has the role None"),
         (CHAT, {"role": "from", "content": "value"}, "turn 0 has 'role' and no 'from', as data.turns calls it"),
     ],
