@@ -51,7 +51,8 @@ def data(
             console.rule(f"row {number}: {len(row['input_ids'])} tokens{said}", style="dim")
         lengths = np.array([len(ids) for ids in found["input_ids"]])
         learnt = sum(map(sum, marks))
-        console.print(f"{len(lengths)} rows, {lengths.sum():,} tokens, {learnt:,} of them learnt", highlight=False)
+        of_them = f", {learnt:,} of them learnt" if learnt else ""
+        console.print(f"{len(lengths)} rows, {lengths.sum():,} tokens{of_them}", highlight=False)
         for line in histogram(lengths):
             console.print(line, highlight=False)
         for note in notes:
