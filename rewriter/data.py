@@ -82,7 +82,7 @@ def _parts(spec: Spec, labels: list[str]) -> dict[str, datasets.Dataset]:
     with _decoded():
         parts = read(data, [*texts, *named_in(data.chat or [])])
         for name, whole in parts.items():
-            part = _filter(whole.add_column(ROW, range(len(whole))), data, name)
+            part = _filter(whole.add_column(ROW, np.arange(len(whole))), data, name)
             with _numbered(part[ROW]):
                 parts[name] = _own(spec, with_turns(part, data))
                 if len(part):
@@ -340,8 +340,8 @@ def encode(
             or nothing is left.
     """
     check_length(spec, getattr(processor, "model_max_length", None))
-    data, numbers = spec.data, rows[ROW][:] if ROW in rows.column_names else None
-    rows = rows.remove_columns(ROW) if numbers else rows
+    data, numbers = spec.data, np.array(rows[ROW]) if ROW in rows.column_names else None
+    rows = rows if numbers is None else rows.remove_columns(ROW)
     reading = Reading(
         data.columns,
         rows.features,
@@ -386,7 +386,8 @@ def _kept(spec: Spec, rows: datasets.Dataset, reading: Reading) -> Path | None:
         return None
     processor = [core.to_str(), reading.processor.chat_template, reading.processor.special_tokens_map]
     options = [spec.model.task, spec.model.task_options, dict(reading.columns), list(reading.labels), reading.length]
-    options += [reading.long, reading.loss, dict(reading.turns), dict(reading.spoken), reading.numbers]
+    options += [reading.long, reading.loss, dict(reading.turns), dict(reading.spoken)]
+    options += [None if reading.numbers is None else hashlib.sha256(reading.numbers).hexdigest()]
     found = hashlib.sha256(json.dumps([processor, options, digest_of(rows), _code()], default=str).encode())
     return cache_folder("encoded") / found.hexdigest()
 

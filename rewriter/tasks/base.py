@@ -79,7 +79,7 @@ class Reading:
         loss: which tokens are learnt; None: as the task says.
         turns: what a turn's `role` and `content` are called.
         spoken: a turn's role as written -> as templates call it.
-        numbers: of the rows in their file; None where they are of several.
+        numbers: (rows,) of the rows in their file; None where they are of several.
     """
 
     columns: Mapping[str, str]
@@ -91,7 +91,7 @@ class Reading:
     loss: str | None = None
     turns: Mapping[str, str] = field(default_factory=lambda: {"role": "role", "content": "content"})
     spoken: Mapping[str, str] = field(default_factory=dict)
-    numbers: Sequence[int] | None = None
+    numbers: np.ndarray | None = None
 
     def named(self, rows: Sequence[int]) -> str:
         """Rows by their numbers in the file, the first few: ` (rows 3, 8)`; nothing where they have none."""

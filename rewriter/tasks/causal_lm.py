@@ -189,7 +189,7 @@ def _completions(batch: dict[str, list], index: list[int], reading: Reading) -> 
 def _chats(batch: dict[str, list], index: list[int], reading: Reading) -> list[_Learnt]:
     columns, found, ended = reading.columns, [], None
     for place, number in enumerate(index):
-        row, tools = reading.numbers[number] if reading.numbers else number, None
+        row, tools = number if reading.numbers is None else reading.numbers[number], None
         with at_row(row, columns["messages"], "messages"):
             turns = turns_of(batch[columns["messages"]][place], reading.turns, reading.spoken)
         if "tools" in columns:
