@@ -4,7 +4,7 @@ import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -61,10 +61,7 @@ def run(
         read = file.read_text() if file and str(file) != "-" else "" if texts else sys.stdin.read()
         lines = [line.removesuffix("\r") for line in read.removesuffix("\n").split("\n")] if read else []
         rows, notes = rows_of(spec, texts or lines), []
-        if system is not None:
-            if not all("messages" in row for row in rows):
-                raise SubspanError("--system is for chats")
-            rows = [row | {"messages": [{"role": "system", "content": system}, *row["messages"]]} for row in rows]
+        rows = rows if system is None else _after(system, rows)
         if not rows:
             raise SubspanError("nothing is asked: give texts, --file, or lines on stdin")
         answers = {str(one): answerer(spec, folder, str(one), tokens, notes) for one in stages or [Stage.onnx]}
@@ -79,6 +76,17 @@ def run(
             for note in dict.fromkeys(notes):
                 print(f"row {number}: {note}", file=sys.stderr, flush=True)
             notes.clear()
+
+
+def _after(system: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Chats after what the system says."""
+    from rewriter.errors import SubspanError
+
+    if not all("messages" in row for row in rows):
+        raise SubspanError("--system is for runs whose data has chats")
+    if any(row["messages"][0]["role"] == "system" for row in rows):
+        raise SubspanError("--system, and a row that begins with a system turn: not both")
+    return [row | {"messages": [{"role": "system", "content": system}, *row["messages"]]} for row in rows]
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def _parts(spec: Spec, labels: list[str]) -> dict[str, datasets.Dataset]:
     with _decoded():
         parts = read(data, [*texts, *named_in(data.chat or [])])
         for name, whole in parts.items():
-            part = _filter(whole.add_column(ROW, np.arange(len(whole))), data, name)
+            part = _filter(whole, data, name)
             with _numbered(part[ROW]):
                 parts[name] = _own(spec, with_turns(part, data))
                 if len(part):
@@ -217,10 +217,12 @@ def _rows(spec: Spec, parts: dict[str, datasets.Dataset]) -> Rows:
 
 
 def _filter(part: datasets.Dataset, data: Data, name: str) -> datasets.Dataset:
+    """The rows that `where` keeps, with their numbers as `ROW`."""
     for column in data.where:
         _check_column(part, column, ("data", "where", column), at_key=True)
     for column, place in data.reads.items():
         _check_column(part, column, ("data", *place))
+    part = part.add_column(ROW, np.arange(len(part)))
     if not data.where:
         return part
     keep = range(len(part))
@@ -275,8 +277,7 @@ def _broken(image: Mapping[str, Any]) -> str | None:
 
 def _check_column(part: datasets.Dataset, column: str, path: tuple[str, ...], at_key: bool = False) -> None:
     if column not in part.column_names:
-        there = ", ".join(name for name in part.column_names if name != ROW)
-        raise SpecError(f"no column {column!r}; the data has {there}", path, at_key)
+        raise SpecError(f"no column {column!r}; the data has {', '.join(part.column_names)}", path, at_key)
 
 
 def _check_labels(spec: Spec, parts: Mapping[str, datasets.Dataset], labels: list[str]) -> None:
@@ -340,19 +341,8 @@ def encode(
             or nothing is left.
     """
     check_length(spec, getattr(processor, "model_max_length", None))
-    data, numbers = spec.data, np.array(rows[ROW]) if ROW in rows.column_names else None
-    rows = rows if numbers is None else rows.remove_columns(ROW)
-    reading = Reading(
-        data.columns,
-        rows.features,
-        processor,
-        labels,
-        data.max_length,
-        data.long,
-        data.loss,
-        *turn_names(data),
-        numbers,
-    )
+    reading = _reading(spec.data, rows, processor, labels)
+    rows = rows if reading.numbers is None else rows.remove_columns(ROW)
     notes = [] if notes is None else notes
     known = len(notes)
     place = _kept(spec, rows, reading)
@@ -376,6 +366,12 @@ def encode(
                 found.save_to_disk(new)
                 write_json(new / _SAID, {"notes": notes})
     return found
+
+
+def _reading(data: Data, rows: datasets.Dataset, processor: Any, labels: Sequence[str] = ()) -> Reading:
+    numbers = np.array(rows[ROW]) if ROW in rows.column_names else None
+    how = (data.max_length, data.long, data.loss, *turn_names(data))
+    return Reading(data.columns, rows.features, processor, labels, *how, numbers)
 
 
 def _kept(spec: Spec, rows: datasets.Dataset, reading: Reading) -> Path | None:
@@ -423,9 +419,7 @@ def questions_of(spec: Spec, rows: datasets.Dataset, processor: Any) -> list[Que
     data, settings, found = spec.data, spec.writing, []
     if settings is None:
         return found
-    reading = Reading(
-        data.columns, rows.features, processor, (), data.max_length, data.long, data.loss, *turn_names(data)
-    )
+    reading = _reading(data, rows, processor)
     for row in rows:
         if (one := spec.task.question(row, reading)) is not None:
             found.append(one)

@@ -80,7 +80,7 @@ def test_nothing_is_kept_between_sessions_but_what_one_passes_on(file, traces):
 
 def test_a_run_of_another_spec_is_not_exported(file, tmp_path):
     Session(file, "train.max_steps=1").tune(tmp_path / "run")
-    with pytest.raises(SubspanError, match="is of another run"):
+    with pytest.raises(SubspanError, match=r"is of another run: it differs in train\."):
         Session(file).export(tmp_path / "run")
     with pytest.raises(SubspanError, match=f"^{tmp_path}: no run is there"):
         Session(file).export(tmp_path)

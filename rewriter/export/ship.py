@@ -77,11 +77,14 @@ def ship(spec: Spec, run: Path, target: str = "cpu", measure: bool = False) -> d
         write_json(verify, report)
         if spec.export.onnx:
             offered = offer(truth, wanted(spec.export.variants, target, measure), plain, model.attentions, target)
-            found = {"target": target, "variants": offered, "machine": machine() if shapes else None}
+            found = {
+                "target": target,
+                "metric": spec.compared,
+                "variants": offered,
+                "machine": machine() if shapes else None,
+            }
             found["beside"] = _timed(spec, model, again, offered, shapes, grows, target) if shapes else {}
-            found |= {"chosen": settle(offered, plain), "metric": spec.compared} | (
-                {"cache": cache} if spec.task.writes else {}
-            )
+            found |= {"chosen": settle(offered, plain)} | ({"cache": cache} if spec.task.writes else {})
             write_json(export, found)
             if grows:
                 config = genai_config(onnx / SHIPPED, model.config, model.processor, model.longest)

@@ -14,9 +14,8 @@ def print_variants(run: Path, console: Console) -> None:
     found = read_json(run / "export.json")
     shapes, files, others = listing(found)
     columns = ("holds", "MB", "metric", "same decisions", "largest difference", *shapes)
-    table = Table(
-        "variant", "holds", "MB", found.get("metric", "metric"), *columns[3:5], *(f"{shape}, ms" for shape in shapes)
-    )
+    heads = [found.get(column, column) for column in columns[:5]]  # The metric is called by its name.
+    table = Table("variant", *heads, *(f"{shape}, ms" for shape in shapes))
     for row in files:
         name = f"[bold]{row['name']}[/bold] -> model.onnx" if row["name"] == found["chosen"] else row["name"]
         table.add_row(name, *(row[column] for column in columns))

@@ -161,14 +161,17 @@ def dump_spec(spec: Spec) -> str:
 
 
 def differing(one: Spec, other: Spec) -> list[str]:
-    """The settings that two specs differ in, as dotted keys; lists are compared whole."""
+    """The settings that two specs differ in, as they are written: dotted keys; lists are compared whole."""
+    if dump_spec(one) == dump_spec(other):
+        return []
     first, second = (_flat(spec.model_dump(mode="json", by_alias=True)) for spec in (one, other))
-    return [key for key in {**first, **second} if first.get(key) != second.get(key)]
+    return [key for key in {**first, **second} if first.get(key) != second.get(key)] or ["the order of its keys"]
 
 
-def _flat(value: Any, place: str = "") -> dict[str, Any]:
+def _flat(value: Any, place: str = "") -> dict[str, str]:
+    """Dotted key -> value as text: 1, 1.0 and true are three."""
     if not isinstance(value, dict) or not value:
-        return {place: value}
+        return {place: repr(value)}
     return {key: one for name, part in value.items() for key, one in _flat(part, f"{place}.{name}".lstrip(".")).items()}
 
 

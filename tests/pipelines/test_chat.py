@@ -121,6 +121,7 @@ def test_a_text_after_what_the_system_says(run):
     whole = {"messages": [{"role": "system", "content": "bad"}, {"role": "user", "content": "good"}]}
     said = succeeds("run", run, "--with", "tuned", "--tokens", "4", json.dumps(whole))
     assert succeeds("run", run, "--with", "tuned", "--tokens", "4", "--system", "bad", "good") == said
+    assert "not both" in fails("run", run, "--with", "tuned", "--system", "bad", json.dumps(whole))
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_what_there_was(monkeypatch, capsys):

@@ -6,7 +6,7 @@ ONNX Runtime's attention nodes are made, and weights in 8 and 4 bits are stored,
 import torch
 from torch import fx
 
-from ..base import Context, add_node
+from ..base import Context, add_node, described
 
 aten = torch.ops.aten
 _FLATTENS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
@@ -19,11 +19,11 @@ def keep_rows(graph: fx.Graph, context: Context) -> fx.Graph:
         if node.kwargs or bias.meta["val"].ndim != 1 or flat.target not in _FLATTENS:
             continue
         rows, backs = flat.args[0], list(node.users)
-        shape = (*rows.meta["val"].shape[:-1], node.meta["val"].shape[-1])
-        kept = rows.meta["val"].shape[-1] == flat.meta["val"].shape[-1] and all(
-            back.target in _FLATTENS and (*back.meta["val"].shape,) == shape for back in backs
-        )
-        if not kept or not backs:
+        whole, out = rows.meta["val"], node.meta["val"]
+        # As expressions: to ask whether symbols are equal may bind them.
+        shape = *map(str, whole.shape[:-1]), str(out.shape[-1])
+        unmade = all(back.target in _FLATTENS and described(back.meta["val"]) == (shape, out.dtype) for back in backs)
+        if not backs or not unmade or str(whole.shape[-1]) != str(flat.meta["val"].shape[-1]):
             continue
         with graph.inserting_before(node):
             product = add_node(graph, context, node, aten.matmul.default, rows, weight)
