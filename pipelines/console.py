@@ -15,6 +15,7 @@ from rich.console import Console
 from rewriter.errors import SubspanError, reason
 
 console = Console(width=None if sys.stdout.isatty() else 160)
+STOPPED = 130  # As a shell says of Ctrl-C: no error.
 MAIN = os.environ.get("RANK", "0") == "0"  # Of several processes, the one that speaks.
 
 
@@ -60,9 +61,10 @@ def failures(place: Path | None = None) -> Iterator[None]:
     except typer.Exit:
         raise
     except KeyboardInterrupt:
-        _fail("interrupted", 130)
+        _fail("interrupted", STOPPED, "")
     except SubspanError as error:
-        _fail(str(error) if MAIN else "", getattr(error, "status", 1))
+        status = getattr(error, "status", 1)
+        _fail(str(error) if MAIN else "", status, "" if status == STOPPED else "error: ")
     except OSError as error:
         where = error.filename or place
         _fail(f"{where}: {error.strerror or error}" if where else str(error), 1)
@@ -75,7 +77,7 @@ def failures(place: Path | None = None) -> Iterator[None]:
         _fail(f"unexpected {type(error).__name__}: {reason(error)} (set SUBSPAN_TRACEBACK=1 to see where)", 1)
 
 
-def _fail(message: str, status: int) -> None:
+def _fail(message: str, status: int, before: str = "error: ") -> None:
     for line in message.splitlines():
-        print(f"error: {' '.join(line.split())}", file=sys.stderr, flush=True)
+        print(f"{before}{' '.join(line.split())}", file=sys.stderr, flush=True)
     raise typer.Exit(status) from None

@@ -31,7 +31,8 @@ def data(
     settings: Settings = None,
     transforms: Transforms = None,
 ) -> None:
-    """Print the first rows of a spec as the model reads them, learnt tokens in green, and how long all rows are.
+    """Print the first rows of a spec as the model reads them, learnt tokens in green (where there are no colours, in
+    ⟦brackets⟧), and how long all rows are.
 
     A line says where a row ends. No weight is read.
     """
@@ -42,15 +43,16 @@ def data(
         (found, notes, processor), task = session.read(str(part)), session.spec.task
         if "input_ids" not in found.column_names:
             raise SubspanError("its rows are no tokens")
-        marks = [task.marks(row) for row in found]
+        marks = [task.marks(row, before) for before, row in itertools.pairwise(itertools.chain([None], found))]
+        colours = console.color_system is not None and not console.no_color
         for number in range(min(rows, len(found))):
             row = found[number]
-            console.print(written(processor, row, marks[number]), soft_wrap=True)
+            console.print(written(processor, row, marks[number], colours), soft_wrap=True)
             others = {name: value for name, value in row.items() if not isinstance(value, list)}
             said = "".join(f", {name} {value}" for name, value in others.items())
             console.rule(f"row {number}: {len(row['input_ids'])} tokens{said}", style="dim")
         lengths = np.array([len(ids) for ids in found["input_ids"]])
-        learnt = sum(map(sum, marks))
+        learnt = sum(map(task.learnt, found)) if any(map(any, marks)) else 0
         of_them = f", {learnt:,} of them learnt" if learnt else ""
         console.print(f"{len(lengths)} rows, {lengths.sum():,} tokens{of_them}", highlight=False)
         for line in histogram(lengths):
@@ -59,11 +61,12 @@ def data(
             console.print(note, highlight=False)
 
 
-def written(processor: Any, row: dict[str, Any], marks: Sequence[bool]) -> Text:
-    """A row's tokens as a text: learnt ones in green, others dim."""
+def written(processor: Any, row: dict[str, Any], marks: Sequence[bool], colours: bool) -> Text:
+    """A row's tokens as a text: learnt ones in green, or in brackets where there are no colours; others dim."""
     text = Text()
     for learnt, group in itertools.groupby(zip(row["input_ids"], marks, strict=True), key=lambda one: one[1]):
-        text.append(processor.decode([token for token, _ in group]), style="green" if learnt else "dim")
+        part = processor.decode([token for token, _ in group])
+        text.append(part if colours or not learnt else f"⟦{part}⟧", style="green" if learnt else "dim")
     return text
 
 

@@ -329,12 +329,18 @@ def check_length(spec: Spec, most: int | None, rows: int = 0) -> None:
 
 
 def encode(
-    spec: Spec, rows: datasets.Dataset, processor: Any, labels: list[str], notes: list[str] | None = None
+    spec: Spec,
+    rows: datasets.Dataset,
+    processor: Any,
+    labels: list[str],
+    notes: list[str] | None = None,
+    keep: bool = True,
 ) -> datasets.Dataset:
     """Rows as the model reads them: token ids or pixels, and targets. Rows with nothing to learn from are left out.
 
     Args:
         notes: gets a sentence for everything there is to say of the rows: what is cut, what is left out.
+        keep: write many rows into the cache, where they are found next time.
 
     Raises:
         SpecError: `max_length` is more than the tokenizer's model takes, or the tokenizer can't do what the task needs,
@@ -359,7 +365,12 @@ def encode(
         said = "".join(f"; {note}" for note in notes[known:] if "nothing to learn" not in note)
         place = ("data", "max_length") if "data.max_length" in said else _DATA
         raise SpecError(f"none of {len(rows)} rows has anything to learn from{said}", place)
-    if place is not None:
+    if spec.task.labelled and labels:
+        counts = zip(labels, spec.task.label_counts(rows, spec.data.columns, labels), strict=True)
+        if none := [label for label, count in counts if not count]:
+            which = ", ".join(none[:_SHOWN]) + (", ..." if len(none) > _SHOWN else "")
+            notes.append(f"{len(none)} of {len(labels)} labels stand in no row: {which}")
+    if place is not None and keep:
         with contextlib.suppress(OSError), bars():
             place.parent.mkdir(parents=True, exist_ok=True)
             with aside(place) as (new,):

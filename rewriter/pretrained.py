@@ -242,6 +242,12 @@ def processor_of(spec: Spec, pretrained: Pretrained) -> Any:
     return pretrained.processor if pretrained.processor is not None else load_processor(spec)
 
 
+def has_processor(spec: Spec) -> bool:
+    """Whether the model is a folder with a file of a tokenizer, or of what else inputs are read by."""
+    place = Path(location_of(spec.model))
+    return any(any(place.glob(name)) for name in ("*token*", "*processor*", "vocab*", "*.gguf"))
+
+
 def load_processor(spec: Spec, folder: str | None = None):
     """The tokenizer of the spec's model, or what else its task reads inputs by, set as the task reads.
 

@@ -5,10 +5,8 @@ Mistakes leave with the spec's file, line and column.
 
 import contextlib
 import functools
-import io
-import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -31,9 +29,9 @@ from .passes.manager import check_names
 from .passes.manager import run as run_passes
 from .plan import Plan, plan
 from .plan.cost import StepCost, exceeded, saved_bytes, step_cost
-from .pretrained import Pretrained, check_missing, collator, load_model, positions, processor_of
+from .pretrained import Pretrained, check_missing, collator, has_processor, load_model, positions, processor_of
 from .rewrite import rewrite
-from .smoke import small_model, small_spec
+from .smoke import hidden, small_model, small_spec
 from .spec import Spec, differing, dump_spec, load_spec, located
 from .tasks import Question
 from .trace import capture, trace
@@ -109,7 +107,7 @@ class Session:
         self.run: Path | None = None
         same = like is not None and like.model_key == self.model_key
         self._shapes: _Shapes | None = like._shapes if same else None
-        self._checked: set[str] = like._checked if like is not None else set()
+        self._checked: dict[str, list[str]] = like._checked if like is not None else {}
 
     @property
     def model_key(self) -> str:
@@ -218,18 +216,28 @@ class Session:
         return changed
 
     @_placed
-    def check_data(self) -> None:
-        """Read and check the data where it is on disk, once.
+    def check_data(self) -> list[str]:
+        """Read and check the data where it is on disk, once; where a tokenizer is there too, as a model reads it.
+
+        Returns:
+            What there is to say of the rows, as in `prepare`.
 
         Raises:
             SubspanError: it can't be read, or does not fit the task.
         """
-        spec = self.spec
-        labels = self.shapes()[1].labels
-        key = f"{spec.model.task} {spec.model.task_options} {labels} {spec.data and spec.data.model_dump_json()}"
-        if spec.data and all(one.files is not None for one in spec.data.sources) and key not in self._checked:
-            load_rows(spec, labels)
-            self._checked.add(key)
+        spec, shapes = self.spec, self.shapes()[1]
+        if spec.data is None or any(one.files is None for one in spec.data.sources):
+            return []
+        key = f"{self.model_key} {spec.model.task_options} {spec.data.model_dump_json()} {spec.writing}"
+        if key not in self._checked:
+            if shapes.processor is None and not has_processor(spec):
+                load_rows(spec, shapes.labels)
+                self._checked[key] = []
+            else:
+                rows, processor, parts = self._encoded("train", "validation", keep=False)
+                questions_of(spec, rows.validation, processor)
+                self._checked[key] = _said(parts)
+        return self._checked[key]
 
     @_placed
     def smoke(self) -> dict[str, Any]:
@@ -249,7 +257,7 @@ class Session:
             raise SpecError("'data' is missing: training needs it")
         shapes, location = self.shapes()[1], location_of(spec.model)
         processor = processor_of(spec, shapes)
-        with tempfile.TemporaryDirectory(prefix="subspan-smoke-") as place, _aside(Path(place)):
+        with tempfile.TemporaryDirectory(prefix="subspan-smoke-") as place, hidden(Path(place)):
             small_model(spec, shapes, processor, location, Path(place) / "model")
             session = Session(small_spec(spec, Path(place) / "model"))
             session.tune(Path(place) / "run")
@@ -265,14 +273,14 @@ class Session:
         _, processor, parts = self._encoded(part)
         return *parts[part], processor
 
-    def _encoded(self, *names: str) -> tuple[Rows, Any, dict[str, tuple[Dataset, list[str]]]]:
+    def _encoded(self, *names: str, keep: bool = True) -> tuple[Rows, Any, dict[str, tuple[Dataset, list[str]]]]:
         """The rows of the data, what they are read by, and parts of them encoded, each with what there is to say."""
         shapes = self.shapes()[1]
         rows, processor = load_rows(self.spec, shapes.labels), processor_of(self.spec, shapes)
         parts = {}
         for name in names:
             notes: list[str] = []
-            parts[name] = encode(self.spec, getattr(rows, name), processor, shapes.labels, notes), notes
+            parts[name] = encode(self.spec, getattr(rows, name), processor, shapes.labels, notes, keep), notes
         return rows, processor, parts
 
     @_placed
@@ -281,9 +289,8 @@ class Session:
         spec, task = self.spec, self.spec.task
         rows, processor, parts = self._encoded("train", "validation")
         questions = questions_of(spec, rows.validation, processor)
-        notes = [f"{name}: {one}" for name, (_, said) in parts.items() for one in said]
         pretrained = load_model(spec)
-        notes += pretrained.notes
+        notes = [*_said(parts), *pretrained.notes]
         inputs = example_inputs(spec, pretrained)
         counts = task.label_counts(rows.train, spec.data.columns, pretrained.labels) if spec.train.class_weights else []
         weights = label_weights(spec, pretrained.labels, counts)
@@ -419,16 +426,9 @@ class Session:
             return ship(self.spec, run, target, measure)
 
 
-@contextlib.contextmanager
-def _aside(place: Path) -> Iterator[None]:
-    """Nothing is said, and decompositions are kept in a folder that goes."""
-    before = os.environ.get("SUBSPAN_CACHE")
-    os.environ["SUBSPAN_CACHE"] = str(place / "cache")
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        os.environ.pop("SUBSPAN_CACHE") if before is None else os.environ.update(SUBSPAN_CACHE=before)
+def _said(parts: Mapping[str, tuple[Dataset, list[str]]]) -> list[str]:
+    """What there is to say of the rows of each part, under its name."""
+    return [f"{name}: {one}" for name, (_, notes) in parts.items() for one in notes]
 
 
 def example_inputs(spec: Spec, pretrained: Pretrained, *sizes: int) -> dict[str, Inputs]:

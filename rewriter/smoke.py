@@ -3,8 +3,11 @@
 Everything that a real run passes through is passed: real rows, every pass, merge, export, comparison.
 """
 
+import contextlib
+import io
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +114,15 @@ def small_spec(spec: Spec, folder: Path) -> Spec:
     )
     small._locate = spec._locate
     return small
+
+
+@contextlib.contextmanager
+def hidden(place: Path) -> Iterator[None]:
+    """Nothing is said, and decompositions are kept in a folder that goes."""
+    before = os.environ.get("SUBSPAN_CACHE")
+    os.environ["SUBSPAN_CACHE"] = str(place / "cache")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        os.environ.pop("SUBSPAN_CACHE") if before is None else os.environ.update(SUBSPAN_CACHE=before)

@@ -298,13 +298,18 @@ class Task:
         out["labels"] = [read(value) for value in batch[column]]
         return out
 
-    def learnt(self, row: Mapping[str, Any]) -> bool:
-        """Whether an encoded row has a token to read, and a label to learn."""
+    def learnt(self, row: Mapping[str, Any]) -> int:
+        """How many labels of an encoded row are learnt; 0 where it has no token to read."""
         labels = row.get("labels")
-        return len(row["input_ids"]) > 0 and (not isinstance(labels, list) or any(one != IGNORED for one in labels))
+        count = sum(one != IGNORED for one in labels) if isinstance(labels, list) else 1
+        return count if len(row["input_ids"]) else 0
 
-    def marks(self, row: Mapping[str, Any]) -> list[bool]:
-        """Of each token of an encoded row, whether it is learnt, or has a label that is."""
+    def marks(self, row: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> list[bool]:
+        """Of each token of an encoded row, whether it is learnt, or has a label that is.
+
+        Args:
+            before: the row before it, whose last token may be followed by this one's first.
+        """
         labels = row.get("labels")
         own = isinstance(labels, list) and len(labels) == len(row["input_ids"])
         return [one != IGNORED for one in labels] if own else [False] * len(row["input_ids"])

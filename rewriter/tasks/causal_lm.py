@@ -131,7 +131,8 @@ class CausalLM(Task):
                 said = f"a text has {whole} tokens: {start}{reading.named([number])}"
                 raise SpecError(f"{said}; data.long: truncate or split takes it", ("data", "max_length"))
             labels = [one if kept else IGNORED for one, kept in zip(ids[1:], learnt[1:], strict=True)] + [IGNORED]
-            starts = range(0, max(whole, 1), length) if reading.long == "split" else (0,)
+            # A last token alone has no next one to learn, and is learnt in the part before.
+            starts = range(0, max(whole - 1, 1), length) if reading.long == "split" else (0,)
             for start in starts:
                 part = ids[start : start + length]
                 own = labels[start : start + length]
@@ -143,8 +144,9 @@ class CausalLM(Task):
                 out[WHOLE].append(len(part) if reading.long == "split" else whole)
         return out
 
-    def marks(self, row: Mapping[str, Any]) -> list[bool]:
-        return [False, *(one != IGNORED for one in row["labels"][:-1])]
+    def marks(self, row: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> list[bool]:
+        labels = [before["labels"][-1] if before else IGNORED, *row["labels"][:-1]]
+        return [one != IGNORED for one in labels]
 
     def padded_labels(self, labels: list[Any]) -> Tensor:
         return padded_lists(labels)

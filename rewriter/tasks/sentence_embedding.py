@@ -109,7 +109,7 @@ class SentenceEmbedding(Task):
             out["score"] = [self._score(value) for value in batch[columns["score"]]]
         return out
 
-    def learnt(self, row: Mapping[str, Any]) -> bool:
+    def learnt(self, row: Mapping[str, Any]) -> int:
         return all(len(row[f"{role}_input_ids"]) > 0 for role in ("text", "text_pair"))
 
     def length(self, row: Mapping[str, Any]) -> int:

@@ -164,6 +164,13 @@ def test_warnings_have_places_too(spec, tmp_path):
     assert len(github) == 2 and github[0].startswith(f"::warning file={tmp_path / 'w.yaml'},line=13,col=3")
 
 
+def test_what_there_is_to_say_of_rows_is_said(spec, tmp_path):
+    said = call("validate", spec, "--set", "data.max_length=3", "--set", "model.labels=[negative, positive, mixed]")
+    assert said.exit_code == 0
+    lines = [line for line in said.stderr.splitlines() if line.startswith("warning")]
+    assert "train: 1 of 3 labels stand in no row: mixed" in lines[1] and "rows are cut to 3 tokens" in lines[0]
+
+
 def test_github_annotations(spec, tmp_path):
     wrong = tmp_path / "a,b:c.yaml"
     wrong.write_text(spec.read_text().replace("rank: 4", "rank: 400"))

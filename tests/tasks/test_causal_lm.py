@@ -177,10 +177,26 @@ def test_rows_are_shown_as_they_are_read(tmp_path):
     (tmp_path / "spec.yaml").write_text(dump_spec(spec))
     said = succeeds("data", tmp_path / "spec.yaml", "--rows", 1, "--set", "data.split.validation=1")
     lines = said.splitlines()
-    assert lines[0] == "[CLS] [UNK] the film [SEP] [CLS] [UNK]good film [SEP]" and "row 0: 10 tokens" in lines[1]
+    assert lines[0] == "[CLS] [UNK] the film [SEP] [CLS] [UNK]⟦good film [SEP]⟧" and "row 0: 10 tokens" in lines[1]
     assert "8 rows, 80 tokens, 24 of them learnt" in said and "10 to 10            8" in said
     (tmp_path / "rows.jsonl").write_text('{"m": [{"role": "bot", "content": "a"}]}\n' * 9)
     assert "row 0 of column 'm': turn 0 has the role 'bot'" in fails("data", tmp_path / "spec.yaml")
+
+
+@pytest.mark.parametrize(("words", "parts", "learnt"), [(4, [3, 3], 5), (6, [3, 3, 2], 7), (5, [3, 3], 6), (2, [3], 3)])
+def test_a_text_that_is_split_learns_every_token_but_the_first(tmp_path, words, parts, learnt):
+    """A start and an end token are two more; a last token alone is no row: it is learnt in the part before."""
+    saved(tmp_path / "model", hf.LlamaConfig(**LLAMA), "CausalLM")
+    (tmp_path / "rows.jsonl").write_text((json.dumps({"t": " ".join(["film"] * words)}) + "\n") * 2)
+    spec = spec_of(
+        tmp_path / "model", tmp_path / "rows.jsonl", columns={"text": "t"}, max_length=3, long="split", loss=None
+    )
+    (tmp_path / "spec.yaml").write_text(dump_spec(spec))
+    said = succeeds("data", tmp_path / "spec.yaml", "--rows", 2, "--set", "data.split.validation=1")
+    count = sum(parts)
+    assert f"{len(parts)} rows, {count} tokens, {learnt} of them learnt" in said and "left out" not in said
+    if len(parts) > 1:
+        assert said.splitlines()[0] == "[CLS]⟦film film⟧" and said.splitlines()[2].startswith("⟦film film ")
 
 
 def test_a_template_file_that_is_not_there(tmp_path):
