@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from pipelines.console import console, failures
+from pipelines.console import Settings, console, failures, overrides
 from pipelines.study import Study
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
@@ -143,12 +143,13 @@ def decoding(
 def packing(
     spec: Annotated[str, typer.Argument(help="Of a decoder.")],
     rows: Annotated[int, typer.Option(help="Of the training data.")] = 128,
+    settings: Settings = None,
 ) -> None:
     """Tokens per second of packed rows over those of padded ones, and by how much their loss differs."""
     with failures():
         from pipelines.steps import packing as measured
 
-        found = measured(spec, rows)
+        found = measured(spec, rows, *overrides(settings))
         console.print(
             f"packed: {found.times:.2f} times the tokens per second of padded batches ({found.filled[0]:.0%} of a "
             f"batch are tokens of rows, padded {found.filled[1]:.0%}); the loss differs by {found.off:.1e}",
@@ -171,6 +172,28 @@ def head(
         console.print(
             f"{rows}x{length} in chunks: {ratio:.2f} times the time, {peak:.2f} times the peak memory of a step; "
             f"gradients differ by {off:.1e}",
+            highlight=False,
+        )
+
+
+@app.command()
+def recompute(
+    spec: Annotated[str, typer.Argument(help="Of a decoder.")],
+    rows: Annotated[int, typer.Option(help="Of a batch.")] = 4,
+    length: Annotated[int, typer.Option(help="Of a row, in tokens.")] = 128,
+) -> None:
+    """What a step saves whose limits.activation_memory is half of what the plain one saves, and what that costs."""
+    with failures():
+        from pipelines.steps import recompute as measured
+
+        found = measured(spec, rows, length)
+        megabytes = [
+            f"{value / 1e6:.1f} MB" for value in (found.plain, found.plain // 2, found.planned, found.measured)
+        ]
+        console.print(
+            "saves {}; limited to {}: {} planned, {} measured, ".format(*megabytes)
+            + f"{found.layers} layers computed again for {found.added:+.0%} FLOPs; "
+            f"loss and gradients {'equal' if found.same else 'differ'}",
             highlight=False,
         )
 

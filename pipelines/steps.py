@@ -1,20 +1,22 @@
-"""Steps of a decoder beside each other: packed and padded, logits in chunks and whole."""
+"""Steps of a decoder side by side: packed and padded, logits in chunks and whole, layers kept and computed again."""
 
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from rewriter import Session, TunedModel, load_model, objective, rewrite, trace, tuned_parameters
+from rewriter.plan.cost import saved_bytes
 from rewriter.session import example_inputs
 from rewriter.training.evaluation import for_training
 from rewriter.training.memory import return_large_blocks
 from rewriter.training.packing import Packed, collate_packed
+from rewriter.training.recompute import by_layer
 
 _PEAK = "from pipelines.steps import peak; import sys; print(peak(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])))"
 
@@ -29,14 +31,15 @@ class Found:
     off: float
 
 
-def packing(spec: str | Path, rows: int) -> Found:
+def packing(spec: str | Path, rows: int, *overrides: str) -> Found:
     """Tune on the first rows of a spec, once in padded batches in random order and once packed, step by step in turns.
 
     Each step has its gradients; the weights stay as they are, so that losses can be compared.
     """
     models, job = {}, None
     for name in ("padded", "packed"):
-        session = Session(spec, f"train.packing={str(name == 'packed').lower()}", "train.group_by_length=false")
+        packed = f"train.packing={str(name == 'packed').lower()}"
+        session = Session(spec, *overrides, packed, "train.group_by_length=false")
         job = session.prepare() if job is None else job
         inputs = example_inputs(session.spec, job.pretrained)
         models[name] = rewrite(trace(job.pretrained.module, inputs), session.plan(), session.spec.train.seed).train()
@@ -123,6 +126,50 @@ def peak(spec: str, name: str, rows: int, length: int) -> int:
     held = _status("VmRSS")
     loss(model, batch).backward()
     return _status("VmHWM") - held
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """A step whose activations are limited to half of what it saves: bytes that the plain step saves, as planned; that
+    the limited one saves, as planned and as measured; its layers that are computed again; the FLOPs that it adds to the
+    plain step's, as a share of the frozen model's; and whether loss and gradients are the plain step's bits."""
+
+    plain: int
+    planned: int
+    measured: int
+    layers: int
+    added: float
+    same: bool
+
+
+def recompute(spec: str | Path, rows: int, length: int) -> Recomputed:
+    """A step beside the one whose activations are limited to half.
+
+    Args:
+        rows, length: of the batch, of random tokens, of which all are learnt.
+    """
+    sizes = (f"train.batch_size={rows}", f"data.max_length={length}")
+    plain = Session(spec, *sizes).cost()
+    limited = Session(spec, *sizes, f"limits.activation_memory={plain.activations // 2}").cost()
+    (model, loss), batch = _model(spec, "chunks", rows, length)
+    found = [_gradients(model, loss, batch)]
+    by_layer(model, limited.layers)
+    found.append(_gradients(model, loss, batch))
+    same = all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    added = limited.overhead - plain.overhead
+    saved = saved_bytes(model, batch, loss)
+    return Recomputed(plain.activations, limited.activations, saved, limited.layers, added, same)
+
+
+def _gradients(
+    model: TunedModel, loss: Callable[..., torch.Tensor], batch: dict[str, torch.Tensor]
+) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    value = loss(model, batch)
+    value.backward()
+    found = [value.detach(), *(p.grad.clone() for p in tuned_parameters(model).values())]
+    model.zero_grad()
+    return found
 
 
 def _status(key: str) -> int:

@@ -115,6 +115,7 @@ def _convert(file: Path, dtype: torch.dtype, folder: Path) -> None:
             if hasattr(config, "quantization_config"):
                 del config.quantization_config
         model.save_pretrained(folder)
+        tokenizer.init_kwargs.pop("local_files_only", None)  # Whether this machine is offline.
         tokenizer.save_pretrained(folder)
 
 
