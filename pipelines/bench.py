@@ -81,15 +81,17 @@ def step(
     The floor is forward and backward of the frozen model down to the first layer's input, nothing inserted.
     """
     with failures():
-        from pipelines.beside import models_of, saved_bytes
+        from pipelines.beside import models_of
+        from pipelines.steps import saved_bytes
 
         models, batch = models_of(method)
         times: dict[str, list[float]] = {name: [] for name in models}
-        saved = {name: saved_bytes(one, batch) for name, one in models.items()}
+        loss = lambda model, batch: model(**batch).logits.sum()  # noqa: E731
+        saved = {name: saved_bytes(one, batch, loss) for name, one in models.items()}
         for _ in range(rounds):
             for name, one in models.items():
                 started = time.perf_counter()
-                one(**batch).logits.sum().backward()
+                loss(one, batch).backward()
                 times[name].append(time.perf_counter() - started)
         table = Table("model", "step / floor", "saved for backward, MB", "tuned parameters")
         for name, one in models.items():

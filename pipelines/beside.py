@@ -100,20 +100,3 @@ def models_of(method: str) -> tuple[dict[str, nn.Module], dict[str, torch.Tensor
         "Subspan": rewrite(traced, plan(traced, [rule])).train(),
     }
     return models, batch
-
-
-def saved_bytes(model: nn.Module, batch: dict[str, torch.Tensor]) -> int:
-    """Bytes of activations that autograd keeps for the backward; parameters and buffers apart, shared storage once."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = model(**batch).logits.sum()
-    out.backward()
-    return sum(kept.values())

@@ -48,17 +48,16 @@ def text_reader(column: str, place: Place, data: Data, names: list[str] | None =
     Args:
         names: of a column of class labels.
     """
-    values = {as_written(key): text for key, text in data.values.get(column, {}).items()}
+    wanted, csv = data.values.get(column, {}), data.format == "csv"
+    values = {one: text for key, text in wanted.items() for one in (spellings(key) if csv else [as_written(key)])}
 
     def read(row: int, cell: Any) -> str:
         if cell is None or not isinstance(cell, str | int):  # Other numbers have more than one spelling.
             held = "null" if cell is None else repr(cell)[:40]
             raise SpecError(f"row {row} of column {column!r} holds no text ({held})", ("data", *place))
         text = names[cell] if names and isinstance(cell, int) else as_written(cell)
-        if text in ("True", "False") and data.format == "csv" and text.lower() in values:  # As pandas writes them.
-            text = text.lower()
         if values and text not in values:
-            said = f"row {row} of column {column!r} holds {text[:40]!r}, which is none of {', '.join(values)}"
+            said = f"row {row} of column {column!r} holds {text[:40]!r}, which is none of {', '.join(map(as_written, wanted))}"
             raise SpecError(said, ("data", "values", column))
         return values.get(text, text)
 
@@ -75,3 +74,9 @@ def _text_reader(feature: Any, column: str, place: Place, data: Data) -> Callabl
 def as_written(value: Any) -> str:
     """A cell as the text that a csv file has for it: true, not True."""
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def spellings(value: Any) -> set[str]:
+    """What csv files have for a value: a truth value as YAML, pandas or a spreadsheet writes it."""
+    text = str(value)
+    return {text, text.lower(), text.upper()} if isinstance(value, bool) else {text}

@@ -18,7 +18,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from .chats import as_written, with_turns
+from .chats import spellings, with_turns
 from .errors import SpecError, reason
 from .files import aside, cache_folder, read_json, write_json
 from .sources import bars, read
@@ -232,8 +232,8 @@ def _filter(part: datasets.Dataset, data: Data, name: str) -> datasets.Dataset:
             said = f"{column} holds no texts, numbers or truth values, which a filter compares"
             raise SpecError(said, ("data", "where", column))
         values, csv = part[column][:], data.format == "csv"
-        # A csv file's own texts: 1 is written 1, and true in any case.
-        written = {*map(as_written, allowed)} | {str(one) for one in allowed if isinstance(one, bool)} if csv else set()
+        # A csv file's own texts: 1 is written 1.
+        written = {text for one in allowed for text in spellings(one)} if csv else set()
         keep = [i for i in keep if values[i] in allowed or (csv and values[i] in written)]
     if not keep:
         seen = sorted({str(value) for value in part.unique(column)})

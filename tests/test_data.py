@@ -220,10 +220,15 @@ def test_what_is_said_of_chats_names_their_rows(tmp_path):
     assert notes[2].endswith("e.g. assistant after nobody")
 
 
-def test_filters_read_texts_numbers_and_truth_values(tmp_path):
-    (tmp_path / "rows.csv").write_text("text,label,kept\n" + "x,0,True\n" * 3 + "x,1,False\n" * 3)
+@pytest.mark.parametrize("spelling", [str.lower, str.title, str.upper])
+def test_truth_values_of_a_csv_file_are_read_as_any_writer_spells_them(spelling, tmp_path):
+    yes, no = map(spelling, ("true", "false"))
+    (tmp_path / "rows.csv").write_text("text,label,kept\n" + f"x,0,{yes}\n" * 3 + f"x,1,{no}\n" * 3)
     spec = spec_of(tmp_path / "rows.csv", COLUMNS, where={"kept": [True]}, split={"validation": 1})
     assert load_rows(spec, ["no", "yes"]).train["label"][:] == ["0", "0"]
+
+
+def test_filters_of_lists_are_refused(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "x", "label": 0, "tags": ["a"]}\n' * 3)
     spec = spec_of(tmp_path / "rows.jsonl", COLUMNS, format="json", where={"tags": "a"}, split={"validation": 1})
     with pytest.raises(SpecError, match="tags holds no texts, numbers or truth values") as error:
