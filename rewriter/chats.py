@@ -57,7 +57,8 @@ def text_reader(column: str, place: Place, data: Data, names: list[str] | None =
             raise SpecError(f"row {row} of column {column!r} holds no text ({held})", ("data", *place))
         text = names[cell] if names and isinstance(cell, int) else as_written(cell)
         if values and text not in values:
-            said = f"row {row} of column {column!r} holds {text[:40]!r}, which is none of {', '.join(map(as_written, wanted))}"
+            keys = ", ".join(map(as_written, wanted))
+            said = f"row {row} of column {column!r} holds {text[:40]!r}, which is none of {keys}"
             raise SpecError(said, ("data", "values", column))
         return values.get(text, text)
 

@@ -44,8 +44,8 @@ _DATA = ("data",)
 _SHOWN = 5
 _FEW = 1000  # Rows that are encoded faster than they are read again.
 _SAID = "notes.json"
-PART = "part"  # No role is called so.
-ROW = "subspan.row"  # The number of a row in its file; not of a mixture, which has several.
+# The part of a mixture that a row is of, and its number in the file of that.
+PART, ROW = "subspan.part", "subspan.row"
 _NUMBER = re.compile(r"row (\d+)")
 
 
@@ -99,7 +99,8 @@ def _mixed(spec: Spec, labels: list[str]) -> dict[str, datasets.Dataset]:
         with _at_part(i):
             for name, part in _parts(alone, labels).items():
                 if len(part):
-                    mixed.setdefault(name, []).append(_like_others(alone, part).add_column(PART, [i] * len(part)))
+                    numbered = _like_others(alone, part).add_column(ROW, np.array(part[ROW]))
+                    mixed.setdefault(name, []).append(numbered.add_column(PART, [i] * len(part)))
     try:
         return {name: datasets.concatenate_datasets(some) for name, some in mixed.items()}
     except (ValueError, TypeError) as error:
@@ -211,8 +212,7 @@ def _rows(spec: Spec, parts: dict[str, datasets.Dataset]) -> Rows:
     seed, found = data.split.seed if data.split else 0, []
     for name in ("train", "validation"):
         weighted = name == "train" and data.mixture is not None and data.mixture[0].weight is not None
-        part = _weighted(parts[name], data) if weighted else _limit(parts[name], getattr(data.limit, name), seed)
-        found.append(part.remove_columns(PART) if data.mixture else part)
+        found.append(_weighted(parts[name], data) if weighted else _limit(parts[name], getattr(data.limit, name), seed))
     return Rows(*found)
 
 
@@ -348,7 +348,7 @@ def encode(
     """
     check_length(spec, getattr(processor, "model_max_length", None))
     reading = _reading(spec.data, rows, processor, labels)
-    rows = rows if reading.numbers is None else rows.remove_columns(ROW)
+    rows = rows.remove_columns([name for name in (ROW, PART) if name in rows.column_names])
     notes = [] if notes is None else notes
     known = len(notes)
     place = _kept(spec, rows, reading)
@@ -380,9 +380,9 @@ def encode(
 
 
 def _reading(data: Data, rows: datasets.Dataset, processor: Any, labels: Sequence[str] = ()) -> Reading:
-    numbers = np.array(rows[ROW]) if ROW in rows.column_names else None
+    places = [np.array(rows[name]) if name in rows.column_names else None for name in (ROW, PART)]
     how = (data.max_length, data.long, data.loss, *turn_names(data))
-    return Reading(data.columns, rows.features, processor, labels, *how, numbers)
+    return Reading(data.columns, rows.features, processor, labels, *how, *places)
 
 
 def _kept(spec: Spec, rows: datasets.Dataset, reading: Reading) -> Path | None:
@@ -394,7 +394,8 @@ def _kept(spec: Spec, rows: datasets.Dataset, reading: Reading) -> Path | None:
     processor = [core.to_str(), reading.processor.chat_template, reading.processor.special_tokens_map]
     options = [spec.model.task, spec.model.task_options, dict(reading.columns), list(reading.labels), reading.length]
     options += [reading.long, reading.loss, dict(reading.turns), dict(reading.spoken)]
-    options += [None if reading.numbers is None else hashlib.sha256(reading.numbers).hexdigest()]
+    places = (reading.numbers, reading.parts)
+    options += [None if one is None else hashlib.sha256(one).hexdigest() for one in places]
     found = hashlib.sha256(json.dumps([processor, options, digest_of(rows), _code()], default=str).encode())
     return cache_folder("encoded") / found.hexdigest()
 

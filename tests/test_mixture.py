@@ -11,9 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rewriter import Session, SpecError, load_rows
+from rewriter.data import encode
 from rewriter.spec import Spec, dump_spec
 from rewriter.spec.places import parse
 from tests.cases.tiny import LLAMA, saved
+from tests.tasks.test_causal_lm import CHATML
+from tests.tiny import make_tokenizer
 
 CHAT = [{"user": "{q}"}, {"assistant": "{a}"}]
 
@@ -55,7 +58,7 @@ def test_without_weights_every_row_is_there_once(files):
     assert Counter(asked(rows.train) + asked(rows.validation)) == Counter(
         [f"h{i}" for i in range(30)] + [f"q{i}" for i in range(10)]
     )
-    assert rows.train.column_names == ["messages"] and len(rows.validation) == 4
+    assert len(rows.validation) == 4
     whole = [json.loads(one) for one in rows.train["messages"]]
     assert [{"role": "user", "content": "q3"}, {"role": "assistant", "content": "03"}] in whole
     assert [{"role": "user", "content": "h3"}, {"role": "assistant", "content": "g"}] in whole
@@ -77,6 +80,21 @@ def test_shares_are_the_weights(files, one, other, limit, seed):
         times = [found[name] for name in own if name.startswith(letter)]
         assert abs(sum(times) - share * total) <= 1 and max(times) - min(times) <= 1
     assert limit or set(found) == set(own)
+
+
+def test_what_is_said_of_rows_names_part_and_row(files, tmp_path):
+    (tmp_path / "c.jsonl").write_text(
+        "\n".join(json.dumps({"m": [{"role": "assistant" if i == 2 else "user", "content": "x"}]}) for i in range(4))
+    )
+    third = {"format": "json", "files": str(tmp_path / "c.jsonl"), "columns": {"messages": "m"}}
+    tokenizer, notes = make_tokenizer(), []
+    tokenizer.chat_template = CHATML
+    spec = spec_of([files[1] | {"where": {"use": 1}}, third], split={"validation": 1, "seed": 0}, max_length=32)
+    encode(spec, load_rows(spec, []).train, tokenizer, [], notes)
+    assert notes[0].startswith("3 of 8 rows have nothing to learn from and are left out (row 0 of mixture[1], row 1")
+    assert notes[1].startswith(
+        "1 of 8 chats have roles out of order, or turns without text (row 2 of mixture[1]), e.g."
+    )
 
 
 def test_a_part_may_have_validation_rows_of_its_own(files):

@@ -79,7 +79,8 @@ class Reading:
         loss: which tokens are learnt; None: as the task says.
         turns: what a turn's `role` and `content` are called.
         spoken: a turn's role as written -> as templates call it.
-        numbers: (rows,) of the rows in their file; None where they are of several.
+        numbers: (rows,) of the rows in their file; None where they are of none.
+        parts: (rows,) which part of a mixture a row is of; None where there is no mixture.
     """
 
     columns: Mapping[str, str]
@@ -92,13 +93,20 @@ class Reading:
     turns: Mapping[str, str] = field(default_factory=lambda: {"role": "role", "content": "content"})
     spoken: Mapping[str, str] = field(default_factory=dict)
     numbers: np.ndarray | None = None
+    parts: np.ndarray | None = None
 
     def named(self, rows: Sequence[int]) -> str:
-        """Rows by their numbers in the file, the first few: ` (rows 3, 8)`; nothing where they have none."""
+        """Rows by their numbers in the file, the first few: ` (rows 3, 8)`, ` (row 3 of mixture[0])`; nothing where
+        they have none."""
         if self.numbers is None or not len(rows):
             return ""
-        shown = ", ".join(str(self.numbers[row]) for row in rows[:_SHOWN])
-        return f" (row{'s' * (len(rows) > 1)} {shown}{', ...' * (len(rows) > _SHOWN)})"
+        numbers = self.numbers[list(rows)].tolist()
+        parts = [0] * len(numbers) if self.parts is None else self.parts[list(rows)].tolist()
+        places = sorted({*zip(parts, numbers, strict=True)})  # By its weight a row of a part is there several times.
+        more = ", ..." * (len(places) > _SHOWN)
+        if self.parts is None:
+            return f" (row{'s' * (len(places) > 1)} {', '.join(str(number) for _, number in places[:_SHOWN])}{more})"
+        return f" ({', '.join(f'row {number} of mixture[{part}]' for part, number in places[:_SHOWN])}{more})"
 
 
 @dataclass(frozen=True)
