@@ -62,7 +62,7 @@ def validate(
         ),
     ] = Format.text,
 ) -> None:
-    """Check specs; no weight is read and nothing stays written.
+    """Check specs; no weight is read, and nothing stays written beside them.
 
     Exit status 0 if all are right; 1 if one is wrong, with a line for each mistake: file, line, column, and what to do;
     2 if one could not be checked, for example because its model can't be reached.

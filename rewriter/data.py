@@ -329,18 +329,12 @@ def check_length(spec: Spec, most: int | None, rows: int = 0) -> None:
 
 
 def encode(
-    spec: Spec,
-    rows: datasets.Dataset,
-    processor: Any,
-    labels: list[str],
-    notes: list[str] | None = None,
-    keep: bool = True,
+    spec: Spec, rows: datasets.Dataset, processor: Any, labels: list[str], notes: list[str] | None = None
 ) -> datasets.Dataset:
     """Rows as the model reads them: token ids or pixels, and targets. Rows with nothing to learn from are left out.
 
     Args:
         notes: gets a sentence for everything there is to say of the rows: what is cut, what is left out.
-        keep: write many rows into the cache, where they are found next time.
 
     Raises:
         SpecError: `max_length` is more than the tokenizer's model takes, or the tokenizer can't do what the task needs,
@@ -370,7 +364,7 @@ def encode(
         if none := [label for label, count in counts if not count]:
             which = ", ".join(none[:_SHOWN]) + (", ..." if len(none) > _SHOWN else "")
             notes.append(f"{len(none)} of {len(labels)} labels stand in no row: {which}")
-    if place is not None and keep:
+    if place is not None:
         with contextlib.suppress(OSError), bars():
             place.parent.mkdir(parents=True, exist_ok=True)
             with aside(place) as (new,):

@@ -234,7 +234,7 @@ class Session:
                 load_rows(spec, shapes.labels)
                 self._checked[key] = []
             else:
-                rows, processor, parts = self._encoded("train", "validation", keep=False)
+                rows, processor, parts = self._encoded("train", "validation")
                 questions_of(spec, rows.validation, processor)
                 self._checked[key] = _said(parts)
         return self._checked[key]
@@ -273,14 +273,14 @@ class Session:
         _, processor, parts = self._encoded(part)
         return *parts[part], processor
 
-    def _encoded(self, *names: str, keep: bool = True) -> tuple[Rows, Any, dict[str, tuple[Dataset, list[str]]]]:
+    def _encoded(self, *names: str) -> tuple[Rows, Any, dict[str, tuple[Dataset, list[str]]]]:
         """The rows of the data, what they are read by, and parts of them encoded, each with what there is to say."""
         shapes = self.shapes()[1]
         rows, processor = load_rows(self.spec, shapes.labels), processor_of(self.spec, shapes)
         parts = {}
         for name in names:
             notes: list[str] = []
-            parts[name] = encode(self.spec, getattr(rows, name), processor, shapes.labels, notes, keep), notes
+            parts[name] = encode(self.spec, getattr(rows, name), processor, shapes.labels, notes), notes
         return rows, processor, parts
 
     @_placed
