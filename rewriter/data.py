@@ -359,11 +359,6 @@ def encode(
         said = "".join(f"; {note}" for note in notes[known:] if "nothing to learn" not in note)
         place = ("data", "max_length") if "data.max_length" in said else _DATA
         raise SpecError(f"none of {len(rows)} rows has anything to learn from{said}", place)
-    if spec.task.labelled and labels:
-        counts = zip(labels, spec.task.label_counts(rows, spec.data.columns, labels), strict=True)
-        if none := [label for label, count in counts if not count]:
-            which = ", ".join(none[:_SHOWN]) + (", ..." if len(none) > _SHOWN else "")
-            notes.append(f"{len(none)} of {len(labels)} labels stand in no row: {which}")
     if place is not None:
         with contextlib.suppress(OSError), bars():
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -371,6 +366,14 @@ def encode(
                 found.save_to_disk(new)
                 write_json(new / _SAID, {"notes": notes})
     return found
+
+
+def unseen(spec: Spec, rows: datasets.Dataset, labels: list[str]) -> list[str]:
+    """What there is to say of labels that no row has."""
+    counts = spec.task.label_counts(rows, spec.data.columns, labels) if labels else []
+    none = [label for label, count in zip(labels, counts, strict=True) if not count]
+    which = ", ".join(none[:_SHOWN]) + (", ..." if len(none) > _SHOWN else "")
+    return [f"{len(none)} of {len(labels)} labels stand in no row: {which}"] if none else []
 
 
 def _reading(data: Data, rows: datasets.Dataset, processor: Any, labels: Sequence[str] = ()) -> Reading:

@@ -18,7 +18,7 @@ from torch import Tensor
 from .adapters.store import check_tied, save_adapter
 from .adapters.ties import fingerprint
 from .base import identity
-from .data import Rows, check_length, digest_of, encode, load_rows, questions_of
+from .data import Rows, check_length, digest_of, encode, load_rows, questions_of, unseen
 from .errors import SpecError, SubspanError, raise_all
 from .files import read_json, write_json, write_text
 from .folder import LOCK, MARKER, check_folder, claimed, clear, spec_of
@@ -279,8 +279,9 @@ class Session:
         rows, processor = load_rows(self.spec, shapes.labels), processor_of(self.spec, shapes)
         parts = {}
         for name in names:
-            notes: list[str] = []
-            parts[name] = encode(self.spec, getattr(rows, name), processor, shapes.labels, notes), notes
+            some, notes = getattr(rows, name), []
+            found = encode(self.spec, some, processor, shapes.labels, notes)
+            parts[name] = found, [*notes, *unseen(self.spec, some, shapes.labels)]
         return rows, processor, parts
 
     @_placed
