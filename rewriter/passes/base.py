@@ -31,6 +31,7 @@ class Context:
         dtypes: parameter name -> storage type; wider tuned tensors are cast to it.
         penalties: what inserted expressions add to the loss: (name, scalar node).
         defers: whether the loss takes logits that are not computed yet.
+        device: kind of device that the graph runs on.
         lowered: expressions that were traced already, and shapes of ops; may be kept from rewrite to rewrite.
     """
 
@@ -40,6 +41,7 @@ class Context:
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     penalties: list[tuple[str, fx.Node]] = field(default_factory=list)
     defers: bool = False
+    device: str = "cpu"
     lowered: dict[Hashable, Any] = field(default_factory=dict)
 
     @property

@@ -8,6 +8,7 @@ from .clean.remove_dead import remove_dead
 from .clean.remove_identities import remove_identities
 from .fuse.accumulate import accumulate
 from .fuse.defer_head import defer_head
+from .fuse.group_heads import group_heads
 from .fuse.keep_rows import keep_rows
 from .fuse.recompute_gates import recompute_gates
 from .fuse.share_inputs import share_inputs
@@ -29,6 +30,7 @@ PASSES: tuple[Pass, ...] = (
     Pass(accumulate, ("rewrite",)),
     Pass(follow_device, ("trace", "rewrite")),
     Pass(remove_dead, ("trace", "rewrite")),
+    Pass(group_heads, ("train",)),
     Pass(recompute_gates, ("train",)),
     Pass(defer_head, ("train",)),
     Pass(copy_contiguous, ("export",)),

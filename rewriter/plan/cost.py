@@ -200,7 +200,7 @@ def _fused(model: TracedModel) -> TracedModel:
 
 
 def _attention(query, key, value, mask=None, dropout=0.0, causal=False, *, scale=None, enable_gqa=False):
-    if dropout or enable_gqa:
+    if dropout:
         return SDPA(query, key, value, mask, dropout, causal, scale=scale, enable_gqa=enable_gqa)
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     return fused(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)[0]

@@ -34,7 +34,8 @@ def for_training(model: TunedModel, spec: Spec, layers: int = 0, changed: dict[s
     Raises:
         SpecError: the graph has no layers to recompute.
     """
-    off, on, context = spec.train.passes.off, spec.train.passes.on, Context("train", defers=spec.task.writes)
+    off, on = spec.train.passes.off, spec.train.passes.on
+    context = Context("train", defers=spec.task.writes, device=processes().device.type)
     model.graphs["train"] = run(model.graphs["train"], "train", context, off, on, changed)
     model.recompile()
     if spec.train.gradient_checkpointing or layers:
@@ -112,6 +113,7 @@ def _read(model: TunedModel, spec: Spec) -> TunedModel:
     if not spec.task.writes:
         return model
     other, off = model.clone("eval"), spec.train.passes.off
-    other.graphs["eval"] = run(other.graphs["eval"], "train", Context("eval", defers=True), off)
+    context = Context("eval", defers=True, device=processes().device.type)
+    other.graphs["eval"] = run(other.graphs["eval"], "train", context, off)
     other.recompile()
     return other
