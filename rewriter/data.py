@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +33,7 @@ from .tasks import (
     check_readings,
     check_texts,
     check_turns,
+    clocked,
     columns_error,
     fits,
     objects_of,
@@ -303,7 +305,12 @@ def _check_rows(spec: Spec, rows: datasets.Dataset, labels: list[str]) -> None:
         feature = rows.features[column]
         if not fits(task.roles[role].kind, feature):
             others = [name for name in TASKS if _reads(task_of(name).roles, columns, role, feature)]
-            raise columns_error(task.name, task.roles[role].kind, role, column, others)
+            error = columns_error(task.name, task.roles[role].kind, role, column, others)
+            if "messages" in task.roles and fits("messages", feature):
+                raise SpecError(
+                    f"{error.message}; turns, the answer the last of them, are the column `messages`", error.path
+                )
+            raise error
         if task.roles[role].kind == "text":
             check_texts(rows[column], role, column)
         if task.roles[role].kind == "messages":
@@ -390,6 +397,7 @@ def _kept(spec: Spec, rows: datasets.Dataset, reading: Reading) -> Path | None:
         return None
     processor = [core.to_str(), reading.processor.chat_template, reading.processor.special_tokens_map]
     options = [spec.model.task, spec.model.task_options, dict(reading.columns), list(reading.labels), reading.length]
+    options += [date.today().isoformat()] if clocked(reading.processor) else []
     options += [reading.long, reading.loss, dict(reading.turns), dict(reading.spoken)]
     places = (reading.numbers, reading.parts)
     options += [None if one is None else hashlib.sha256(one).hexdigest() for one in places]
@@ -440,10 +448,33 @@ def questions_of(spec: Spec, rows: datasets.Dataset, processor: Any) -> list[Que
     return found
 
 
+def short_enough(questions: list[Question], longest: int | None) -> tuple[list[Question], list[str]]:
+    """The questions that a model can answer, and what there is to say of the others.
+
+    Args:
+        longest: sequence that the model takes; None: any.
+
+    Raises:
+        SpecError: none is.
+    """
+    kept = [one for one in questions if longest is None or len(one.ids) < longest]
+    if left := len(questions) - len(kept):
+        said = f"{left} of {len(questions)} questions have {longest} tokens or more, as many as the model reads"
+        if not kept:
+            raise SpecError(said, _DATA)
+        return kept, [f"validation: {said}: no answer to them is written"]
+    return kept, []
+
+
 def turn_names(data: Data | None) -> tuple[dict[str, str], dict[str, str]]:
     """What a turn's role and content are called, and roles as written -> as templates call them."""
     turns = (data and data.turns) or Turns()
     return {"role": turns.role, "content": turns.content}, turns.roles
+
+
+def tie(rows: datasets.Dataset, encoded: datasets.Dataset, processor: Any) -> str:
+    """What a run knows its data by: the encoded rows, or, where their template reads the clock, the rows as read."""
+    return digest_of(rows if clocked(processor) else encoded)
 
 
 def digest_of(rows: datasets.Dataset) -> str:

@@ -20,7 +20,7 @@ from .errors import SpecError, SubspanError, UnreachableError, reason
 from .gguf import location_of
 from .graph.traced import Inputs, released
 from .resources import is_local
-from .spec import Data, Model, Spec
+from .spec import Model, Spec
 from .tasks import Task, task_of
 from .tasks.base import Collate
 
@@ -269,21 +269,12 @@ def load_processor(spec: Spec, folder: str | None = None):
         if processor.pad_token is None:
             processor.pad_token = processor.eos_token
         if processor.pad_token is None:
-            raise SpecError(f"the tokenizer of {spec.model.name} has no token to pad with, and none for the end", NAME)
+            said = f"the tokenizer of {spec.model.name} has no token to pad with, and none for the end"
+            raise SpecError(f"{said}: give its tokenizer_config.json a pad_token, or an eos_token", NAME)
     if spec.data and spec.data.template is not None and folder is None:
-        processor.chat_template = _template(spec.data)
+        processor.chat_template = spec.data.template
     spec.task.settle(processor)
     return processor
-
-
-def _template(data: Data) -> str | None:
-    """A chat template as text: what has a brace in it is one, anything else is a file."""
-    if data.template is None or "{" in data.template:
-        return data.template
-    try:
-        return Path(data.template).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{data.template}: {reason(error)}", ("data", "template")) from None
 
 
 def check_vocabulary(processor: Any, place: str, name: str) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from .adapters.store import check_tied, save_adapter
 from .adapters.ties import fingerprint
 from .base import identity
-from .data import Rows, check_length, digest_of, encode, load_rows, questions_of, unseen
+from .data import Rows, check_length, encode, load_rows, questions_of, short_enough, tie, unseen
 from .errors import SpecError, SubspanError, raise_all
 from .files import read_json, write_json, write_text
 from .folder import LOCK, MARKER, check_folder, claimed, clear, spec_of
@@ -55,7 +55,8 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 @dataclass
 class Job:
     """What tuning needs: the model with its weights, examples of what its modes read, encoded rows, how they become
-    batches, weights of labels, what there is to say of the rows, and what answers are written to."""
+    batches, weights of labels, what there is to say of the rows, what answers are written to, and what the run is to
+    know its data by."""
 
     pretrained: Pretrained
     inputs: dict[str, Inputs]
@@ -65,6 +66,7 @@ class Job:
     weights: Tensor | None
     notes: list[str]
     questions: list[Question]
+    ties: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -291,12 +293,22 @@ class Session:
         rows, processor, parts = self._encoded("train", "validation")
         questions = questions_of(spec, rows.validation, processor)
         pretrained = load_model(spec)
-        notes = [*_said(parts), *pretrained.notes]
+        long: list[str] = []
+        if questions:
+            from .export.ship import longest_of  # onnx and ONNX Runtime come with it.
+
+            questions, long = short_enough(questions, longest_of(pretrained))
+        notes = [*_said(parts), *long, *pretrained.notes]
         inputs = example_inputs(spec, pretrained)
         counts = task.label_counts(rows.train, spec.data.columns, pretrained.labels) if spec.train.class_weights else []
         weights = label_weights(spec, pretrained.labels, counts)
         collate = collator(spec, pretrained, list(inputs["eval"].kwargs))
-        return Job(pretrained, inputs, parts["train"][0], parts["validation"][0], collate, weights, notes, questions)
+        train, validation = (parts[name][0] for name in ("train", "validation"))
+        ties = {
+            "training data": tie(rows.train, train, processor),
+            "validation data": tie(rows.validation, validation, processor),
+        }
+        return Job(pretrained, inputs, train, validation, collate, weights, notes, questions, ties)
 
     @_placed
     def tune(
@@ -353,12 +365,7 @@ class Session:
             write_json(out / "plan.json", planned.to_dict())
         processes().wait_for_everyone()
         files = self._files()
-        tied = {
-            **files,
-            "base model's weights": fingerprint(model, model.plan.new),
-            "training data": digest_of(job.train),
-            "validation data": digest_of(job.validation),
-        }
+        tied = {**files, "base model's weights": fingerprint(model, model.plan.new), **job.ties}
         parts, more = (job.train, job.validation, job.collate), (job.weights, tied, self._asked(job), layers)
         model, metrics = tune(model, spec, *parts, out, resume, *more)
         if main:

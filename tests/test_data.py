@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from rewriter import Spec, SpecError, encode, load_rows, task_of
+from rewriter.data import short_enough
 from rewriter.spec.data import Split
+from rewriter.tasks import Question
 from rewriter.tasks.base import IGNORED, class_reader
 from tests.tiny import make_tokenizer
 
@@ -226,6 +228,15 @@ def test_truth_values_of_a_csv_file_are_read_as_any_writer_spells_them(spelling,
     (tmp_path / "rows.csv").write_text("text,label,kept\n" + f"x,0,{yes}\n" * 3 + f"x,1,{no}\n" * 3)
     spec = spec_of(tmp_path / "rows.csv", COLUMNS, where={"kept": [True]}, split={"validation": 1})
     assert load_rows(spec, ["no", "yes"]).train["label"][:] == ["0", "0"]
+
+
+def test_questions_that_are_too_long_are_said():
+    short, long = (Question([1] * n, "a") for n in (7, 8))
+    assert short_enough([short, long], None) == ([short, long], []) and short_enough([], 8) == ([], [])
+    kept, notes = short_enough([long, short], 8)
+    assert kept == [short] and notes[0].startswith("validation: 1 of 2 questions have 8 tokens or more")
+    with pytest.raises(SpecError, match="1 of 1 questions have 8 tokens or more"):
+        short_enough([long], 8)
 
 
 def test_filters_of_lists_are_refused(tmp_path):

@@ -1,12 +1,13 @@
 """The data of a spec: where rows lie, which of them are read, and what their columns are."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from ..errors import SpecError
+from ..errors import SpecError, reason
 from .limits import Count, Scalar, Seed, Strict
 
 MADE = "messages"  # The column of chats that are made of other columns.
@@ -66,7 +67,23 @@ def _text(text: str) -> str:
     return text
 
 
+def _template(given: str) -> str:
+    """What has a brace in it is a chat template, anything else a file of one."""
+    if "{" in given:
+        return given
+    if not Path(given).is_file():
+        raise ValueError(f"{given}: no such file, and no template, which has a brace")
+    try:
+        text = Path(given).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{given}: {reason(error)}") from None
+    if "{" not in text:
+        raise ValueError(f"{given} holds no chat template")
+    return text
+
+
 Text = Annotated[str, AfterValidator(_text)]
+Template = Annotated[str, Field(min_length=1), AfterValidator(_template)]
 ChatTurn = Annotated[dict[Literal["system", "developer", "user", "assistant"], Text], Field(min_length=1, max_length=1)]
 
 
@@ -192,8 +209,8 @@ class Data(Source):
     long: Literal["truncate", "split", "refuse"] = Field(
         "truncate", description="what becomes of longer texts; `split`: several rows"
     )
-    template: str | None = Field(
-        None, min_length=1, description="chat template, or a file of one; default: the tokenizer's"
+    template: Template | None = Field(
+        None, description="chat template, or a file of one, which is read with the spec; default: the tokenizer's"
     )
     loss: Literal["assistant", "completion", "all"] | None = Field(
         None, description="which tokens are learnt; default: the assistant's turns, or the completion, or else all"
@@ -219,7 +236,12 @@ class Data(Source):
         for i, part in enumerate(self.mixture):
             if (roles := set(part.columns)) != set(self.mixture[0].columns):
                 first = ", ".join(self.mixture[0].columns)
-                said = f"{', '.join(sorted(roles))} here, {first} in the first part: all parts have the same"
+                said = f"{', '.join(sorted(roles))} here, {first} in the first part: all parts have the same roles"
+                said += (
+                    "; tools may be null, in a column of such rows"
+                    if "tools" in roles ^ set(self.mixture[0].columns)
+                    else ""
+                )
                 raise SpecError(said, ("data", "mixture", i, "columns"))
             if (part.weight is None) != (self.mixture[0].weight is None):
                 raise SpecError("give all parts a weight, or none", ("data", "mixture", i))

@@ -9,7 +9,7 @@ from typing import Any
 
 from .base import IGNORED, Criterion, Options, Question, Reading, Role, Task
 from .cells import check_readings, check_texts, columns_error, fits, words
-from .chat import check_turns, objects_of, turns_of
+from .chat import check_turns, clocked, objects_of, turns_of
 
 # name -> class
 TASKS = {
@@ -49,6 +49,7 @@ __all__ = [
     "check_readings",
     "check_texts",
     "check_turns",
+    "clocked",
     "columns_error",
     "fits",
     "objects_of",

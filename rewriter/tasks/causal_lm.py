@@ -1,6 +1,7 @@
 """The next token of a text, of a completion, or of the assistant's turns in a chat."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from .chat import (
     COMPLETION,
     asked,
     at_row,
+    clocked,
     disorder,
     objects_of,
     placed,
@@ -81,6 +83,7 @@ class CausalLM(Task):
         if "messages" in row:
             return asked(processor, row["messages"], row.get("tools"))
         ids = processor(str(row.get("prompt", row.get("text"))))["input_ids"]
+        ids = ids[_twice(ids, processor) :]
         return ids[:-1] if "prompt" in row and ids[-1:] == [processor.eos_token_id] else ids
 
     def replies(self, columns: Mapping[str, str]) -> bool:
@@ -107,16 +110,27 @@ class CausalLM(Task):
         return {**inputs, "labels": torch.zeros_like(inputs["input_ids"])}
 
     def encode(self, rows: Any, reading: Reading, notes: list[str]) -> Any:
-        """With a note of chats that are odd: some templates say nothing."""
+        """With a note of chats that are odd: some templates say nothing; and of what no tokenizer or template says."""
         found = super().encode(rows, reading, notes)
-        if "messages" in reading.columns:
-            cells = rows[reading.columns["messages"]]
-            chats = (turns_of(cell, reading.turns, reading.spoken) for cell in cells)
-            odd = {i: said for i, turns in enumerate(chats) if (said := disorder(turns))}
-            if odd:
-                which = reading.named(list(odd))
-                said = f"{len(odd)} of {len(rows)} chats have roles out of order, or turns without text{which}"
-                notes.append(f"{said}, e.g. {next(iter(odd.values()))}")
+        if not self.ends(reading.columns, reading.processor):
+            said = "the tokenizer has no token that ends a text: none is learnt, and answers do not end by themselves"
+            notes.append(f"{said} (eos_token of its tokenizer_config.json)")
+        if "messages" not in reading.columns:
+            return found
+        cells = rows[reading.columns["messages"]]
+        chats = [turns_of(cell, reading.turns, reading.spoken) for cell in cells]
+        if odd := {i: said for i, turns in enumerate(chats) if (said := disorder(turns))}:
+            which = reading.named(list(odd))
+            said = f"{len(odd)} of {len(rows)} chats have roles out of order, or turns without text{which}"
+            notes.append(f"{said}, e.g. {next(iter(odd.values()))}")
+        added = reading.processor.added_tokens_decoder.values()
+        special = {*reading.processor.all_special_tokens, *(str(one) for one in added if one.special)}
+        pattern = re.compile("|".join(map(re.escape, sorted(special))) or "(?!)")
+        if held := {i: first[0] for i, turns in enumerate(chats) if (first := _first(pattern, turns))}:
+            said = f"{len(held)} of {len(rows)} chats have special tokens in their texts{reading.named(list(held))}"
+            notes.append(f"{said}, which are read as such, e.g. {next(iter(held.values()))}")
+        if clocked(reading.processor):
+            notes.append("the chat template reads the clock (strftime_now): rows of another day are others")
         return found
 
     def tokens(self, batch: dict[str, list], index: list[int], reading: Reading) -> dict[str, Any]:
@@ -161,16 +175,30 @@ class CausalLM(Task):
         return perplexity(metric, found)
 
 
+def _first(special: re.Pattern[str], turns: Sequence[Mapping[str, Any]]) -> re.Match[str] | None:
+    return next((found for turn in turns if (found := special.search(turn.get("content", "")))), None)
+
+
+def _twice(ids: Sequence[int], processor: Any) -> int:
+    """1 where a text that starts with the start token got another one before it, else 0."""
+    return int(processor.bos_token_id is not None and list(ids[:2]) == [processor.bos_token_id] * 2)
+
+
 def _ended(ids: list[int], learnt: list[bool], end: int | None) -> _Learnt:
-    """With the end token, learnt, where a text has any token."""
+    """With the end token, learnt, once, where a text has any token."""
     if end is None or not ids:
         return ids, learnt
+    if ids[-2:] == [end, end]:  # The text's own, and the tokenizer's.
+        ids, learnt = ids[:-1], learnt[:-1]
     return ([*ids[:-1], end], [*learnt[:-1], True]) if ids[-1] == end else ([*ids, end], [*learnt, True])
 
 
 def _texts(batch: dict[str, list], index: list[int], reading: Reading) -> list[_Learnt]:
-    made = reading.processor(words(batch[reading.columns["text"]]), verbose=False)["input_ids"]
-    return [_ended(ids, [True] * len(ids), reading.processor.eos_token_id) for ids in made]
+    """A text that is empty has no tokens, whatever the tokenizer puts around it."""
+    processor, texts = reading.processor, words(batch[reading.columns["text"]])
+    made = processor(texts, verbose=False)["input_ids"]
+    kept = [ids[_twice(ids, processor) :] if text else [] for ids, text in zip(made, texts, strict=True)]
+    return [_ended(ids, [True] * len(ids), processor.eos_token_id) for ids in kept]
 
 
 def _completions(batch: dict[str, list], index: list[int], reading: Reading) -> list[_Learnt]:
@@ -184,12 +212,13 @@ def _completions(batch: dict[str, list], index: list[int], reading: Reading) -> 
             reading.loss == ALL or (stop > len(prompt) and not added)
             for (_, stop), added in zip(places, special, strict=True)
         ]
-        found.append(_ended(ids, learnt, reading.processor.eos_token_id))
+        start = _twice(ids, reading.processor)
+        found.append(_ended(ids[start:], learnt[start:], reading.processor.eos_token_id))
     return found
 
 
 def _chats(batch: dict[str, list], index: list[int], reading: Reading) -> list[_Learnt]:
-    columns, found, ended = reading.columns, [], None
+    columns, found, ended, known = reading.columns, [], None, set()
     for place, number in enumerate(index):
         row, tools = number if reading.numbers is None else reading.numbers[number], None
         with at_row(row, columns["messages"], "messages"):
@@ -198,7 +227,7 @@ def _chats(batch: dict[str, list], index: list[int], reading: Reading) -> list[_
             with at_row(row, columns["tools"], "tools"):
                 tools = objects_of(batch[columns["tools"]][place])
         try:
-            ids, learnt = tokens_of(reading.processor, turns, reading.loss or ASSISTANT, tools)
+            ids, learnt = tokens_of(reading.processor, turns, reading.loss or ASSISTANT, tools, known)
             ended = turn_ends(reading.processor) if ended is None else ended
         except SpecError as error:
             start = f"a chat that starts with {str(turns[0].get('content'))[:40]!r}"

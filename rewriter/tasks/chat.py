@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import SpecError, reason
@@ -19,7 +19,7 @@ Turn = dict[str, Any]
 
 
 def turns_of(cell: Any, names: Mapping[str, str], roles: Mapping[str, str]) -> list[Turn]:
-    """The turns that a cell holds, in the words of templates; values that are null are left out.
+    """The turns that a cell holds, in the words of templates; what a turn has as null is left out.
 
     Args:
         cell: a list of objects, or that as JSON.
@@ -39,15 +39,28 @@ def turns_of(cell: Any, names: Mapping[str, str], roles: Mapping[str, str]) -> l
             elif name in turn:
                 raise ValueError(f"turn {number} has {name!r} and no {called!r}, as data.turns calls it")
         role = turn.get("role")
+        if role is None:
+            raise ValueError(f"turn {number} has no role, but {', '.join(turn)}: data.turns says what they are called")
         role = roles.get(role, role) if isinstance(role, str) else role
         if not isinstance(role, str) or role not in _ROLES:
-            raise ValueError(f"turn {number} has the role {role!r}, not one of {', '.join(_ROLES)}")
+            said = f"turn {number} has the role {role!r}, not one of {', '.join(_ROLES)}"
+            raise ValueError(f"{said}; data.turns.roles says which of them it stands for")
         if "content" not in turn and "tool_calls" not in turn:
-            raise ValueError(f"turn {number} has no content")
-        if isinstance(turn.get("content"), int | float):
-            raise ValueError(f"turn {number} has the content {turn['content']!r}, no text")
-        turns.append(turn | {"role": role})
+            raise ValueError(f"turn {number} has no content, or null")
+        turns.append(turn | {"role": role} | ({"content": _text(turn["content"], number)} if "content" in turn else {}))
     return turns
+
+
+def _text(content: Any, number: int) -> str:
+    """A turn's text, which may be written as the only part of its content."""
+    if isinstance(content, list):
+        if len(content) != 1:
+            raise ValueError(f"turn {number} has its content in {len(content)} parts: write it as one text")
+        part = content[0] if isinstance(content[0], Mapping) else {}
+        content = part.get("text") if part.get("type", "text") == "text" else content
+    if not isinstance(content, str):
+        raise ValueError(f"turn {number} has the content {repr(content)[:40]}, no text")
+    return content
 
 
 def disorder(turns: Sequence[Turn]) -> str | None:
@@ -64,7 +77,7 @@ def disorder(turns: Sequence[Turn]) -> str | None:
         }
         if odd.get(role, before not in ("assistant", "tool")):
             return f"{role} after {before}"
-        if role == "assistant" and not turn.get("content") and not turn.get("tool_calls"):
+        if role == "assistant" and not turn.get("content", "").strip() and not turn.get("tool_calls"):
             return "an assistant's turn without text"
         before = role
     return None
@@ -94,15 +107,32 @@ def at_row(row: int, column: str, role: str) -> Iterator[None]:
 
 
 def objects_of(cell: Any) -> list[dict[str, Any]]:
-    """The objects of a list, or of a list as JSON, without what is null in them; of null none.
+    """The objects of a list, or of a list as JSON, of null none. Left out is what is null: in a table, which fills in
+    nulls, at any depth, and in JSON as a value of an object itself.
 
     Raises:
         ValueError: it holds anything else.
     """
-    cell = json.loads(cell) if isinstance(cell, str) else cell
-    if not isinstance(cell or [], list) or not all(isinstance(one, Mapping) for one in cell or []):
+    found = _parsed(cell) if isinstance(cell, str) else cell
+    if not isinstance(found or [], list) or not all(isinstance(one, Mapping) for one in found or []):
         raise ValueError("no list of objects")
-    return [_bare(one) for one in cell or []]
+    if isinstance(cell, str):
+        return [{key: value for key, value in one.items() if value is not None} for one in found or []]
+    return [_bare(one) for one in found or []]
+
+
+def _parsed(cell: str) -> Any:
+    try:
+        found = json.loads(cell)
+    except ValueError as error:
+        raise ValueError(f"no list as JSON: {reason(error)}") from None
+    if "\\ud" in cell.lower():
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise ValueError(f"it holds {half!a}, half of a character, which is no text") from None
+    return found
 
 
 def _bare(value: Any) -> Any:
@@ -117,6 +147,7 @@ def tokens_of(
     turns: Sequence[Turn],
     learn: str,
     tools: Sequence[Any] | None = None,
+    known: set[Hashable] | None = None,
 ) -> tuple[list[int], list[bool]]:
     """Token ids of a chat, and which of them are learnt.
 
@@ -125,11 +156,12 @@ def tokens_of(
         turns: from `turns_of`.
         learn: `assistant`: the turns of the assistant, with what ends them; `all`: every token.
         tools: that the template tells of.
+        known: forms of chats whose marks were checked; gets this one's.
 
     Raises:
         SpecError: there is no template, it can't render the turns or leaves one of them or a tool out, or what it
             renders of the first of them is no start of what it renders of all, so that which tokens are whose is not
-            known.
+            known; or its marks are not the assistant's turns.
     """
     turns, tools = list(turns), list(tools) if tools else None
     if processor.chat_template is None:
@@ -137,12 +169,16 @@ def tokens_of(
     text = _applied(processor, turns, tools, tokenize=False)
     _check_all_there(processor, turns, tools, text)
     if learn == ASSISTANT and _MARKS.search(_COMMENTS.sub("", processor.get_chat_template(tools=tools))):
-        made = _applied(processor, turns, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        options = {"return_dict": True, "return_assistant_tokens_mask": True, "tokenizer_kwargs": {"verbose": False}}
+        made = _applied(processor, turns, tools, tokenize=True, **options)
         ids, learnt = list(made["input_ids"]), [bool(one) for one in made["assistant_masks"]]
-        if not any(learnt) and any(turn["role"] == "assistant" and turn.get("content") for turn in turns):
-            raise SpecError("its chat template marks nothing of the assistant's by {% generation %}", _TEMPLATE)
+        form = tuple((turn["role"], bool(turn.get("content")), len(turn.get("tool_calls") or [])) for turn in turns)
+        if known is None or form not in known:
+            _check_marks(processor, turns, tools, text, learnt)
+        if known is not None:
+            known.add(form)
     else:
-        made = placed(processor, text, add_special_tokens=False)
+        made = placed(processor, text, add_special_tokens=False, verbose=False)
         ids = list(made["input_ids"])
         spans = [(0, len(text))] if learn == ALL else _spans(processor, turns, tools, text)
         # What a turn shares with what is before it is the turn's.
@@ -173,6 +209,27 @@ def _check_all_there(processor: Any, turns: list[Turn], tools: list[Any] | None,
                 raise _left_out(f"a call in turn {i}, or what it is called with")
     if tools and rendered_alike(turns, [_other(tool) for tool in tools]):
         raise _left_out("the tools")
+
+
+def _check_marks(processor: Any, turns: list[Turn], tools: list[Any] | None, text: str, learnt: list[bool]) -> None:
+    """What a template marks as learnt is the assistant's: where each turn's text and calls begin."""
+    offsets = placed(processor, text, add_special_tokens=False, verbose=False)["offset_mapping"]
+    marked = [place for place, one in zip(offsets, learnt, strict=True) if one]
+    for i, turn in enumerate(turns):
+        begins = [_begins(processor, turns, tools, text, i)] if turn.get("content", "").strip() else []
+        calls = turn.get("tool_calls") or []
+        for k, call in enumerate(calls):
+            other = _with(turns, i, tool_calls=[*calls[:k], _other(call), *calls[k + 1 :]])
+            with contextlib.suppress(SpecError):  # It reads what is other.
+                begins.append(_shared(text, _applied(processor, other, tools, tokenize=False)))
+        for begin in begins:
+            own = any(first <= begin < stop for first, stop in marked)
+            if own and turn["role"] != "assistant":
+                said = f"marks turn {i}, the {turn['role']}'s, as the assistant's"
+                raise SpecError(f"its chat template {said} by {{% generation %}}", _TEMPLATE)
+            if turn["role"] == "assistant" and not own and begin < len(text):
+                said = f"marks nothing, or not all, of turn {i}, the assistant's"
+                raise SpecError(f"its chat template {said}, by {{% generation %}}", _TEMPLATE)
 
 
 def _with(turns: list[Turn], i: int, **values: Any) -> list[Turn]:
@@ -212,8 +269,12 @@ def _spans(processor: Any, turns: list[Turn], tools: Any, whole: str) -> list[tu
 
 def _begins(processor: Any, turns: list[Turn], tools: Any, whole: str, i: int) -> int:
     """Where the text of a turn begins: up to there it is rendered alike with another text."""
-    rendered = _applied(processor, _with(turns, i, content=_SAID), tools, tokenize=False)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(whole, rendered, strict=False)))
+    return _shared(whole, _applied(processor, _with(turns, i, content=_SAID), tools, tokenize=False))
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _ends(processor: Any, turns: list[Turn], tools: Any, whole: str, i: int, start: int) -> int | None:
@@ -257,7 +318,7 @@ def asked(processor: Any, turns: Sequence[Turn], tools: Sequence[Any] | None) ->
         SpecError: the template can't render them.
     """
     text = _applied(processor, list(turns), tools or None, tokenize=False, add_generation_prompt=True)
-    return processor(text, add_special_tokens=False)["input_ids"]
+    return processor(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def turn_ends(processor: Any) -> list[int]:
@@ -270,6 +331,11 @@ def turn_ends(processor: Any) -> list[int]:
     special = set(processor.all_special_ids) | set(processor.added_tokens_decoder)
     found = [one for one in processor(end, add_special_tokens=False)["input_ids"] if one in special]
     return found[-1:]
+
+
+def clocked(processor: Any) -> bool:
+    """Whether what a chat template renders depends on when it does."""
+    return "strftime_now" in str(getattr(processor, "chat_template", None))
 
 
 def _applied(processor: Any, turns: list[Turn], tools: Any, **options: Any) -> Any:

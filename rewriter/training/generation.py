@@ -58,6 +58,13 @@ def measures(expected: Sequence[str], found: Sequence[str]) -> dict[str, float]:
     }
 
 
+def _plain(processor: Any, text: str) -> str:
+    """A text as what is written is read: without special tokens."""
+    ids = processor(text, add_special_tokens=False, verbose=False)["input_ids"]
+    special = set(processor.all_special_ids) - {processor.unk_token_id}
+    return processor.decode(ids, skip_special_tokens=True) if special & set(ids) else text
+
+
 def generate(model: TunedModel, spec: Spec, asked: Asked) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """The measures of what a model writes, with `stopped`, the share of answers that ended by themselves and not at the
     most tokens; and samples of it: prompt, expected, answer, and whether it `stopped`. The model is left in train mode,
@@ -85,5 +92,5 @@ def generate(model: TunedModel, spec: Spec, asked: Asked) -> tuple[dict[str, flo
         }
         for question, answer, (ended, *_) in zip(asked.questions, answers, lines, strict=True)
     ]
-    found = measures([one.answer for one in asked.questions], answers)
+    found = measures([_plain(asked.processor, one.answer) for one in asked.questions], answers)
     return found | {"stopped": sum(one["stopped"] for one in samples) / len(samples)}, samples[: settings.samples]

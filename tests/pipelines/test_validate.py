@@ -379,4 +379,4 @@ def test_hostile_globs(spec, tmp_path, name):
     ids=range(14),
 )
 def test_hostile_yaml(tmp_path, text):
-    answers(tmp_path, text.encode("utf-8", "surrogatepass"), "schema", 20)
+    answers(tmp_path, text.encode("utf-8", "surrogatepass"), "schema", 60)

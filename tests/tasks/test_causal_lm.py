@@ -7,11 +7,12 @@ import pytest
 import torch
 import transformers as hf
 
-from rewriter import Session, SpecError, SubspanError
+from rewriter import Session, SpecError
 from rewriter.answer import answerer, rows_of
-from rewriter.data import encode
+from rewriter.data import encode, tie
 from rewriter.export.ship import load_tuned
 from rewriter.spec import Spec, dump_spec
+from rewriter.spec.places import parse
 from rewriter.tasks import IGNORED, task_of
 from tests.cases.tiny import LLAMA, saved
 from tests.pipelines.test_run import fails, succeeds
@@ -183,6 +184,45 @@ def test_rows_are_shown_as_they_are_read(tmp_path):
     assert "row 0 of column 'm': turn 0 has the role 'bot'" in fails("data", tmp_path / "spec.yaml")
 
 
+def test_a_start_token_stands_once_and_an_empty_text_has_none():
+    core = make_tokenizer()
+    core.bos_token = "[CLS]"
+    rows = [{"t": "[CLS] good film [SEP]"}, {"t": "good film"}, {"t": ""}]
+    notes = []
+    found = encode(spec_of(columns={"text": "t"}), datasets.Dataset.from_list(rows), core, [], notes)
+    assert [core.decode(row) for row in found["input_ids"]] == ["[CLS] good film [SEP]"] * 2
+    assert notes == ["1 of 3 rows have nothing to learn from and are left out"]
+    rows = [{"p": "[CLS] good", "c": " film [SEP]"}]
+    columns = {"prompt": "p", "completion": "c"}
+    found = encode(spec_of(columns=columns), datasets.Dataset.from_list(rows), core, [])
+    assert core.decode(found[0]["input_ids"]) == "[CLS] good film [SEP]" and learnt(core, found[0]) == "film [SEP]"
+    assert core.decode(spec_of(columns=columns).task.starts({"prompt": "[CLS] good"}, core)) == "[CLS] good"
+
+
+def test_what_ends_no_text_and_what_ends_one_within_are_said():
+    core, notes = make_tokenizer(), []
+    core.eos_token = None
+    encode(spec_of(columns={"text": "t"}), datasets.Dataset.from_list([{"t": "good film"}]), core, [], notes)
+    assert len(notes) == 1 and "no token that ends a text: none is learnt" in notes[0]
+    turns = [{"role": "user", "content": "good [SEP] film"}, {"role": "assistant", "content": "  "}]
+    _, _, notes = read(
+        [{"m": turns}, {"m": [*turns[:1], {"role": "assistant", "content": "a"}]}], columns={"messages": "m"}
+    )
+    assert notes[0].startswith("1 of 2 chats have roles out of order, or turns without text")
+    assert "2 of 2 chats have special tokens in their texts, which are read as such, e.g. [SEP]" in notes[1]
+
+
+def test_a_template_that_reads_the_clock_is_said_and_ties_a_run_to_the_rows_as_read():
+    core = make_tokenizer()
+    rows = datasets.Dataset.from_list([{"m": 1}])
+    assert tie(rows, rows.rename_column("m", "n"), core) != tie(rows, rows, core)
+    core.chat_template = "{{strftime_now('%d %b %Y')}}" + CHATML
+    assert tie(rows, rows.rename_column("m", "n"), core) == tie(rows, rows, core)
+    notes, turns = [], [{"role": role, "content": "film"} for role in ("user", "assistant")]
+    encode(spec_of(columns={"messages": "m"}), datasets.Dataset.from_list([{"m": turns}]), core, [], notes)
+    assert notes == ["the chat template reads the clock (strftime_now): rows of another day are others"]
+
+
 @pytest.mark.parametrize(("words", "parts", "learnt"), [(4, [3, 3], 5), (6, [3, 3, 2], 7), (5, [3, 3], 6), (2, [3], 3)])
 def test_a_text_that_is_split_learns_every_token_but_the_first(tmp_path, words, parts, learnt):
     """A start and an end token are two more; a last token alone is no row: it is learnt in the part before."""
@@ -200,11 +240,18 @@ def test_a_text_that_is_split_learns_every_token_but_the_first(tmp_path, words, 
 
 
 def test_a_template_file_that_is_not_there(tmp_path):
-    saved(tmp_path / "model", hf.LlamaConfig(**LLAMA), "CausalLM")
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"m": [{"role": "user", "content": "a"}]}) + "\n")
-    spec = spec_of(tmp_path / "model", tmp_path / "rows.jsonl", columns={"messages": "m"}, template="chat.jinja")
-    with pytest.raises(SubspanError, match=r"chat\.jinja: .*No such file"):
-        Session(spec).tune(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"chat\.jinja: no such file"):
+        spec_of(columns={"messages": "m"}, template="chat.jinja")
+    (tmp_path / "empty").write_text("no template")
+    with pytest.raises(ValueError, match="holds no chat template"):
+        spec_of(columns={"messages": "m"}, template=str(tmp_path / "empty"))
+
+
+def test_a_template_file_is_part_of_the_run(tmp_path):
+    """The file is read with the spec: what ships is what was tuned, whatever becomes of it."""
+    (tmp_path / "chat.jinja").write_text(CHATML)
+    spec = spec_of(columns={"messages": "m"}, template=str(tmp_path / "chat.jinja"))
+    assert spec.data.template == CHATML and Spec.model_validate(parse(dump_spec(spec)).data) == spec
 
 
 def test_a_template_that_drops_the_last_turn_is_refused():

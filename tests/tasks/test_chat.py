@@ -1,5 +1,6 @@
 """Chats as templates render them: which tokens are learnt, by marks or by what is given and what ends a turn."""
 
+import datetime
 import json
 import re
 
@@ -221,8 +222,33 @@ def test_equal_answers_whose_thoughts_are_left_out_are_learnt(tokenizer):
 
 def test_marks_that_mark_nothing_are_refused(tokenizer):
     template = "{% for m in messages %}{{m.role + m.content}}{% generation %}{% endgeneration %}{% endfor %}"
-    with pytest.raises(SpecError, match="marks nothing of the assistant's"):
+    with pytest.raises(SpecError, match="marks nothing, or not all, of turn 1, the assistant's"):
         read(tokenizer, template, CHAT, "assistant")
+
+
+MARK, UNMARK = "{% generation %}", "{% endgeneration %}"
+CALLED = "{% for c in m.tool_calls or [] %}{{c.function | tojson}}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("start", "inside", "turns", "said"),
+    [
+        ("{% if m.role == 'user' %}", f"{MARK}{{{{m.content}}}}{UNMARK}", CHAT, "marks turn 0, the user's, as the"),
+        ("{% if true %}", f"{MARK}{{{{m.content}}}}{UNMARK}", CHAT, "marks turn 0, the user's, as the"),
+        ("{% if m == messages[-1] %}", f"{MARK}{{{{m.content}}}}{UNMARK}", CHAT, "not all, of turn 1, the assistant's"),
+        (
+            "{% if m.role == 'assistant' %}",
+            f"{MARK}{{{{m.content}}}}{UNMARK}{CALLED}",
+            [*CALLING, CHAT[1]],
+            "not all, of turn 1, the assistant's",
+        ),
+    ],
+    ids=["the user", "everybody", "the last", "no call"],
+)
+def test_marks_of_others_turns_are_refused(tokenizer, start, inside, turns, said):
+    template = f"{{% for m in messages %}}{start}{inside}{{% else %}}{{{{m.content}}}}{{% endif %}}|{{% endfor %}}"
+    with pytest.raises(SpecError, match=said):
+        read(tokenizer, template, turns, "assistant")
 
 
 def test_what_a_template_writes_in_another_way_is_there(tokenizer):
@@ -246,15 +272,39 @@ NAMES, ROLES = {"role": "role", "content": "content"}, {"human": "user", "gpt": 
         ([{"role": "user", "content": "a", "tool_calls": None}], NAMES, [{"role": "user", "content": "a"}]),
         ([], NAMES, "no turns"),
         (None, NAMES, "no turns"),
-        ("good", NAMES, "Expecting value"),
+        ("good", NAMES, "no list as JSON: Expecting value"),
+        ("[{'role': 'user'}]", NAMES, "no list as JSON: Expecting property name"),
+        ([{"role": "user", "content": [{"type": "text", "text": "a"}]}], NAMES, [{"role": "user", "content": "a"}]),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "a"}] * 2}],
+            NAMES,
+            "turn 0 has its content in 2 parts",
+        ),
+        ([{"role": "user", "content": [{"type": "image"}]}], NAMES, r"turn 0 has the content .*image.*, no text"),
+        ('[{"role": "user", "content": {"x": 1}}]', NAMES, "turn 0 has the content {'x': 1}, no text"),
+        (
+            [{"role": "user", "content": datetime.date(2020, 1, 1)}],
+            NAMES,
+            r"has the content datetime.*, no text",
+        ),
+        (r'[{"role": "user", "content": "a\ud800"}]', NAMES, r"holds '\\ud800', half of a character"),
+        ([{"role": "User", "content": "a"}], NAMES, "'User', not one of .*; data.turns.roles says which"),
         ('{"a": 1}', NAMES, "no list of objects"),
         ([{"role": "bot", "content": "a"}], NAMES, "turn 0 has the role 'bot', not one of system"),
         ([{"role": "user"}], NAMES, "turn 0 has no content"),
         ([{"role": "user", "content": 5}], NAMES, "turn 0 has the content 5, no text"),
-        (SHAREGPT, NAMES, "turn 0 has the role None"),
+        (SHAREGPT, NAMES, "turn 0 has no role, but from, value: data.turns"),
         (CHAT, {"role": "from", "content": "value"}, "turn 0 has 'role' and no 'from', as data.turns calls it"),
     ],
 )
+def test_nulls_are_left_out_where_a_table_fills_them_in():
+    call = {"function": {"name": "rate", "arguments": {"film": None, "stars": 1}}}
+    turn = {"role": "assistant", "content": None, "tool_calls": [call]}
+    assert turns_of(json.dumps([turn]), NAMES, {}) == [{"role": "assistant", "tool_calls": [call]}]
+    (found,) = turns_of([turn], NAMES, {})
+    assert found["tool_calls"][0]["function"]["arguments"] == {"stars": 1}
+
+
 def test_turns_are_read_or_refused(cell, names, expected):
     if isinstance(expected, list):
         assert turns_of(cell, names, ROLES) == expected

@@ -14,8 +14,9 @@ from rewriter.files import load_tensors
 from rewriter.spec import Spec
 from rewriter.tasks import Reading
 from rewriter.training import generation
-from rewriter.training.generation import measures
+from rewriter.training.generation import _plain, measures
 from tests.cases.tiny import LLAMA, T5, saved
+from tests.tiny import make_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -88,6 +89,12 @@ def decoded(model, ids, end):
             break
         text = torch.cat([text, token[None, None]], dim=1)
     return text[0, len(ids) :].tolist()
+
+
+def test_special_tokens_of_an_answer_count_as_little_as_those_that_are_written():
+    tokenizer = make_tokenizer()
+    assert _plain(tokenizer, "good  film") == "good  film"
+    assert _plain(tokenizer, "good [SEP] film") == "good film"
 
 
 def test_answers_are_those_of_the_tuned_model_and_no_step_is_another(tmp_path, capsys):
