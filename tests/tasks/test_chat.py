@@ -260,6 +260,14 @@ SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
 NAMES, ROLES = {"role": "role", "content": "content"}, {"human": "user", "gpt": "assistant"}
 
 
+def test_nulls_are_left_out_where_a_table_fills_them_in():
+    call = {"function": {"name": "rate", "arguments": {"film": None, "stars": 1}}}
+    turn = {"role": "assistant", "content": None, "tool_calls": [call]}
+    assert turns_of(json.dumps([turn]), NAMES, {}) == [{"role": "assistant", "tool_calls": [call]}]
+    (found,) = turns_of([turn], NAMES, {})
+    assert found["tool_calls"][0]["function"]["arguments"] == {"stars": 1}
+
+
 @pytest.mark.parametrize(
     ("cell", "names", "expected"),
     [
@@ -297,14 +305,6 @@ NAMES, ROLES = {"role": "role", "content": "content"}, {"human": "user", "gpt": 
         (CHAT, {"role": "from", "content": "value"}, "turn 0 has 'role' and no 'from', as data.turns calls it"),
     ],
 )
-def test_nulls_are_left_out_where_a_table_fills_them_in():
-    call = {"function": {"name": "rate", "arguments": {"film": None, "stars": 1}}}
-    turn = {"role": "assistant", "content": None, "tool_calls": [call]}
-    assert turns_of(json.dumps([turn]), NAMES, {}) == [{"role": "assistant", "tool_calls": [call]}]
-    (found,) = turns_of([turn], NAMES, {})
-    assert found["tool_calls"][0]["function"]["arguments"] == {"stars": 1}
-
-
 def test_turns_are_read_or_refused(cell, names, expected):
     if isinstance(expected, list):
         assert turns_of(cell, names, ROLES) == expected
