@@ -32,6 +32,7 @@ class Context:
         penalties: what inserted expressions add to the loss: (name, scalar node).
         defers: whether the loss takes logits that are not computed yet.
         device: kind of device that the graph runs on.
+        longest: the most tokens of a row of a step, padded on the right; None where they are padded otherwise.
         lowered: expressions that were traced already, and shapes of ops; may be kept from rewrite to rewrite.
     """
 
@@ -42,6 +43,7 @@ class Context:
     penalties: list[tuple[str, fx.Node]] = field(default_factory=list)
     defers: bool = False
     device: str = "cpu"
+    longest: int | None = None
     lowered: dict[Hashable, Any] = field(default_factory=dict)
 
     @property

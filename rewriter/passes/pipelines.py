@@ -7,6 +7,7 @@ from .clean.remove_checks import remove_checks
 from .clean.remove_dead import remove_dead
 from .clean.remove_identities import remove_identities
 from .fuse.accumulate import accumulate
+from .fuse.causal import causal
 from .fuse.defer_head import defer_head
 from .fuse.group_heads import group_heads
 from .fuse.keep_rows import keep_rows
@@ -30,6 +31,7 @@ PASSES: tuple[Pass, ...] = (
     Pass(accumulate, ("rewrite",)),
     Pass(follow_device, ("trace", "rewrite")),
     Pass(remove_dead, ("trace", "rewrite")),
+    Pass(causal, ("train",)),
     Pass(group_heads, ("train",)),
     Pass(recompute_gates, ("train",)),
     Pass(defer_head, ("train",)),

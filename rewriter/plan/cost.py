@@ -199,8 +199,8 @@ def _fused(model: TracedModel) -> TracedModel:
     return out
 
 
-def _attention(query, key, value, mask=None, dropout=0.0, causal=False, *, scale=None, enable_gqa=False):
-    if dropout:
-        return SDPA(query, key, value, mask, dropout, causal, scale=scale, enable_gqa=enable_gqa)
+def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
+    if dropout_p:
+        return SDPA(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-    return fused(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)[0]
+    return fused(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]

@@ -35,7 +35,8 @@ def for_training(model: TunedModel, spec: Spec, layers: int = 0, changed: dict[s
         SpecError: the graph has no layers to recompute.
     """
     off, on = spec.train.passes.off, spec.train.passes.on
-    context = Context("train", defers=spec.task.writes, device=processes().device.type)
+    longest = spec.data.max_length if spec.data else None
+    context = Context("train", defers=spec.task.writes, device=processes().device.type, longest=longest)
     model.graphs["train"] = run(model.graphs["train"], "train", context, off, on, changed)
     model.recompile()
     if spec.train.gradient_checkpointing or layers:

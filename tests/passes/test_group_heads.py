@@ -56,7 +56,7 @@ def test_the_same_numbers_without_the_copies(kind, count):
     assert kept - less == 8 * 3 * 11 * heads * width
 
 
-def test_with_a_mask_a_gpu_repeats_them():
-    """PyTorch has no fused kernel for grouped heads and a mask there."""
+def test_a_gpu_repeats_them():
+    """Some of PyTorch's fused kernels take no grouped heads there."""
     model, _, _ = rewritten("llama")
     assert not grouped(group_heads(model.graphs["train"], Context("train", device="cuda")))

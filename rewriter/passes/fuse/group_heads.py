@@ -20,15 +20,16 @@ _BETWEEN = {aten.slice.Tensor, aten.unsqueeze.default, aten.contiguous.default, 
 def group_heads(graph: fx.Graph, context: Context) -> fx.Graph:
     """Let attention repeat keys and values for the query heads that share them, instead of the graph.
 
-    With a mask on a GPU they stay repeated: PyTorch has no fused kernel for that there.
+    On a GPU they stay repeated: some of PyTorch's fused kernels take no grouped heads there.
     """
+    if context.device != "cpu":
+        return graph
     for node in graph.find_nodes(op="call_function", target=SDPA):
         if len(node.args) < 3 or node.kwargs.get("enable_gqa"):
             continue
         query, *repeated = node.args[:3]
-        mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
         sources = [_unrepeated(one) for one in repeated]
-        if None in sources or (mask is not None and context.device != "cpu"):
+        if None in sources:
             continue
         with graph.inserting_before(node):  # A part would keep the whole for the backward.
             sources = [
