@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from pipelines.console import Settings, Transforms, Without, console, overrides
 from pipelines.findings import Finding, findings, to_github, to_sarif, to_text
-from rewriter.errors import SpecError, SubspanError, UnreachableError, printable, reason
+from rewriter.errors import SubspanError, UnreachableError, printable, reason
 
 if TYPE_CHECKING:
     from rewriter import Plan, Session, Spec
@@ -108,8 +108,8 @@ def check_all(paths: list[Path], settings: list[str], level: Level, format: Form
             if level is Level.schema:
                 continue
             before = result["session"] = Session(spec, like=before)
-            result["plan"], result["step"], notes = check(before, level)
-            result["findings"] = _warnings(spec, result["plan"], notes, result["file"])
+            result["plan"], result["step"] = check(before, level)
+            result["findings"] = _warnings(spec, result["plan"], result["file"])
         except Exception as error:
             result["findings"] = _findings(error, Path(result["file"]))
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -134,18 +134,19 @@ def files(paths: list[Path]) -> list[Path]:
     return found
 
 
-def check(session: "Session", level: Level) -> "tuple[Plan, StepCost | None, list[str]]":
-    """The plan of a spec, the cost of a step where the level or a limit asks for it, and what there is to say of rows.
+def check(session: "Session", level: Level) -> "tuple[Plan, StepCost | None]":
+    """The plan of a spec, with what there is to say of its rows, and the cost of a step where the level or a limit asks
+    for it.
 
     Raises:
         SubspanError: with the place of each mistake.
     """
     whole = level is Level.trace or session.spec.limits.of_a_step
     plan = session.plan(whole)
-    notes = session.check_data()
+    plan = replace(plan, notes=(*plan.notes, *session.check_data()))
     if level is Level.smoke:
         session.smoke()
-    return plan, session.cost() if whole else None, notes
+    return plan, session.cost() if whole else None
 
 
 def _findings(error: Exception, file: Path) -> list[Finding]:
@@ -160,11 +161,10 @@ def _findings(error: Exception, file: Path) -> list[Finding]:
     return [Finding("unchecked", str(file), 1, 1, 1, " ".join(message.split()), placed=False)]
 
 
-def _warnings(spec: "Spec", plan: "Plan", notes: list[str], file: str) -> list[Finding]:
+def _warnings(spec: "Spec", plan: "Plan", file: str) -> list[Finding]:
     from rewriter.spec import warned
 
-    said = [*map(warned, plan.warnings), *(SpecError(note, ("data",)) for note in notes)]
-    placed = ((error.message, findings(spec.locate(error), file)) for error in said)
+    placed = ((warning, findings(spec.locate(warned(warning)), file)) for warning in plan.warnings)
     return [replace(finding, kind="warning", message=warning) for warning, found in placed for finding in found]
 
 

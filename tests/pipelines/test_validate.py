@@ -167,8 +167,10 @@ def test_warnings_have_places_too(spec, tmp_path):
 def test_what_there_is_to_say_of_rows_is_said(spec, tmp_path):
     said = call("validate", spec, "--set", "data.max_length=3", "--set", "model.labels=[negative, positive, mixed]")
     assert said.exit_code == 0
-    lines = [line for line in said.stderr.splitlines() if line.startswith("warning")]
+    lines = [line for line in said.stdout.splitlines() if line.startswith("note: train")]
     assert "train: 1 of 3 labels stand in no row: mixed" in lines[1] and "rows are cut to 3 tokens" in lines[0]
+    report = json.loads(call("validate", spec, "--set", "data.max_length=3", "--format", "json").stdout)
+    assert "rows are cut to 3 tokens" in report[0]["notes"][-2] and report[0]["findings"] == []
 
 
 def test_github_annotations(spec, tmp_path):
