@@ -34,7 +34,7 @@ def data(
     """Print the first rows of a spec as the model reads them, learnt tokens in green (where there are no colours, in
     ⟦brackets⟧), and how long all rows are.
 
-    A line says where a row ends. No weight is read.
+    A line stands before each row. No weight is read.
     """
     with failures():
         from rewriter import Session, SubspanError
@@ -47,10 +47,10 @@ def data(
         colours = console.color_system is not None and not console.no_color
         for number in range(min(rows, len(found))):
             row = found[number]
-            console.print(written(processor, row, marks[number], colours), soft_wrap=True)
             others = {name: value for name, value in row.items() if not isinstance(value, list)}
             said = "".join(f", {name} {value}" for name, value in others.items())
-            console.rule(f"row {number}: {len(row['input_ids'])} tokens{said}", style="dim")
+            console.rule(f"{number + 1} of {len(found)}: {len(row['input_ids'])} tokens{said}", style="dim")
+            console.print(written(processor, row, marks[number], colours), soft_wrap=True)
         lengths = np.array([len(ids) for ids in found["input_ids"]])
         learnt = sum(map(task.learnt, found)) if any(map(any, marks)) else 0
         of_them = f", {learnt:,} of them learnt" if learnt else ""

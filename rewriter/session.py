@@ -35,7 +35,7 @@ from .smoke import hidden, small_model, small_spec
 from .spec import Spec, differing, dump_spec, load_spec, located
 from .tasks import Question
 from .trace import capture, trace
-from .training.checkpoint import resumed_choices
+from .training.checkpoint import checkpoints, resumed_choices
 from .training.evaluation import for_training, objective
 from .training.generation import Asked, check_libraries
 from .training.loop import device_of, label_weights, tune
@@ -353,6 +353,8 @@ class Session:
         planned, job = self.plan(), self.prepare()
         for note in job.notes if main else ():
             tell(note)
+        if main and resume and (last := checkpoints(out / "checkpoints")[-1:]):
+            tell(f"goes on from {last[0].name}")
         traced = trace(job.pretrained.module, job.inputs, without=spec.train.passes.off)
         if spec.train.packing:
             check_packing(traced, job.train)

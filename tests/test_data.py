@@ -208,6 +208,7 @@ def test_what_is_said_of_chats_names_their_rows(tmp_path):
     lines = [{"m": chat, "kept": i > 0} for i, chat in enumerate(chats)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     template = "{% for m in messages %}{{m.role + ' ' + m.content + ' '}}{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant {% endif %}"
     said = {"split": {"validation": 1, "seed": 1}, "where": {"kept": True}, "format": "json"}
     spec = spec_of(tmp_path / "rows.jsonl", {"messages": "m"}, "causal-lm", template=template, **said)
     tokenizer, notes = make_tokenizer(), []

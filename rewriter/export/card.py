@@ -131,9 +131,8 @@ def _called(source: Source) -> str:
 def _files(found: Mapping[str, Any]) -> list[str]:
     shapes, rows, _ = listing(found)
     columns = ("name", "file", "holds", "MB", "metric", "same decisions", "largest difference", *shapes)
-    table = markdown(
-        [*columns[:7], *(f"{shape}, ms" for shape in shapes)], [[row[one] for one in columns] for row in rows]
-    )
+    heads = [found.get(one, one) for one in columns[:7]]  # The metric is called by its name.
+    table = markdown([*heads, *(f"{shape}, ms" for shape in shapes)], [[row[one] for one in columns] for row in rows])
     said = f"`onnx/model.onnx` is {found['chosen']}, for {found['target']}."
     on = [f"Times on {where(found)}.", ""] if where(found) else []
     return ["## Files", "", said, "", *on, *table]

@@ -72,7 +72,7 @@ def _template(given: str) -> str:
     if "{" in given:
         return given
     if not Path(given).is_file():
-        raise ValueError(f"{given}: no such file, and no template, which has a brace")
+        raise ValueError(f"{given}: no such file (a template that is written here itself has a brace)")
     try:
         text = Path(given).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -34,6 +34,7 @@ from .chat import (
     tokens_of,
     turn_ends,
     turns_of,
+    unprompted,
 )
 from .measures import likelihoods, perplexity
 
@@ -129,6 +130,10 @@ class CausalLM(Task):
         if held := {i: first[0] for i, turns in enumerate(chats) if (first := _first(pattern, turns))}:
             said = f"{len(held)} of {len(rows)} chats have special tokens in their texts{reading.named(list(held))}"
             notes.append(f"{said}, which are read as such, e.g. {next(iter(held.values()))}")
+        tools = objects_of(rows[0][reading.columns["tools"]]) if "tools" in reading.columns else None
+        if start := unprompted(reading.processor, chats[0], tools):
+            said = f"the chat template adds nothing where an answer is asked for (add_generation_prompt): {start!r}"
+            notes.append(f"{said} before an answer is learnt, and written, too")
         if clocked(reading.processor):
             notes.append("the chat template reads the clock (strftime_now): rows of another day are others")
         return found

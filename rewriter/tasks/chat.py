@@ -15,6 +15,8 @@ _TEMPLATE = ("data", "template")
 _SAID = "\u2402said\u2403"
 _MARKS, _COMMENTS = re.compile(r"\{%-?\s*generation\s*-?%\}"), re.compile(r"\{#.*?#\}", re.DOTALL)
 
+_ASKED = {"add_generation_prompt": True}
+
 Turn = dict[str, Any]
 
 
@@ -319,6 +321,22 @@ def asked(processor: Any, turns: Sequence[Turn], tools: Sequence[Any] | None) ->
     """
     text = _applied(processor, list(turns), tools or None, tokenize=False, add_generation_prompt=True)
     return processor(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def unprompted(processor: Any, turns: Sequence[Turn], tools: Sequence[Any] | None = None) -> str | None:
+    """What a template that adds nothing where the model is asked writes before the assistant's first text all the same;
+    None where that is nothing."""
+    texts = ((i, turn.get("content", "").strip()) for i, turn in enumerate(turns) if turn["role"] == "assistant")
+    i, said = next(texts, (0, ""))
+    before, tools = list(turns[:i]), list(tools) if tools else None
+    if not before or not said:
+        return None
+    given = _applied(processor, before, tools, tokenize=False)
+    whole = _applied(processor, [*before, turns[i]], tools, tokenize=False)
+    if not whole.startswith(given) or given != _applied(processor, before, tools, tokenize=False, **_ASKED):
+        return None
+    start = whole[len(given) :].partition(said)[0]
+    return start if start.strip() else None
 
 
 def turn_ends(processor: Any) -> list[int]:

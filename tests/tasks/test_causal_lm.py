@@ -178,7 +178,7 @@ def test_rows_are_shown_as_they_are_read(tmp_path):
     (tmp_path / "spec.yaml").write_text(dump_spec(spec))
     said = succeeds("data", tmp_path / "spec.yaml", "--rows", 1, "--set", "data.split.validation=1")
     lines = said.splitlines()
-    assert lines[0] == "[CLS] [UNK] the film [SEP] [CLS] [UNK]⟦good film [SEP]⟧" and "row 0: 10 tokens" in lines[1]
+    assert lines[1] == "[CLS] [UNK] the film [SEP] [CLS] [UNK]⟦good film [SEP]⟧" and "1 of 8: 10 tokens" in lines[0]
     assert "8 rows, 80 tokens, 24 of them learnt" in said and "10 to 10            8" in said
     (tmp_path / "rows.jsonl").write_text('{"m": [{"role": "bot", "content": "a"}]}\n' * 9)
     assert "row 0 of column 'm': turn 0 has the role 'bot'" in fails("data", tmp_path / "spec.yaml")
@@ -212,6 +212,22 @@ def test_what_ends_no_text_and_what_ends_one_within_are_said():
     assert "2 of 2 chats have special tokens in their texts, which are read as such, e.g. [SEP]" in notes[1]
 
 
+def test_a_template_without_a_generation_prompt_is_said():
+    """What starts the assistant's turn is learnt then, and written before each answer."""
+    core, notes = make_tokenizer(), []
+    turns = [{"role": role, "content": "good film"} for role in ("user", "assistant")]
+    rows = datasets.Dataset.from_list([{"m": turns}])
+    core.chat_template = CHATML
+    encode(spec_of(columns={"messages": "m"}), rows, core, [], notes)
+    assert notes == []
+    core.chat_template = "{% for m in messages %}{{m.role + ' ' + m.content + ' [SEP] '}}{% endfor %}"
+    encode(spec_of(columns={"messages": "m"}), rows, core, [], notes)
+    assert len(notes) == 1 and "adds nothing where an answer is asked for" in notes[0] and "'assistant '" in notes[0]
+    core.chat_template = "{% for m in messages %}{{m.content + ' [SEP] '}}{% endfor %}"
+    encode(spec_of(columns={"messages": "m"}), rows, core, [], notes)
+    assert len(notes) == 1
+
+
 def test_a_template_that_reads_the_clock_is_said_and_ties_a_run_to_the_rows_as_read():
     core = make_tokenizer()
     rows = datasets.Dataset.from_list([{"m": 1}])
@@ -236,7 +252,7 @@ def test_a_text_that_is_split_learns_every_token_but_the_first(tmp_path, words, 
     count = sum(parts)
     assert f"{len(parts)} rows, {count} tokens, {learnt} of them learnt" in said and "left out" not in said
     if len(parts) > 1:
-        assert said.splitlines()[0] == "[CLS]⟦film film⟧" and said.splitlines()[2].startswith("⟦film film ")
+        assert said.splitlines()[1] == "[CLS]⟦film film⟧" and said.splitlines()[3].startswith("⟦film film ")
 
 
 def test_a_template_file_that_is_not_there(tmp_path):
