@@ -14,9 +14,7 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 _TEMPLATE = ("data", "template")
 _SAID = "\u2402said\u2403"
 _MARKS, _COMMENTS = re.compile(r"\{%-?\s*generation\s*-?%\}"), re.compile(r"\{#.*?#\}", re.DOTALL)
-
 _ASKED = {"add_generation_prompt": True}
-
 Turn = dict[str, Any]
 
 
@@ -331,9 +329,13 @@ def unprompted(processor: Any, turns: Sequence[Turn], tools: Sequence[Any] | Non
     before, tools = list(turns[:i]), list(tools) if tools else None
     if not before or not said:
         return None
-    given = _applied(processor, before, tools, tokenize=False)
-    whole = _applied(processor, [*before, turns[i]], tools, tokenize=False)
-    if not whole.startswith(given) or given != _applied(processor, before, tools, tokenize=False, **_ASKED):
+    try:
+        given = _applied(processor, before, tools, tokenize=False)
+        asking = _applied(processor, before, tools, tokenize=False, **_ASKED)
+        whole = _applied(processor, [*before, turns[i]], tools, tokenize=False)
+    except SpecError:  # It wants other turns before.
+        return None
+    if given != asking or not whole.startswith(given):
         return None
     start = whole[len(given) :].partition(said)[0]
     return start if start.strip() else None
