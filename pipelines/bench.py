@@ -82,12 +82,12 @@ def step(
     """
     with failures():
         from pipelines.beside import models_of
-        from pipelines.steps import saved_bytes
+        from rewriter.plan.cost import kept_bytes
 
         models, batch = models_of(method)
         times: dict[str, list[float]] = {name: [] for name in models}
         loss = lambda model, batch: model(**batch).logits.sum()  # noqa: E731
-        saved = {name: saved_bytes(one, batch, loss) for name, one in models.items()}
+        saved = {name: kept_bytes(one, batch, loss) for name, one in models.items()}
         for _ in range(rounds):
             for name, one in models.items():
                 started = time.perf_counter()
@@ -189,12 +189,10 @@ def recompute(
         from pipelines.steps import recompute as measured
 
         found = measured(spec, rows, length)
-        megabytes = [
-            f"{value / 1e6:.1f} MB" for value in (found.plain, found.plain // 2, found.planned, found.measured)
-        ]
+        size = lambda count: f"{count / 1e6:.1f} MB"  # noqa: E731
         console.print(
-            "saves {}; limited to {}: {} planned, {} measured, ".format(*megabytes)
-            + f"{found.layers} layers computed again for {found.added:+.0%} FLOPs; "
+            f"saves {size(found.plain)}; limited to {size(found.plain // 2)}: {size(found.planned)} planned, "
+            f"{size(found.measured)} measured, {found.layers} layers computed again for {found.added:+.0%} FLOPs; "
             f"loss and gradients {'equal' if found.same else 'differ'}",
             highlight=False,
         )

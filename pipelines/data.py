@@ -43,7 +43,8 @@ def data(
         (found, notes, processor), task = session.read(str(part)), session.spec.task
         if "input_ids" not in found.column_names:
             raise SubspanError("its rows are no tokens")
-        marks = [task.marks(row, before) for before, row in itertools.pairwise(itertools.chain([None], found))]
+        pairs = itertools.pairwise(itertools.chain([None], found))
+        marks, counts = zip(*((task.marks(row, before), task.learnt(row)) for before, row in pairs), strict=True)
         colours = console.color_system is not None and not console.no_color
         for number in range(min(rows, len(found))):
             row = found[number]
@@ -52,7 +53,7 @@ def data(
             console.rule(f"{number + 1} of {len(found)}: {len(row['input_ids'])} tokens{said}", style="dim")
             console.print(written(processor, row, marks[number], colours), soft_wrap=True)
         lengths = np.array([len(ids) for ids in found["input_ids"]])
-        learnt = sum(map(task.learnt, found)) if any(map(any, marks)) else 0
+        learnt = sum(counts) if any(map(any, marks)) else 0
         of_them = f", {learnt:,} of them learnt" if learnt else ""
         console.print(f"{len(lengths)} rows, {lengths.sum():,} tokens{of_them}", highlight=False)
         for line in histogram(lengths):

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from rewriter import Session, TunedModel, load_model, objective, rewrite, trace, tuned_parameters
+from rewriter.plan.cost import kept_bytes
 from rewriter.session import example_inputs
 from rewriter.training.evaluation import for_training
 from rewriter.training.memory import return_large_blocks
@@ -157,8 +157,8 @@ def recompute(spec: str | Path, rows: int, length: int) -> Recomputed:
     found.append(_gradients(model, loss, batch))
     same = all(torch.equal(one, other) for one, other in zip(*found, strict=True))
     added = limited.overhead - plain.overhead
-    saved = saved_bytes(model, batch, loss)
-    return Recomputed(plain.activations, limited.activations, saved, limited.layers, added, same)
+    kept = kept_bytes(model, batch, loss)
+    return Recomputed(plain.activations, limited.activations, kept, limited.layers, added, same)
 
 
 def _gradients(
@@ -170,24 +170,6 @@ def _gradients(
     found = [value.detach(), *(p.grad.clone() for p in tuned_parameters(model).values())]
     model.zero_grad()
     return found
-
-
-def saved_bytes(model: nn.Module, batch: dict[str, torch.Tensor], loss: Callable[..., torch.Tensor]) -> int:
-    """Bytes of activations that autograd keeps of the loss of a model on a batch; parameters, buffers and the batch
-    apart, shared storage once."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *batch.values())}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = loss(model, batch)
-    out.backward()
-    return sum(kept.values())
 
 
 def _status(key: str) -> int:

@@ -305,12 +305,8 @@ def _check_rows(spec: Spec, rows: datasets.Dataset, labels: list[str]) -> None:
         feature = rows.features[column]
         if not fits(task.roles[role].kind, feature):
             others = [name for name in TASKS if _reads(task_of(name).roles, columns, role, feature)]
-            error = columns_error(task.name, task.roles[role].kind, role, column, others)
-            if "messages" in task.roles and fits("messages", feature):
-                raise SpecError(
-                    f"{error.message}; turns, the answer the last of them, are the column `messages`", error.path
-                )
-            raise error
+            turns = "messages" in task.roles and fits("messages", feature)
+            raise columns_error(task.name, task.roles[role].kind, role, column, others, turns)
         if task.roles[role].kind == "text":
             check_texts(rows[column], role, column)
         if task.roles[role].kind == "messages":

@@ -13,7 +13,7 @@ from ..resources import PACKAGE, is_local
 from ..spec import Spec
 from ..spec.data import Source
 from . import compare
-from .listing import listing, markdown, where
+from .listing import heads_of, listing, markdown, where
 
 _DRAWS = 200
 
@@ -131,8 +131,7 @@ def _called(source: Source) -> str:
 def _files(found: Mapping[str, Any]) -> list[str]:
     shapes, rows, _ = listing(found)
     columns = ("name", "file", "holds", "MB", "metric", "same decisions", "largest difference", *shapes)
-    heads = [found.get(one, one) for one in columns[:7]]  # The metric is called by its name.
-    table = markdown([*heads, *(f"{shape}, ms" for shape in shapes)], [[row[one] for one in columns] for row in rows])
+    table = markdown(heads_of(found, columns, shapes), [[row[one] for one in columns] for row in rows])
     said = f"`onnx/model.onnx` is {found['chosen']}, for {found['target']}."
     on = [f"Times on {where(found)}.", ""] if where(found) else []
     return ["## Files", "", said, "", *on, *table]

@@ -34,6 +34,12 @@ def listing(found: Mapping[str, Any]) -> tuple[list[str], list[dict[str, str]], 
     return shapes, rows, [{"name": called(name), **times_of(times)} for name, times in others.items()]
 
 
+def heads_of(found: Mapping[str, Any], columns: Sequence[str], shapes: Sequence[str]) -> list[str]:
+    """What columns of a listing are called: the metric by its name, batches with the unit of their times."""
+    names = {"metric": found.get("metric", "metric")} | {shape: f"{shape}, ms" for shape in shapes}
+    return [names.get(column, column) for column in columns]
+
+
 def called(name: str) -> str:
     """What a run beside the files is called: `eager-float16` -> `PyTorch, float16`."""
     what, _, dtype = name.partition("-")

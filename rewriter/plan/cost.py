@@ -6,10 +6,11 @@ Everything is computed on the meta device: the very expressions and graphs run, 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from pydantic import BaseModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..algebra import Dense, Operator, Patch, Sum
@@ -172,7 +173,15 @@ def step_cost(
 def saved_bytes(
     model: TracedModel, batch: Mapping[str, Tensor], objective: Callable[[TracedModel, Mapping[str, Tensor]], Tensor]
 ) -> int:
-    """Bytes that a forward of a model in train mode saves for its backward; arguments as of `step_cost`."""
+    """Bytes that a forward of a model on the meta device, in train mode, would save on a CPU; arguments as of
+    `step_cost`."""
+    return kept_bytes(_fused(model), batch, objective)
+
+
+def kept_bytes(
+    model: nn.Module, batch: Mapping[str, Tensor], objective: Callable[[Any, Mapping[str, Tensor]], Tensor]
+) -> int:
+    """Bytes that a forward saves for its backward: storages, each once, other than of parameters, buffers and batch."""
     known = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers(), *batch.values())}
     saved: dict[int, tuple[Tensor, int]] = {}
 
@@ -182,7 +191,7 @@ def saved_bytes(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        objective(_fused(model), batch)
+        objective(model, batch)
     return sum(size for _, size in saved.values())
 
 

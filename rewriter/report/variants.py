@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..export.listing import listing, where
+from ..export.listing import heads_of, listing, where
 from ..files import read_json
 
 
@@ -14,8 +14,7 @@ def print_variants(run: Path, console: Console) -> None:
     found = read_json(run / "export.json")
     shapes, files, others = listing(found)
     columns = ("holds", "MB", "metric", "same decisions", "largest difference", *shapes)
-    heads = [found.get(column, column) for column in columns[:5]]  # The metric is called by its name.
-    table = Table("variant", *heads, *(f"{shape}, ms" for shape in shapes))
+    table = Table("variant", *heads_of(found, columns, shapes))
     for row in files:
         name = f"[bold]{row['name']}[/bold] -> model.onnx" if row["name"] == found["chosen"] else row["name"]
         table.add_row(name, *(row[column] for column in columns))

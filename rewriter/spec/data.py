@@ -237,11 +237,8 @@ class Data(Source):
             if (roles := set(part.columns)) != set(self.mixture[0].columns):
                 first = ", ".join(self.mixture[0].columns)
                 said = f"{', '.join(sorted(roles))} here, {first} in the first part: all parts have the same roles"
-                said += (
-                    "; tools may be null, in a column of such rows"
-                    if "tools" in roles ^ set(self.mixture[0].columns)
-                    else ""
-                )
+                odd = roles ^ set(self.mixture[0].columns)
+                said += "; tools may be null, in a column of such rows" * ("tools" in odd)
                 raise SpecError(said, ("data", "mixture", i, "columns"))
             if (part.weight is None) != (self.mixture[0].weight is None):
                 raise SpecError("give all parts a weight, or none", ("data", "mixture", i))

@@ -203,8 +203,12 @@ KINDS = {
 }
 
 
-def columns_error(task: str, kind: str, role: str, column: str, others: Sequence[str]) -> SpecError:
-    """What to say of a column that holds something else than the role; `others` are tasks that read what it holds."""
+def columns_error(
+    task: str, kind: str, role: str, column: str, others: Sequence[str], turns: bool = False
+) -> SpecError:
+    """What to say of a column that holds something else than the role; `others` are tasks that read what it holds, and
+    `turns` says that it holds some and the task reads them elsewhere."""
     wanted = KINDS[kind]
     hint = f"; a task that reads it: {', '.join(others)}" if others else ""
+    hint += "; turns, the answer the last of them, are the column `messages`" if turns else ""
     return SpecError(f"column {column!r} does not hold {wanted}, as {task} reads{hint}", ("data", "columns", role))

@@ -14,7 +14,6 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 _TEMPLATE = ("data", "template")
 _SAID = "\u2402said\u2403"
 _MARKS, _COMMENTS = re.compile(r"\{%-?\s*generation\s*-?%\}"), re.compile(r"\{#.*?#\}", re.DOTALL)
-_ASKED = {"add_generation_prompt": True}
 Turn = dict[str, Any]
 
 
@@ -203,9 +202,8 @@ def _check_all_there(processor: Any, turns: list[Turn], tools: list[Any] | None,
         alone = said in text and said not in around and not any(said in one for k, one in enumerate(contents) if k != i)
         if said and not alone and rendered_alike(_with(turns, i, content=turn["content"] + _SAID), tools):
             raise _left_out(f"turn {i}, the {turn['role']}'s")
-        calls = turn.get("tool_calls") or []
-        for k, call in enumerate(calls):
-            if rendered_alike(_with(turns, i, tool_calls=[*calls[:k], _other(call), *calls[k + 1 :]]), tools):
+        for k, call in enumerate(turn.get("tool_calls") or []):
+            if rendered_alike(_with_call(turns, i, k, _other(call)), tools):
                 raise _left_out(f"a call in turn {i}, or what it is called with")
     if tools and rendered_alike(turns, [_other(tool) for tool in tools]):
         raise _left_out("the tools")
@@ -217,11 +215,10 @@ def _check_marks(processor: Any, turns: list[Turn], tools: list[Any] | None, tex
     marked = [place for place, one in zip(offsets, learnt, strict=True) if one]
     for i, turn in enumerate(turns):
         begins = [_begins(processor, turns, tools, text, i)] if turn.get("content", "").strip() else []
-        calls = turn.get("tool_calls") or []
-        for k, call in enumerate(calls):
-            other = _with(turns, i, tool_calls=[*calls[:k], _other(call), *calls[k + 1 :]])
+        for k, call in enumerate(turn.get("tool_calls") or []):
             with contextlib.suppress(SpecError):  # It reads what is other.
-                begins.append(_shared(text, _applied(processor, other, tools, tokenize=False)))
+                rendered = _applied(processor, _with_call(turns, i, k, _other(call)), tools, tokenize=False)
+                begins.append(_shared(text, rendered))
         for begin in begins:
             own = any(first <= begin < stop for first, stop in marked)
             if own and turn["role"] != "assistant":
@@ -234,6 +231,11 @@ def _check_marks(processor: Any, turns: list[Turn], tools: list[Any] | None, tex
 
 def _with(turns: list[Turn], i: int, **values: Any) -> list[Turn]:
     return [*turns[:i], turns[i] | values, *turns[i + 1 :]]
+
+
+def _with_call(turns: list[Turn], i: int, k: int, call: Any) -> list[Turn]:
+    calls = turns[i]["tool_calls"]
+    return _with(turns, i, tool_calls=[*calls[:k], call, *calls[k + 1 :]])
 
 
 def _other(one: Any) -> Any:
@@ -331,7 +333,7 @@ def unprompted(processor: Any, turns: Sequence[Turn], tools: Sequence[Any] | Non
         return None
     try:
         given = _applied(processor, before, tools, tokenize=False)
-        asking = _applied(processor, before, tools, tokenize=False, **_ASKED)
+        asking = _applied(processor, before, tools, tokenize=False, add_generation_prompt=True)
         whole = _applied(processor, [*before, turns[i]], tools, tokenize=False)
     except SpecError:  # It wants other turns before.
         return None

@@ -3,19 +3,15 @@
 import pytest
 import torch
 import transformers as hf
-from torch import nn
 
-from rewriter import Rule, plan, rewrite, trace, tuned_parameters
 from rewriter.graph.ops import SDPA
 from rewriter.passes.base import Context
 from rewriter.passes.fuse.causal import causal
 from rewriter.plan.cost import saved_bytes
 from rewriter.tasks import task_of
 from rewriter.training.evaluation import objective
-from tests.passes.test_recompute_gates import step
-from tests.training.test_packing import LORA, SIZES, model_of
+from tests.passes.steps import before_and_after, decoder, padded, rewritten, same_gradients
 
-GPT2 = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4}
 # Kind, options, longest row, attentions without a mask of two.
 CASES = {
     "llama": ("llama", {}, 32, 2),
@@ -29,45 +25,32 @@ CASES = {
 }  # fmt: skip
 
 
-def rewritten(kind, options):
+def made(kind, options):
     task = task_of("causal-lm")
     if kind == "bloom":
         torch.manual_seed(0)
         config = hf.BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4)
         model = hf.AutoModelForCausalLM.from_config(config).double().eval()
     else:
-        model = model_of(kind, GPT2 if kind == "gpt2" else {**SIZES, **options})
+        model = decoder(kind, **options)
     target = {"gpt2": "**.c_attn.weight", "bloom": "**.query_key_value.weight"}.get(kind, "**.{q,v}_proj.weight")
-    traced = trace(model, task.inputs(model))
-    out = rewrite(traced, plan(traced, [Rule.model_validate({"target": target, "apply": [LORA]})]))
-    for p in tuned_parameters(out).values():
-        nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(p.numel()))
-    batch = task.example_batch(model, 3, 11)
-    for name in ("input_ids", "labels"):
-        batch[name] = torch.randint(3, 97, batch[name].shape, generator=torch.Generator().manual_seed(0))
-    batch["attention_mask"][1, 7:] = 0
-    batch["labels"][1, 6:] = -100
-    return out.train(), task, batch
+    model, batch = rewritten(model, task, target)
+    return model, padded(batch), task
 
 
 @pytest.mark.parametrize(("kind", "options", "longest", "count"), CASES.values(), ids=CASES)
 def test_the_same_numbers_without_a_mask(kind, options, longest, count):
-    model, task, batch = rewritten(kind, options)
-    loss, grads, kept = step(model, task, batch)
-    model.graphs["train"] = causal(model.graphs["train"], Context("train", longest=longest))
-    model.graphs["train"].lint()
-    model.recompile()
+    model, batch, task = made(kind, options)
+    before, after = before_and_after(causal, Context("train", longest=longest), model, task, batch)
     nodes = model.graphs["train"].find_nodes(op="call_function", target=SDPA)
     assert sum(node.kwargs.get("is_causal", False) for node in nodes) == count
-    again, others, less = step(model, task, batch)
     if count == 2:  # As a plan counts them.
-        assert saved_bytes(model, batch, objective(task)) == pytest.approx(less, rel=0.02)
-    assert (loss - again).abs() <= 1e-13 * loss.abs() and less <= kept
-    for name, grad in grads.items():
-        assert (grad - others[name]).abs().max() <= 1e-12 * grad.abs().max().clamp(min=1), name  # The order of sums.
+        assert saved_bytes(model, batch, objective(task)) == pytest.approx(after.kept, rel=0.02)
+    assert (before.loss - after.loss).abs() <= 1e-13 * before.loss.abs() and after.kept <= before.kept
+    same_gradients(before, after, 1e-12)
 
 
 def test_rows_that_are_padded_otherwise_keep_their_mask():
-    model, _, _ = rewritten("llama", {})
+    model, _, _ = made("llama", {})
     graph = causal(model.graphs["train"], Context("train"))
     assert not any(node.kwargs.get("is_causal") for node in graph.find_nodes(op="call_function", target=SDPA))

@@ -7,11 +7,12 @@ import torch
 from torch import fx
 
 from ...graph.ops import SDPA
+from ...graph.sublayers import attentions, shape_of
 from ..base import Context
+from ..clean.remove_dead import remove_dead
 
 _READS = {"input_ids", "attention_mask"}
 _SHORT, _LONG = 5, 8192  # Of longer rows a mask takes too much memory to be looked at.
-_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 def causal(graph: fx.Graph, context: Context) -> fx.Graph:
@@ -25,18 +26,16 @@ def causal(graph: fx.Graph, context: Context) -> fx.Graph:
     if context.longest is None or context.longest > _LONG or set(places) != _READS:
         return graph
     seen: dict[fx.Node, bool] = {}
-    for node in graph.find_nodes(op="call_function", target=SDPA):
-        given = dict(zip(_NAMES, node.args, strict=False)) | dict(node.kwargs)
-        mask, lengths = given.get("attn_mask"), [str(given[name].meta["val"].shape[2]) for name in ("query", "key")]
-        if not isinstance(mask, fx.Node) or given.get("is_causal") or lengths[0] != lengths[1]:
+    for node, given in ((one.node, one.arguments) for one in attentions(graph) if one.node.target is SDPA):
+        mask, lengths = given["attn_mask"], [str(shape_of(given[name])[-2]) for name in ("query", "key")]
+        if not isinstance(mask, fx.Node) or given["is_causal"] or lengths[0] != lengths[1]:
             continue
         if mask not in seen:
             seen[mask] = all(_is_causal(mask, places, length) for length in (_SHORT, context.longest))
         if seen[mask]:
-            node.args = tuple(given.pop(name) for name in _NAMES[:3])
+            node.args = tuple(given.pop(name) for name in ("query", "key", "value"))
             node.kwargs = given | {"attn_mask": None, "is_causal": True}
-    graph.eliminate_dead_code()
-    return graph
+    return remove_dead(graph)
 
 
 def _is_causal(mask: fx.Node, places: Mapping[str, fx.Node], length: int) -> bool:

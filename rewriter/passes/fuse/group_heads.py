@@ -6,7 +6,9 @@ import torch
 from torch import fx
 
 from ...graph.ops import SDPA, VIEWS, aten
+from ...graph.sublayers import shape_of
 from ..base import Context, add_node
+from ..clean.remove_dead import remove_dead
 
 # Parts of a tensor that lie in its memory.
 _PARTS = {
@@ -40,9 +42,7 @@ def group_heads(graph: fx.Graph, context: Context) -> fx.Graph:
             ]
         node.args = (query, *sources, *node.args[3:])
         node.kwargs = {**node.kwargs, "enable_gqa": True}
-        for one in repeated:
-            _erase(graph, one)
-    return graph
+    return remove_dead(graph)
 
 
 def _unrepeated(node: fx.Node) -> fx.Node | None:
@@ -79,14 +79,4 @@ def _is_part(node: fx.Node) -> bool:
 
 def _shape(node: fx.Node) -> tuple[str, ...]:
     """As expressions: to ask whether symbols are equal may bind them."""
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return tuple(map(str, value.shape)) if isinstance(value, torch.Tensor) else ()
-
-
-def _erase(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase a node that nothing reads, and what nothing reads then."""
-    if node.op == "call_function" and not node.users:
-        before = node.all_input_nodes
-        graph.erase_node(node)
-        for one in before:
-            _erase(graph, one)
+    return tuple(map(str, shape_of(node)))
