@@ -1,7 +1,10 @@
 """Heads that share keys and values read them as they are: the same numbers, and no copies that are kept."""
 
 import pytest
+import torch
+from torch import nn
 
+from rewriter import Inputs, trace
 from rewriter.graph.ops import SDPA
 from rewriter.passes.base import Context
 from rewriter.passes.fuse.group_heads import group_heads
@@ -35,6 +38,22 @@ def test_the_same_numbers_without_the_copies(kind, count):
     # keys and half of the values are gone: as many as there are queries.
     _, heads, _, width = grouped(model.graphs["train"])[-1].args[0].meta["val"].shape if count else (0, 0, 0, 0)
     assert before.kept - after.kept == 8 * 3 * 11 * heads * width
+
+
+class Bare(nn.Module):
+    """Attention of heads without a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return nn.functional.scaled_dot_product_attention(self.linear(x), x, x)
+
+
+def test_heads_without_a_batch_stay_as_they_are():
+    graph = trace(Bare(), Inputs(args=(torch.zeros(2, 5, 8),))).graphs["train"]
+    assert not grouped(group_heads(graph, Context("train")))
 
 
 def test_a_gpu_repeats_them():

@@ -48,6 +48,8 @@ def group_heads(graph: fx.Graph, context: Context) -> fx.Graph:
 def _unrepeated(node: fx.Node) -> fx.Node | None:
     """Of (batch, groups * n, length, width), where each of (batch, groups, length, width) stands n times in a row, the
     latter; None of anything else."""
+    if len(_shape(node)) != 4:
+        return None
     batch, heads, length, width = _shape(node)
     expanded = node
     while expanded.target in _RESHAPES | _BETWEEN and len(_shape(expanded)) == 4:
