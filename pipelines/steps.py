@@ -112,8 +112,9 @@ def _model(spec: str | Path, name: str, rows: int, length: int) -> tuple[tuple[T
         torch.nn.init.normal_(p, std=0.02, generator=generator)
     for_training(model, session.spec)
     batch = session.spec.task.example_batch(pretrained.model, rows, length, pretrained.processor)
+    known = pretrained.model.config.get_text_config().vocab_size
     for key in ("input_ids", "labels"):
-        batch[key] = torch.randint(10, 1000, batch[key].shape, generator=generator)
+        batch[key] = torch.randint(0, min(1000, known), batch[key].shape, generator=generator)
     return (model, objective(session.spec.task)), batch
 
 
