@@ -7,12 +7,13 @@ result, or shapes alone on the meta device.
 from .maps import NONLINEARITIES, Affine, Computed, Dropout, Pointwise, Prepend, rows_of
 from .norms import column_norm, detach
 from .operators import Concat, Dense, Diag, Identity, Operator, Product, Scale, Sum, tensors_of
-from .structured import Blocks, Hadamard, Kronecker, Patch, Shuffle
+from .structured import Blocks, Circulant, Hadamard, Kronecker, Patch, Shuffle
 
 __all__ = [
     "NONLINEARITIES",
     "Affine",
     "Blocks",
+    "Circulant",
     "Computed",
     "Concat",
     "Dense",

@@ -4,7 +4,7 @@ An operator stands for a matrix W of shape (..., n, m) in the orientation of the
 Leading dimensions are a batch of matrices (experts). On the meta device it computes shapes alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import reduce
 from typing import Any
@@ -23,9 +23,11 @@ class Operator:
 
     Attributes:
         implicit: products with it need less than its entries, so `dense` is not formed where there is another way.
+        entrywise: it is known by its n m entries alone, so that products with it form them.
     """
 
     implicit = False
+    entrywise = False
 
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x @ W (+ bias) for x of shape (..., n); returns (..., m) and never forms a product of two factors."""
@@ -97,6 +99,7 @@ class Dense(Operator):
 
     stored: Tensor
     transposed: bool = False
+    entrywise = True
 
     def dense(self):
         return self.stored.transpose(-2, -1) if self.transposed else self.stored
@@ -164,6 +167,8 @@ class Scale(Operator):
         return self.scale * self.operand.dense()
 
     def apply(self, x, bias=None):
+        if isinstance(self.scale, Tensor) and isinstance(self.operand, Product):
+            return self.operand.scaled(self.scale).apply(x, bias)
         y = self.scale * self.operand.apply(x)
         return y if bias is None else y + bias
 
@@ -176,6 +181,10 @@ class Scale(Operator):
     @property
     def implicit(self):
         return self.operand.implicit
+
+    @property
+    def entrywise(self):
+        return self.operand.entrywise
 
     def rank_bound(self):
         return self.operand.rank_bound()
@@ -199,7 +208,17 @@ class Product(Operator):
         return reduce(lambda matrix, op: op.lift(matrix), reversed(operands[:start]), right)
 
     def apply(self, x, bias=None):
-        return self.operands[-1].apply(reduce(lambda y, op: op.apply(y), self.operands[:-1], x), bias)
+        *operands, last = _folded(self.operands)
+        return last.apply(reduce(lambda y, op: op.apply(y), operands, x), bias)
+
+    def scaled(self, scale: Tensor) -> Operator:
+        """s W, the scalar s in the smallest dense factor, so that no result of a row is scaled."""
+        dense = [op for op in self.operands if isinstance(op, Dense)]
+        if not dense:
+            return Product((*self.operands, Scale(scale, Identity())))
+        least = min(dense, key=lambda op: op.stored.numel())
+        small = replace(least, stored=scale * least.stored)
+        return Product(tuple(small if op is least else op for op in self.operands))
 
     def times(self, matrix):
         return reduce(lambda y, op: op.times(y), self.operands, matrix)
@@ -221,6 +240,23 @@ class Product(Operator):
         return min(op.rank_bound() for op in self.operands)
 
 
+def _folded(operands: tuple[Operator, ...]) -> Sequence[Operator]:
+    """The factors with diagonals multiplied into the narrow factor of a low-rank product beside them: it has fewer
+    entries than the rows that are applied, and nothing of the rows is kept for the diagonal's gradient."""
+    if sum(isinstance(op, Dense) for op in operands) < 2:
+        return operands
+    out: list[Operator] = []
+    for op in operands:
+        before = out[-1] if out else None
+        if isinstance(op, Dense) and isinstance(before, Diag) and 2 * op.dense().shape[-1] <= op.dense().shape[-2]:
+            out[-1] = Dense(before.entries.unsqueeze(-1) * op.dense())
+        elif isinstance(op, Diag) and isinstance(before, Dense) and 2 * before.dense().shape[-2] <= op.rank_bound():
+            out[-1] = Dense(before.dense() * op.entries.unsqueeze(-2))
+        else:
+            out.append(op)
+    return out
+
+
 @dataclass(frozen=True)
 class Sum(Operator):
     """W1 + W2 + ... + Wk; a bias goes with the first."""
@@ -231,7 +267,13 @@ class Sum(Operator):
         return reduce(lambda total, op: total + op.dense(), self.operands[1:], self.operands[0].dense())
 
     def apply(self, x, bias=None):
-        return reduce(lambda total, op: total + op.apply(x), self.operands[1:], self.operands[0].apply(x, bias))
+        """Matrices that are given by their entries are added first: one product with x instead of several."""
+        given = [op for op in self.operands if op.entrywise]
+        operands = self.operands
+        if len(given) > 1:
+            rest = [op for op in operands if not op.entrywise]
+            operands = (Dense(Sum(tuple(given)).dense()), *rest)
+        return reduce(lambda total, op: total + op.apply(x), operands[1:], operands[0].apply(x, bias))
 
     def times(self, matrix):
         return reduce(lambda total, op: total + op.times(matrix), self.operands[1:], self.operands[0].times(matrix))
@@ -249,7 +291,7 @@ class Sum(Operator):
     def column_square_sum(self):
         """By the binomial formula where the last term is a low-rank product: nothing of size n x m is formed."""
         *head, last = self.operands
-        factors = _low_rank(last)
+        factors = low_rank(last)
         if factors is None:
             return super().column_square_sum()
         base = Sum(tuple(head)) if len(head) > 1 else head[0]
@@ -262,7 +304,7 @@ class Sum(Operator):
         return base.column_square_sum() + 2 * scale * cross + scale * scale * own
 
 
-def _low_rank(op: Operator) -> tuple[float | Tensor, Tensor, Tensor] | None:
+def low_rank(op: Operator) -> tuple[float | Tensor, Tensor, Tensor] | None:
     """(s, A, B) where the operator is s A B with dense A and B."""
     scale: float | Tensor = 1.0
     while isinstance(op, Scale):

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .operators import UNBOUNDED, Dense, Operator
+from .operators import UNBOUNDED, Dense, Operator, Product, low_rank
+
+_WIDE = 32  # Narrower blocks are multiplied several at a time: a product of so few columns takes as long.
 
 
 @dataclass(frozen=True)
@@ -16,14 +18,15 @@ class Blocks(Operator):
     implicit = True
 
     def apply(self, x, bias=None):
-        k, b = self.blocks.shape[-3], self.blocks.shape[-2]
-        y = torch.einsum("...kb,...kbc->...kc", x.unflatten(-1, (k, b)), self.blocks.unsqueeze(-4)).flatten(-2)
+        k, b, c = self.blocks.shape[-3:]
+        together = max(i for i in range(1, k + 1) if k % i == 0 and i * max(b, c) <= max(b, c, _WIDE))
+        blocks = _on_diagonal(self.blocks.unflatten(-3, (k // together, together)))
+        rows = x.unflatten(-1, (k // together, together * b))
+        y = torch.einsum("...kb,...kbc->...kc", rows, blocks.unsqueeze(-4)).flatten(-2)
         return y if bias is None else y + bias
 
     def dense(self):
-        k, b, c = self.blocks.shape[-3:]
-        spread = torch.eye(k, dtype=self.blocks.dtype, device=self.blocks.device).view(k, 1, k, 1)
-        return (self.blocks.unsqueeze(-2) * spread).reshape(*self.blocks.shape[:-3], k * b, k * c)
+        return _on_diagonal(self.blocks)
 
     def times(self, matrix):
         return self.apply(matrix)
@@ -35,6 +38,15 @@ class Blocks(Operator):
     def rank_bound(self):
         k, b, c = self.blocks.shape[-3:]
         return k * min(b, c)
+
+
+def _on_diagonal(blocks: Tensor) -> Tensor:
+    """The matrices (..., k b, k c) with blocks (..., k, b, c) on their diagonals."""
+    k, b, c = blocks.shape[-3:]
+    if k == 1:
+        return blocks.squeeze(-3)
+    spread = torch.eye(k, dtype=blocks.dtype, device=blocks.device).view(k, 1, k, 1)
+    return (blocks.unsqueeze(-2) * spread).reshape(*blocks.shape[:-3], k * b, k * c)
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,7 @@ class Shuffle(Operator):
 
 @dataclass(frozen=True)
 class Hadamard(Operator):
-    """The product of the entries of two matrices."""
+    """The product of the entries of two matrices; of two low-rank ones it is of low rank too."""
 
     left: Operator
     right: Operator
@@ -72,7 +84,24 @@ class Hadamard(Operator):
         return self.left.dense() * self.right.dense()
 
     def apply(self, x, bias=None):
-        return Dense(self.dense()).apply(x, bias)
+        return (self._factored or Dense(self.dense())).apply(x, bias)
+
+    @property
+    def entrywise(self):
+        return self._factored is None
+
+    @property
+    def _factored(self) -> Operator | None:
+        """(A1 B1) * (A2 B2) as one product of r1 r2 columns, A1's times A2's, where those are fewer than W's rank."""
+        left, right = low_rank(self.left), low_rank(self.right)
+        if left is None or right is None:
+            return None
+        (s, a, b), (t, c, d) = left, right
+        if 2 * a.shape[-1] * c.shape[-1] > min(a.shape[-2], b.shape[-1]):
+            return None
+        columns = (a.unsqueeze(-1) * c.unsqueeze(-2)).flatten(-2)
+        rows = (b.unsqueeze(-2) * d.unsqueeze(-3)).flatten(-3, -2)
+        return Product((Dense(columns), Dense(rows * (s * t) if isinstance(s * t, Tensor) or s * t != 1 else rows)))
 
     def rank_bound(self):
         return min(self.left.rank_bound() * self.right.rank_bound(), *self.dense().shape[-2:])
@@ -102,6 +131,30 @@ class Kronecker(Operator):
 
 
 @dataclass(frozen=True)
+class Circulant(Operator):
+    """Circulant blocks given by `numbers` (..., q, p, b): entry (i, j) of the block from inputs p to outputs q is
+    numbers[q, p, (i - j) mod b]. Products go through Fourier transforms of b entries, in float32 or wider."""
+
+    numbers: Tensor
+
+    def dense(self):
+        b = self.numbers.shape[-1]
+        steps = torch.arange(b, device=self.numbers.device)
+        turned = ((steps.unsqueeze(1) - steps) % b).flatten()
+        blocks = self.numbers.index_select(-1, turned).unflatten(-1, (b, b)).movedim(-4, -2)
+        return blocks.flatten(-4, -3).flatten(-2)
+
+    def apply(self, x, bias=None):
+        p, b = self.numbers.shape[-2:]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        rows = torch.fft.rfft(x.to(wide).unflatten(-1, (p, b)))
+        numbers = torch.fft.rfft(self.numbers.to(wide)).conj()
+        product = torch.einsum("...pf,...qpf->...qf", rows, numbers.unsqueeze(-4))
+        y = torch.fft.irfft(product, b).flatten(-2).to(x.dtype)
+        return y if bias is None else y + bias
+
+
+@dataclass(frozen=True)
 class Patch(Operator):
     """W + S for a sparse S: `values` (..., k) added at the row-major `indices` (..., k) of W.
 
@@ -112,6 +165,7 @@ class Patch(Operator):
     operand: Operator
     indices: Tensor
     values: Tensor
+    entrywise = True
 
     def dense(self):
         w = self.operand.dense()
