@@ -22,10 +22,10 @@ from torch.func import functional_call
 from pipelines.beside import LINEARS
 from rewriter import Inputs, Plan, Rule, SpecError, SubspanError, TunedModel, plan, rewrite, trace, tuned_parameters
 from rewriter.passes.base import PREFIX, Context
-from rewriter.passes.manager import run
 from rewriter.passes.pipelines import PASSES
 from rewriter.plan import transformed
 from rewriter.plan.cost import kept_bytes
+from rewriter.training.evaluation import for_steps
 from rewriter.training.memory import return_large_blocks
 from rewriter.transforms import TRANSFORMS
 
@@ -136,9 +136,8 @@ def _measured(one, name, method, options, model, batch, names, layers, traced, t
     for p in tuned_parameters(ours).values():
         p.data += 0.02 * torch.randn(p.shape, generator=generator).to(p)
     plain = rewrite(traced, planned, values=_tensors(ours), without=PRESERVING).train()
-    context = Context("train", planned, dtypes=_dtypes(model), device=one.device, longest=one.length)
-    ours.graphs["train"] = run(ours.graphs["train"], "train", context)
-    ours.recompile()
+    device = torch.device(one.device).type
+    for_steps(ours, Context("train", device=device, longest=one.length, lean=one.memory == "lean"))
     steps = {"floor": _Step(one, _floor(model), batch), "ours": _Step(one, ours, batch)}
     steps["ours"]()
     start = time.perf_counter() - started + tracing
@@ -203,10 +202,6 @@ def _tensors(model: TunedModel) -> dict[str, Tensor]:
     """The adapter's tensors by name."""
     buffers = {name.removeprefix(PREFIX): b for name, b in model.named_buffers() if name.startswith(PREFIX)}
     return {name: p.detach() for name, p in tuned_parameters(model).items()} | buffers
-
-
-def _dtypes(model: nn.Module) -> dict[str, torch.dtype]:
-    return {name: p.dtype for name, p in model.named_parameters()}
 
 
 def _saved(model: nn.Module, batch: dict[str, Tensor]) -> int | None:
@@ -373,7 +368,7 @@ def _config(method: str, options: dict[str, Any], rank: int, names: list[str]) -
 def machine(one: Setting) -> dict[str, Any]:
     """Which machine and libraries gave the numbers."""
     cpu = next(
-        (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        (one.partition(":")[2].strip() for one in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in one),
         platform.processor(),
     )  # fmt: skip
     name = cpu if one.device == "cpu" else torch.cuda.get_device_name()

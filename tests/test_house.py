@@ -8,11 +8,12 @@ from rewriter.transforms import TRANSFORMS
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*(ROOT / "rewriter").rglob("*.py"), *(ROOT / "pipelines").glob("*.py")])
-BENCHES = ("bench.py", "beside.py", "results.py")
+BENCHES = ("bench.py", "beside.py", "performance.py", "results.py")
 # Words of other libraries that options are called by too.
 FOREIGN = {
     ("graph/sublayers.py", "alpha"),  # of aten.baddbmm
     ("passes/fuse/accumulate.py", "alpha"),  # of aten.addmm
+    ("passes/fuse/accumulate_in_place.py", "alpha"),
     ("passes/insert/insert_attention_rows.py", "scale"),  # of scaled_dot_product_attention
     ("tasks/question_answering.py", "start"),  # of a span
     ("tasks/question_answering.py", "end"),

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ..plan import Plan
 
@@ -33,6 +33,9 @@ class Context:
         defers: whether the loss takes logits that are not computed yet.
         device: kind of device that the graph runs on.
         longest: the most tokens of a row of a step, padded on the right; None where they are padded otherwise.
+        lean: whether a step keeps less for its backward at the price of time.
+        tensors: the model's tensors by name, where what is computed of frozen ones may be computed now.
+        folded: name -> what was computed so, for the model to hold.
         lowered: expressions that were traced already, and shapes of ops; may be kept from rewrite to rewrite.
     """
 
@@ -44,6 +47,9 @@ class Context:
     defers: bool = False
     device: str = "cpu"
     longest: int | None = None
+    lean: bool = False
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    folded: dict[str, Tensor] = field(default_factory=dict)
     lowered: dict[Hashable, Any] = field(default_factory=dict)
 
     @property
@@ -80,6 +86,27 @@ class Pass:
 def inserted(node: fx.Node) -> bool:
     """Whether a node was inserted for a site."""
     return SITE in node.meta
+
+
+def is_changing(node: fx.Node, context: Context) -> bool:
+    """Whether a tensor of the module is one that tuning changes: a tuned leaf, or one that a schedule chooses."""
+    roles = {
+        PREFIX + leaf.name: leaf.role for site in (context.plan.sites if context.plan else ()) for leaf in site.leaves
+    }
+    return roles.get(node.target, "constant") != "constant"
+
+
+def is_tuned(node: fx.Node, context: Context) -> bool:
+    """Whether a node is computed from a tensor that tuning changes."""
+    stack, seen = [node], {node}
+    while stack:
+        one = stack.pop()
+        if one.op == "get_attr" and is_changing(one, context):
+            return True
+        new = [source for source in one.all_input_nodes if source not in seen]
+        seen.update(new)
+        stack += new
+    return False
 
 
 def described(value: Any) -> Hashable:

@@ -7,12 +7,17 @@ from .clean.remove_checks import remove_checks
 from .clean.remove_dead import remove_dead
 from .clean.remove_identities import remove_identities
 from .fuse.accumulate import accumulate
+from .fuse.accumulate_in_place import accumulate_in_place
 from .fuse.causal import causal
 from .fuse.defer_head import defer_head
+from .fuse.fold_frozen import fold_frozen
 from .fuse.group_heads import group_heads
+from .fuse.keep_results import keep_results
 from .fuse.keep_rows import keep_rows
 from .fuse.recompute_gates import recompute_gates
+from .fuse.recompute_operands import recompute_operands
 from .fuse.share_inputs import share_inputs
+from .fuse.transpose_factors import transpose_factors
 from .insert.add_penalties import add_penalties
 from .insert.insert_attention_rows import insert_attention_rows
 from .insert.insert_sublayers import insert_sublayers
@@ -34,6 +39,11 @@ PASSES: tuple[Pass, ...] = (
     Pass(causal, ("train",)),
     Pass(group_heads, ("train",)),
     Pass(recompute_gates, ("train",)),
+    Pass(fold_frozen, ("train",)),
+    Pass(transpose_factors, ("train",)),
+    Pass(recompute_operands, ("train",)),
+    Pass(accumulate_in_place, ("train",)),
+    Pass(keep_results, ("train",)),
     Pass(defer_head, ("train",)),
     Pass(copy_contiguous, ("export",)),
     Pass(keep_rows, ("export",)),

@@ -215,6 +215,9 @@ class Train(Strict):
     gradient_checkpointing: bool = Field(
         False, description="keep a layer's inputs alone for the backward and compute the rest again: memory for time"
     )
+    memory: Literal["fast", "lean"] = Field(
+        "fast", description="lean: activations and norms that tuned factors read are computed again in the backward"
+    )
     max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this 2-norm; 0 turns it off")
     precision: Dtype = Field("float32", description="type of the computation (autocast); half types want CUDA")
     metric: Literal[METRICS] | None = Field(None, description="validation metric; default: the task's first")

@@ -2,7 +2,8 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,11 +37,27 @@ def for_training(model: TunedModel, spec: Spec, layers: int = 0, changed: dict[s
     """
     off, on = spec.train.passes.off, spec.train.passes.on
     longest = spec.data.max_length if spec.data else None
-    context = Context("train", defers=spec.task.writes, device=processes().device.type, longest=longest)
-    model.graphs["train"] = run(model.graphs["train"], "train", context, off, on, changed)
-    model.recompile()
+    lean = spec.train.memory == "lean"
+    context = Context("train", defers=spec.task.writes, device=processes().device.type, longest=longest, lean=lean)
+    for_steps(model, context, off, on, changed)
     if spec.train.gradient_checkpointing or layers:
         by_layer(model, None if spec.train.gradient_checkpointing else layers)
+
+
+def for_steps(
+    model: TunedModel,
+    context: Context,
+    off: Collection[str] = (),
+    on: Collection[str] = (),
+    changed: dict[str, int] | None = None,
+) -> None:
+    """Run the passes for training over the train graph of a model. In place; see `for_training`."""
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    context = replace(context, plan=model.plan, tensors=tensors)
+    model.graphs["train"] = run(model.graphs["train"], "train", context, off, on, changed)
+    for name, value in context.folded.items():
+        model.add(name, value, persistent=False)
+    model.recompile()
 
 
 def objective(task: Task) -> Objective:

@@ -39,6 +39,7 @@ def _replace(graph: fx.Graph, mul: fx.Node, gate: fx.Node, other: fx.Node) -> No
     def gated_unit(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return gated(activation, x, y, *rest, **options)
 
+    gated_unit.serves = gated
     with graph.inserting_before(mul):
         made = graph.call_function(gated_unit, (source, other))
     made.meta = dict(mul.meta)

@@ -1,0 +1,56 @@
+"""Keep results: of a product's result that is scaled by tuned numbers the backward reads the scaled one."""
+
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+from ...graph.ops import aten
+from ...graph.products import linear_and
+from ..base import Context, inserted, is_tuned
+
+
+def keep_results(graph: fx.Graph, context: Context) -> fx.Graph:
+    """On a CPU, scale a linear op's result in place, and keep z = y * d + b for the gradient of d, not y."""
+    if context.device != "cpu":
+        return graph
+    for node in list(graph.nodes):
+        if node.target is aten.mul.Tensor and inserted(node):
+            (y, scale), offset = node.args, None
+        elif node.target is aten.addcmul.default and inserted(node) and not node.kwargs:
+            offset, y, scale = node.args
+        else:
+            continue
+        if not (_is_result(y) and _is_row(scale, y) and is_tuned(scale, context)):
+            continue
+        product, given = (linear_and, (*y.args, None)[:3]) if y.target is aten.linear.default else (y.target, y.args)
+        with graph.inserting_before(node):
+            made = graph.call_function(_with_scale(product), (scale, offset, *given))
+        made.meta = dict(node.meta)
+        node.replace_all_uses_with(made)
+        graph.erase_node(node)
+        graph.erase_node(y)
+    return graph
+
+
+def _with_scale(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def scaled_sum(scale: torch.Tensor, offset: torch.Tensor | None, *given: torch.Tensor) -> torch.Tensor:
+        return product(*given, scale=scale, offset=offset)
+
+    return scaled_sum
+
+
+def _is_result(y: object) -> bool:
+    """Whether it is a linear op's result that nobody else reads, so that it may be overwritten."""
+    made = isinstance(y, fx.Node) and (
+        y.target is aten.linear.default or getattr(y.target, "serves", None) is linear_and
+    )
+    exact = made and y.meta["val"].dtype in (torch.float32, torch.float64)
+    return exact and len(y.users) == 1 and len(y.meta["val"].shape) >= 2
+
+
+def _is_row(scale: object, y: fx.Node) -> bool:
+    if not isinstance(scale, fx.Node):
+        return False
+    value, width = scale.meta["val"], y.meta["val"].shape[-1]
+    return tuple(value.shape) in ((width,), (1, width)) and value.dtype == y.meta["val"].dtype
