@@ -73,32 +73,51 @@ def validate() -> None:
 
 @app.command()
 def step(
-    method: Annotated[str, typer.Option(help="lora or dora.")] = "lora",
+    methods: Annotated[list[str] | None, typer.Argument(help="Methods; by default lora and dora.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every method.")] = False,
+    out: Annotated[Path | None, typer.Option("--json", help="File to write.")] = None,
+    model: Annotated[str, typer.Option(help="Shape: bert (768 x 4), minilm (384 x 6) or llama (768 x 4).")] = "bert",
+    rows: Annotated[int, typer.Option("--batch", help="Rows of a batch.")] = 8,
+    length: Annotated[int, typer.Option(help="Of a row, in tokens.")] = 64,
+    rank: Annotated[int, typer.Option(help="Of what has one.")] = 8,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; the median counts.")] = 15,
+    memory: Annotated[str, typer.Option(help="train.memory: fast or lean.")] = "fast",
+    device: Annotated[str, typer.Option(help="cpu or cuda (in bfloat16).")] = "cpu",
+    compiled: Annotated[bool, typer.Option("--compile", help="Under torch.compile, with dynamic shapes.")] = False,
 ) -> None:
-    """Time and saved memory of a step (BERT, hidden 768, 4 layers, batch 8 x 64, rank 8) over the frozen model's.
+    """A step of methods beside PEFT's and the frozen model's: time, memory, time to the first one, and gradients.
 
-    The floor is forward and backward of the frozen model down to the first layer's input, nothing inserted.
+    The floor is forward and backward of the frozen model down to the first layer's input; the others' steps are with
+    AdamW. Gradients are compared with those of formed weights in float64: a time whose gradients differ doesn't count.
     """
     with failures():
-        from pipelines.beside import models_of
-        from rewriter.plan.cost import kept_bytes
+        from pipelines.performance import COLUMNS, Setting, line, measure, to_json
 
-        models, batch = models_of(method)
-        times: dict[str, list[float]] = {name: [] for name in models}
-        loss = lambda model, batch: model(**batch).logits.sum()  # noqa: E731
-        saved = {name: kept_bytes(one, batch, loss) for name, one in models.items()}
-        for _ in range(rounds):
-            for name, one in models.items():
-                started = time.perf_counter()
-                loss(one, batch).backward()
-                times[name].append(time.perf_counter() - started)
-        table = Table("model", "step / floor", "saved for backward, MB", "tuned parameters")
-        for name, one in models.items():
-            ratio = statistics.median(a / b for a, b in zip(times[name], times["floor"], strict=True))
-            tuned = sum(p.numel() for p in one.parameters() if p.requires_grad)
-            table.add_row(name, f"{ratio:.2f}", f"{saved[name] / 1e6:.0f}", f"{tuned:,}")
+        one = Setting(model, rank, rows, length, rounds, device, compiled, memory)
+        table, found, absent = Table(*COLUMNS), [], {}
+        for row in measure(one, () if every else methods or ("lora", "dora")):
+            if isinstance(row, tuple):
+                absent[row[0]] = row[1]
+                console.print(f"{row[0]}: left out: {row[1]}", highlight=False)
+                continue
+            found.append(row)
+            console.print(" | ".join(line(row)), highlight=False)
+            table.add_row(*line(row))
+            if out:
+                out.write_text(to_json(one, found, absent))
         console.print(table)
+
+
+@app.command()
+def performance(
+    files: Annotated[list[Path], typer.Argument(help="Of `step --json`.")],
+    out: Annotated[Path, typer.Option(help="Page to write; its picture lies beside it.")] = Path("docs/performance.md"),
+) -> None:
+    """Write the page of what `step` measured."""
+    with failures():
+        from pipelines.performance import write_page
+
+        write_page(files, out)
 
 
 @app.command()

@@ -8,10 +8,9 @@ import optuna
 import peft
 import torch
 import transformers
-from torch import nn
 
 from pipelines.cells import latest, open_study
-from rewriter import Inputs, Rule, Session, SubspanError, plan, rewrite, trace
+from rewriter import Session, SubspanError
 
 LINEARS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 
@@ -78,25 +77,3 @@ def cells(out: Path, spec: str, seeds: list[int]) -> Iterator[tuple[str, float]]
             known |= {"cell": cell, "row": row, "seed": seed, "settings": []}
             study.add_trial(optuna.trial.create_trial(value=value, user_attrs=known))
         yield cell, latest(study)[cell].value
-
-
-def models_of(method: str) -> tuple[dict[str, nn.Module], dict[str, torch.Tensor]]:
-    """The frozen model, PEFT's and ours (BERT, hidden 768, 4 layers, rank 8), and a batch of 8 x 64 tokens."""
-    torch.manual_seed(0)
-    config = transformers.BertConfig(num_hidden_layers=4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    make = lambda: transformers.BertForSequenceClassification._from_config(config).train()  # noqa: E731
-    ids = torch.randint(1000, (8, 64))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    floor = make().requires_grad_(False)
-    floor.bert.embeddings.LayerNorm.requires_grad_(True)
-    theirs = peft.LoraConfig(r=8, lora_alpha=16, target_modules=LINEARS, use_dora=method == "dora")
-    model = make()
-    traced = trace(model, Inputs(kwargs=batch, dynamic={name: {0: "batch", 1: "sequence"} for name in batch}))
-    target = "bert.encoder.layer.*.{attention.self.{query,key,value},**.dense}.weight"
-    rule = Rule(target=target, apply=[{method: {"rank": 8, "alpha": 16}}])
-    models = {
-        "floor": floor,
-        "PEFT": peft.get_peft_model(make(), theirs),
-        "Subspan": rewrite(traced, plan(traced, [rule])).train(),
-    }
-    return models, batch

@@ -1,6 +1,7 @@
 """A training step of every method beside PEFT's and the floor: time, memory, gradients, and the page of it."""
 
 import copy
+import ctypes
 import gc
 import json
 import math
@@ -30,6 +31,7 @@ from rewriter.training.memory import return_large_blocks
 from rewriter.transforms import TRANSFORMS
 
 matplotlib.use("agg")
+import matplotlib.pyplot as plt
 
 MODELS = ("bert", "minilm", "llama")
 PRESERVING = tuple(one.name for one in PASSES if one.numerics == "preserving" and "rewrite" in one.stages)
@@ -108,7 +110,8 @@ def setting_of(one: Setting) -> tuple[nn.Module, dict[str, Tensor], list[str], s
 
 def measure(one: Setting, only: Sequence[str] = ()) -> Iterator[Measured | tuple[str, str]]:
     """Each method's step, or (name, why it can't be had on this model); all methods and variants by default."""
-    return_large_blocks()
+    if one.memory == "lean":
+        return_large_blocks()
     model, batch, names, layers = setting_of(one)
     dynamic = {name: {0: "batch", 1: "sequence"} for name in batch}
     started = time.perf_counter()
@@ -243,6 +246,7 @@ class _Step:
             held = torch.cuda.memory_allocated()
             self()
             return torch.cuda.max_memory_allocated() - held
+        ctypes.CDLL(None).malloc_trim(0)  # What earlier steps freed is given back, so that it counts again.
         Path("/proc/self/clear_refs").write_text("5")
         held = _status("VmRSS")
         self()
@@ -367,10 +371,8 @@ def _config(method: str, options: dict[str, Any], rank: int, names: list[str]) -
 
 def machine(one: Setting) -> dict[str, Any]:
     """Which machine and libraries gave the numbers."""
-    cpu = next(
-        (one.partition(":")[2].strip() for one in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in one),
-        platform.processor(),
-    )  # fmt: skip
+    known = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+    cpu = next((value.strip() for key, _, value in known if key.strip() == "model name"), platform.processor())
     name = cpu if one.device == "cpu" else torch.cuda.get_device_name()
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
     return {
@@ -400,3 +402,67 @@ COLUMNS = (
     "method", "step / floor", "PEFT's", "saved, MB", "PEFT's", "peak, MB", "PEFT's", "to the first step, s", "PEFT's",
     "gradients off by",
 )  # fmt: skip
+
+
+def write_page(files: Sequence[Path], out: Path) -> None:
+    """The page of what was measured, with a picture of each file's times beside it."""
+    parts = [_HEAD]
+    for file in files:
+        known = json.loads(file.read_text())
+        found = [Measured(**row) for row in known["methods"]]
+        parts.append(_part(known["machine"], Setting(**known["setting"]), found, known["absent"]))
+        picture = out.with_name(f"{file.stem}.png")
+        _draw(found, picture)
+        parts.append(f"![Time of a step over the floor's]({picture.name})\n")
+    out.write_text("\n".join(parts))
+
+
+_HEAD = """# What a training step costs
+
+Every method's step beside PEFT's and beside the floor: the frozen model's forward and backward down to the first
+layer's input, without tuned weights. Others' steps are forward, backward and AdamW. Rounds are interleaved in one
+process; ratios are medians. Gradients are compared in the same run with those of formed weights (phi(W) in the place of
+W, in float64), or, where a site is no weight or draws at random, with the graph's without passes. What is bold differs.
+
+`train.memory` is `fast` or `lean`. `lean` computes activations and norms that tuned factors read again in the backward,
+and gives freed blocks back to the system.
+
+Written by `python pipelines/bench.py performance FILES` from `python pipelines/bench.py step --all --json FILE`.
+"""
+
+
+def _part(machine: dict[str, Any], one: Setting, found: Sequence[Measured], absent: dict[str, str]) -> str:
+    where = f"{machine['processor']}, {machine['threads']} threads, {machine['capability']}"
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "transformers", "peft"))
+    seconds = statistics.median(row.seconds for row in found)
+    compiled = ", under torch.compile" if one.compiled else ""
+    lines = [
+        f"## {one.model}, {one.rows} x {one.length} tokens, rank {one.rank}, {one.memory}{compiled}",
+        "",
+        f"{where}; {versions}; medians of {one.rounds} rounds. The floor takes {seconds:.3f} s and keeps "
+        f"{found[0].floor_saved / 1e6:.0f} MB.",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "| --- |" + " ---: |" * (len(COLUMNS) - 1),
+        *("| " + " | ".join(line(row)) + " |" for row in found),
+        "",
+        *(f"- {name} is left out: {why}" for name, why in absent.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _draw(found: Sequence[Measured], to: Path) -> None:
+    """Ratios to the floor, ours and PEFT's, on a logarithmic axis."""
+    rows = sorted(found, key=lambda row: row.step, reverse=True)
+    figure, axes = plt.subplots(figsize=(8, 0.22 * len(rows) + 1), layout="constrained")
+    places = range(len(rows))
+    axes.scatter([row.step for row in rows], places, label="Subspan", zorder=3)
+    theirs = [(row.peft, place) for place, row in zip(places, rows, strict=True) if row.peft is not None]
+    if theirs:
+        axes.scatter(*zip(*theirs, strict=True), label="PEFT", marker="x", zorder=3)
+    axes.axvline(1, color="grey", linewidth=0.8)
+    axes.set(yticks=list(places), yticklabels=[row.method for row in rows], xscale="log", xlabel="step / floor")
+    axes.grid(axis="x", which="both", alpha=0.3)
+    axes.legend()
+    figure.savefig(to, dpi=110)
+    plt.close(figure)

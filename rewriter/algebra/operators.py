@@ -104,6 +104,11 @@ class Dense(Operator):
     def dense(self):
         return self.stored.transpose(-2, -1) if self.transposed else self.stored
 
+    def times(self, matrix):
+        if self.transposed and self.stored.ndim == 2:  # The weight is read as it is stored.
+            return (self.stored @ matrix.contiguous().transpose(-2, -1)).transpose(-2, -1)
+        return matrix @ self.dense()
+
     def apply(self, x, bias=None):
         if bias is None and not self.transposed:
             return x @ self.stored

@@ -25,8 +25,8 @@ def linear_and(
     """z = (x weight^t + bias + sum of s y B over the terms) * scale + offset, in the first product's memory.
 
     For the scale's gradient z is kept, which what reads it often keeps too, not what is scaled: it is the sum of
-    dz (z - offset) / scale. Where an entry of the scale is below `LEAST`, and under `torch.compile` or autocast, it is kept
-    all the same.
+    dz (z - offset) / scale. Where an entry of the scale is below `LEAST`, and under `torch.compile` or autocast, it is
+    kept all the same.
 
     Args:
         x: (..., n), float32 or wider where there is a scale.

@@ -176,7 +176,8 @@ def _begin(
     last: Path | None,
     layers: int = 0,
 ) -> Run:
-    return_large_blocks()
+    if spec.train.memory == "lean":
+        return_large_blocks()
     settings, task, device = spec.train, spec.task, device_of(spec)
     if settings.class_weights is not None and weights is None:
         raise SpecError("the weights of the labels are not given: see `label_weights`", ("train", "class_weights"))

@@ -87,8 +87,12 @@ def check_numbers(one: Pass, name: str) -> None:
     tuned, expected = reference(name)
     if {"train", "export"} & set(one.stages):
         found = tuned.clone()
+        tensors = {**dict(tuned.named_parameters(remove_duplicate=False)), **dict(tuned.named_buffers())}
         for mode, graph in found.graphs.items():
-            found.graphs[mode] = one.function(graph, Context(mode))
+            context = Context(mode, tuned.plan, tensors=tensors, lean=True)
+            found.graphs[mode] = one.function(graph, context)
+            for key, value in context.folded.items():
+                found.add(key, value, persistent=False)
         found.recompile()
     else:
         found = rewritten(name, light(name), (one.name,))
