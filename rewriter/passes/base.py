@@ -1,6 +1,6 @@
 """What every pass is: its signature, and what it may know beside the graph."""
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -88,20 +88,18 @@ def inserted(node: fx.Node) -> bool:
     return SITE in node.meta
 
 
-def is_changing(node: fx.Node, context: Context) -> bool:
-    """Whether a tensor of the module is one that tuning changes: a tuned leaf, or one that a schedule chooses."""
-    roles = {
-        PREFIX + leaf.name: leaf.role for site in (context.plan.sites if context.plan else ()) for leaf in site.leaves
-    }
-    return roles.get(node.target, "constant") != "constant"
+def changing(context: Context) -> set[str]:
+    """The names in the module of the tensors that tuning changes: tuned leaves, and what schedules choose."""
+    sites = context.plan.sites if context.plan else ()
+    return {PREFIX + leaf.name for site in sites for leaf in site.leaves if leaf.role != "constant"}
 
 
-def is_tuned(node: fx.Node, context: Context) -> bool:
-    """Whether a node is computed from a tensor that tuning changes."""
+def comes_from(node: fx.Node, names: Collection[str]) -> bool:
+    """Whether a node is computed from a tensor of the module of one of the names."""
     stack, seen = [node], {node}
     while stack:
         one = stack.pop()
-        if one.op == "get_attr" and is_changing(one, context):
+        if one.op == "get_attr" and one.target in names:
             return True
         new = [source for source in one.all_input_nodes if source not in seen]
         seen.update(new)

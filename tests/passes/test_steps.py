@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from rewriter import Rule, plan, rewrite, tuned_parameters
+from rewriter import Inputs, Rule, plan, rewrite, trace, tuned_parameters
 from rewriter.graph.products import linear_and
 from rewriter.passes.base import Context
 from rewriter.passes.fuse.fold_frozen import FOLDED
@@ -153,3 +153,24 @@ def test_a_scale_of_zero_has_its_gradient():
         grads += torch.autograd.grad(loss_of(one, batch), list(tuned_parameters(one).values()))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16, dtype=torch.float64), nn.Linear(16, 16, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.second(self.first(x).relu_())
+
+
+def test_results_that_are_overwritten_are_not_kept():
+    model = InPlace()
+    inputs = Inputs(args=(torch.zeros(4, 16, dtype=torch.float64),), dynamic={0: {0: "batch"}})
+    graph = trace(model, inputs)
+    out = rewrite(graph, plan(graph, [Rule(target="{first,second}.weight", apply=["ia3"])])).train()
+    x, grads = torch.randn(5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), []
+    for one in (out, for_step(out)):
+        grads.append(torch.autograd.grad(one(x).square().sum(), list(tuned_parameters(one).values())))
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)

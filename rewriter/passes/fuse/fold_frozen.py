@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, fx
 
-from ..base import PREFIX, Context, inserted, is_changing
+from ..base import PREFIX, Context, changing, inserted
 
 FOLDED = f"{PREFIX}folded."
 _SMALLER = 16
@@ -16,18 +16,17 @@ def fold_frozen(graph: fx.Graph, context: Context) -> fx.Graph:
     if not context.tensors:
         return graph
     frozen: dict[fx.Node, None] = {}
+    changes = changing(context)
     for node in graph.nodes:
-        if (node.op == "get_attr" and node.target in context.tensors and not is_changing(node, context)) or (
-            inserted(node)
-            and _pure(node)
-            and node.all_input_nodes
-            and all(one in frozen for one in node.all_input_nodes)
-        ):
+        sources = node.all_input_nodes
+        read = node.op == "get_attr" and node.target in context.tensors and node.target not in changes
+        if read or (sources and inserted(node) and _pure(node) and all(one in frozen for one in sources)):
             frozen[node] = None
     known: dict[fx.Node, Tensor] = {}
+    first = sum(name.startswith(FOLDED) for name in context.tensors)
     for node in frozen:
         if node.op == "call_function" and _small(node) and any(user not in frozen for user in node.users):
-            name = f"{FOLDED}{len(context.folded)}"
+            name = f"{FOLDED}{first + len(context.folded)}"
             with torch.no_grad():
                 context.folded[name] = _value(node, context, known).clone()
             with graph.inserting_before(node):

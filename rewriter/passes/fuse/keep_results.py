@@ -5,15 +5,16 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from ...graph.ops import aten
+from ...graph.ops import VIEWS, aten
 from ...graph.products import linear_and
-from ..base import Context, inserted, is_tuned
+from ..base import Context, changing, comes_from, inserted
 
 
 def keep_results(graph: fx.Graph, context: Context) -> fx.Graph:
     """On a CPU, scale a linear op's result in place, and keep z = y * d + b for the gradient of d, not y."""
     if context.device != "cpu":
         return graph
+    tuned = changing(context)
     for node in list(graph.nodes):
         if node.target is aten.mul.Tensor and inserted(node):
             (y, scale), offset = node.args, None
@@ -21,7 +22,7 @@ def keep_results(graph: fx.Graph, context: Context) -> fx.Graph:
             offset, y, scale = node.args
         else:
             continue
-        if not (_is_result(y) and _is_row(scale, y) and is_tuned(scale, context)):
+        if not (_is_result(y) and _is_row(scale, y) and comes_from(scale, tuned)) or _overwritten(node):
             continue
         product, given = (linear_and, (*y.args, None)[:3]) if y.target is aten.linear.default else (y.target, y.args)
         with graph.inserting_before(node):
@@ -47,6 +48,17 @@ def _is_result(y: object) -> bool:
     )
     exact = made and y.meta["val"].dtype in (torch.float32, torch.float64)
     return exact and len(y.users) == 1 and len(y.meta["val"].shape) >= 2
+
+
+def _overwritten(node: fx.Node) -> bool:
+    """Whether an op changes a result, or a view of it, in place: it could not be kept."""
+    users = list(node.users)
+    for user in users:
+        if user.target in VIEWS:
+            users += user.users
+        elif getattr(getattr(user.target, "_schema", None), "is_mutable", False):
+            return True
+    return False
 
 
 def _is_row(scale: object, y: fx.Node) -> bool:

@@ -8,7 +8,7 @@ from torch import fx, nn
 from ...graph.gated import gated
 from ...graph.ops import ADDS, PASSING, VIEWS, aten
 from ...graph.products import product_again, scaled_again
-from ..base import Context, described, inserted, is_tuned
+from ..base import Context, changing, comes_from, described, inserted
 
 # Of each entry or each row by itself, and small beside the products that read what they give.
 _CHEAP = {
@@ -26,6 +26,7 @@ def recompute_operands(graph: fx.Graph, context: Context) -> fx.Graph:
     """
     if not context.lean:
         return graph
+    tuned = changing(context)
     for node in list(graph.nodes):
         if not inserted(node) or not all(isinstance(one, fx.Node) for one in node.args[:2]):
             continue
@@ -36,7 +37,7 @@ def recompute_operands(graph: fx.Graph, context: Context) -> fx.Graph:
         else:
             continue
         x, factor = node.args
-        found = _region(x) if is_tuned(factor, context) else None
+        found = _region(x) if comes_from(factor, tuned) else None
         if found is not None and factor not in found[1]:
             _replace(graph, node, function, *found)
     return graph
