@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -76,13 +76,16 @@ def step(
     methods: Annotated[list[str] | None, typer.Argument(help="Methods; by default lora and dora.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Every method.")] = False,
     out: Annotated[Path | None, typer.Option("--json", help="File to write.")] = None,
-    model: Annotated[str, typer.Option(help="Shape: bert (768 x 4), minilm (384 x 6) or llama (768 x 4).")] = "bert",
+    model: Annotated[
+        Literal["bert", "minilm", "llama"],
+        typer.Option(help="Shape: bert (768 x 4), minilm (384 x 6) or llama (768 x 4)."),
+    ] = "bert",
     rows: Annotated[int, typer.Option("--batch", help="Rows of a batch.")] = 8,
     length: Annotated[int, typer.Option(help="Of a row, in tokens.")] = 64,
     rank: Annotated[int, typer.Option(help="Of what has one.")] = 8,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; the median counts.")] = 15,
-    memory: Annotated[str, typer.Option(help="train.memory: fast or lean.")] = "fast",
-    device: Annotated[str, typer.Option(help="cpu or cuda (in bfloat16).")] = "cpu",
+    memory: Annotated[Literal["fast", "lean"], typer.Option(help="train.memory.")] = "fast",
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="cuda: in bfloat16.")] = "cpu",
     compiled: Annotated[bool, typer.Option("--compile", help="Under torch.compile, with dynamic shapes.")] = False,
 ) -> None:
     """A step of methods beside PEFT's and the frozen model's: time, memory, time to the first one, and gradients.
@@ -92,6 +95,7 @@ def step(
     """
     with failures():
         from pipelines.performance import COLUMNS, Setting, line, measure, to_json
+        from rewriter.files import write_text
 
         one = Setting(model, rank, rows, length, rounds, device, compiled, memory)
         table, found, absent = Table(*COLUMNS), [], {}
@@ -103,9 +107,9 @@ def step(
             found.append(row)
             console.print(" | ".join(line(row)), highlight=False)
             table.add_row(*line(row))
-            if out:
-                out.write_text(to_json(one, found, absent))
         console.print(table)
+        if out:
+            write_text(out, to_json(one, found, absent))
 
 
 @app.command()

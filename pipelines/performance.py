@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import peft
@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pipelines.beside import LINEARS
+from pipelines.steps import peak_of
 from rewriter import Inputs, Plan, Rule, SpecError, SubspanError, TunedModel, plan, rewrite, trace, tuned_parameters
 from rewriter.passes.base import PREFIX, Context
 from rewriter.passes.pipelines import PASSES
 from rewriter.plan import transformed
 from rewriter.plan.cost import kept_bytes
+from rewriter.trace import twin
 from rewriter.training.evaluation import for_steps
 from rewriter.training.memory import return_large_blocks
 from rewriter.transforms import TRANSFORMS
@@ -33,7 +35,6 @@ from rewriter.transforms import TRANSFORMS
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-MODELS = ("bert", "minilm", "llama")
 PRESERVING = tuple(one.name for one in PASSES if one.numerics == "preserving" and "rewrite" in one.stages)
 # Methods with options of their own: name of the row -> (method, options).
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -48,14 +49,14 @@ CLOSE = 1e-3  # Of float32, relative to each tensor's gradient; products of four
 class Setting:
     """What is measured: a model's shape, a batch and how a step is run."""
 
-    model: str = "bert"
+    model: Literal["bert", "minilm", "llama"] = "bert"
     rank: int = 8
     rows: int = 8
     length: int = 64
     rounds: int = 15
     device: str = "cpu"
     compiled: bool = False
-    memory: str = "fast"
+    memory: Literal["fast", "lean"] = "fast"
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,8 @@ def measure(one: Setting, only: Sequence[str] = ()) -> Iterator[Measured | tuple
     traced = trace(model, Inputs(kwargs=batch, dynamic=dynamic))
     tracing = time.perf_counter() - started
     rows = {name: (name, {}) for name in TRANSFORMS} | VARIANTS
+    if unknown := sorted(set(only) - rows.keys()):
+        raise SubspanError(f"no method {unknown[0]!r}; there are {', '.join(rows)}")
     for name in only or rows:
         method, options = rows[name]
         try:
@@ -138,12 +141,12 @@ def _measured(one, name, method, options, model, batch, names, layers, traced, t
     generator = torch.Generator().manual_seed(0)
     for p in tuned_parameters(ours).values():
         p.data += 0.02 * torch.randn(p.shape, generator=generator).to(p)
-    plain = rewrite(traced, planned, values=_tensors(ours), without=PRESERVING).train()
     device = torch.device(one.device).type
     for_steps(ours, Context("train", device=device, longest=one.length, lean=one.memory == "lean"))
     steps = {"floor": _Step(one, _floor(model), batch), "ours": _Step(one, ours, batch)}
     steps["ours"]()
     start = time.perf_counter() - started + tracing
+    plain = rewrite(traced, planned, values=_tensors(ours), without=PRESERVING).train()
     gradient = _difference(ours, plain, planned, model, batch)
     started = time.perf_counter()
     theirs = _theirs(method, options, one, model, names)
@@ -247,14 +250,7 @@ class _Step:
             self()
             return torch.cuda.max_memory_allocated() - held
         ctypes.CDLL(None).malloc_trim(0)  # What earlier steps freed is given back, so that it counts again.
-        Path("/proc/self/clear_refs").write_text("5")
-        held = _status("VmRSS")
-        self()
-        return _status("VmHWM") - held
-
-
-def _status(key: str) -> int:
-    return 1024 * int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0])
+        return peak_of(self)
 
 
 def _loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -264,14 +260,9 @@ def _loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return (states * weights).sum() / states.shape[-1]
 
 
-def _copy(model: nn.Module) -> nn.Module:
-    """The module again, over the same tensors."""
-    return copy.deepcopy(model, {id(one): one for one in (*model.parameters(), *model.buffers())})
-
-
 def _floor(model: nn.Module) -> nn.Module:
     """The frozen model, whose backward goes down to the first layer's input."""
-    out = _copy(model)
+    out = twin(model)
     first = out.embeddings if hasattr(out, "embeddings") else out.get_input_embeddings()
     first.register_forward_hook(lambda module, given, result: result.requires_grad_())
     return out
@@ -322,7 +313,7 @@ def _formed(ours: TunedModel, planned: Plan, model: nn.Module, batch: dict[str, 
 
 def _theirs(method: str, options: dict[str, Any], one: Setting, model: nn.Module, names: list[str]) -> nn.Module | None:
     """PEFT's model of the method on the same linears, or plain transformers where no method is needed."""
-    if options.keys() & {"mpc"}:
+    if "mpc" in options:
         return None
     if method == "full":
         out = copy.deepcopy(model)
@@ -330,10 +321,7 @@ def _theirs(method: str, options: dict[str, Any], one: Setting, model: nn.Module
             p.requires_grad_(any(f"{linear}.weight" in name for linear in names))
         return out
     config = _config(method, options, one.rank, names)
-    if config is None:
-        return None
-    out = peft.get_peft_model(_copy(model), config).train()
-    return out
+    return None if config is None else peft.get_peft_model(twin(model), config).train()
 
 
 def _config(method: str, options: dict[str, Any], rank: int, names: list[str]) -> peft.PeftConfig | None:

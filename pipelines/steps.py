@@ -122,10 +122,14 @@ def peak(spec: str, name: str, rows: int, length: int) -> int:
     """Bytes of a step's peak above what is held before it, in this process."""
     return_large_blocks()
     (model, loss), batch = _model(spec, name, rows, length)
-    clear = Path("/proc/self/clear_refs")
-    clear.write_text("5")  # The peak starts anew.
+    return peak_of(lambda: loss(model, batch).backward())
+
+
+def peak_of(step: Callable[[], object]) -> int:
+    """Bytes of the process's peak in a step above what it holds before it; Linux alone."""
+    Path("/proc/self/clear_refs").write_text("5")  # The peak starts anew.
     held = _status("VmRSS")
-    loss(model, batch).backward()
+    step()
     return _status("VmHWM") - held
 
 

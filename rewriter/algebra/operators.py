@@ -4,6 +4,8 @@ An operator stands for a matrix W of shape (..., n, m) in the orientation of the
 Leading dimensions are a batch of matrices (experts). On the meta device it computes shapes alone.
 """
 
+import itertools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import reduce
@@ -273,11 +275,11 @@ class Sum(Operator):
 
     def apply(self, x, bias=None):
         """Matrices that are given by their entries are added first: one product with x instead of several."""
-        given = [op for op in self.operands if op.entrywise]
         operands = self.operands
-        if len(given) > 1:
-            rest = [op for op in operands if not op.entrywise]
-            operands = (Dense(Sum(tuple(given)).dense()), *rest)
+        entrywise = [op.entrywise for op in operands]
+        if sum(entrywise) > 1:
+            given = Sum(tuple(itertools.compress(operands, entrywise)))
+            operands = (Dense(given.dense()), *itertools.compress(operands, map(operator.not_, entrywise)))
         return reduce(lambda total, op: total + op.apply(x), operands[1:], operands[0].apply(x, bias))
 
     def times(self, matrix):

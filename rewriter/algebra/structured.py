@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .operators import UNBOUNDED, Dense, Operator, Product, low_rank
+from .operators import UNBOUNDED, Dense, Operator, Product, Scale, low_rank
 
 _WIDE = 32  # Narrower blocks are multiplied several at a time: a product of so few columns takes as long.
 
@@ -84,24 +84,21 @@ class Hadamard(Operator):
         return self.left.dense() * self.right.dense()
 
     def apply(self, x, bias=None):
-        return (self._factored or Dense(self.dense())).apply(x, bias)
+        if self.entrywise:
+            return Dense(self.dense()).apply(x, bias)
+        (s, a, b), (t, c, d) = low_rank(self.left), low_rank(self.right)
+        columns = (a.unsqueeze(-1) * c.unsqueeze(-2)).flatten(-2)
+        rows = (b.unsqueeze(-2) * d.unsqueeze(-3)).flatten(-3, -2)
+        return Scale(s * t, Product((Dense(columns), Dense(rows)))).apply(x, bias)
 
     @property
     def entrywise(self):
-        return self._factored is None
-
-    @property
-    def _factored(self) -> Operator | None:
-        """(A1 B1) * (A2 B2) as one product of r1 r2 columns, A1's times A2's, where those are fewer than W's rank."""
+        """Unless the rank r1 r2 of (A1 B1) * (A2 B2) is small: it is one product of A1's columns times A2's then."""
         left, right = low_rank(self.left), low_rank(self.right)
         if left is None or right is None:
-            return None
-        (s, a, b), (t, c, d) = left, right
-        if 2 * a.shape[-1] * c.shape[-1] > min(a.shape[-2], b.shape[-1]):
-            return None
-        columns = (a.unsqueeze(-1) * c.unsqueeze(-2)).flatten(-2)
-        rows = (b.unsqueeze(-2) * d.unsqueeze(-3)).flatten(-3, -2)
-        return Product((Dense(columns), Dense(rows * (s * t) if isinstance(s * t, Tensor) or s * t != 1 else rows)))
+            return True
+        (_, a, b), (_, c, _) = left, right
+        return 2 * a.shape[-1] * c.shape[-1] > min(a.shape[-2], b.shape[-1])
 
     def rank_bound(self):
         return min(self.left.rank_bound() * self.right.rank_bound(), *self.dense().shape[-2:])

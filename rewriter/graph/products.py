@@ -1,6 +1,7 @@
 """Products of training steps that keep less for their backward, or write less, than PyTorch's own."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -87,25 +88,7 @@ def product_again(make: Make, x: Tensor, factor: Tensor, *sources: Tensor) -> Te
         x: (..., n).
         factor: (r, n).
     """
-    return _ProductAgain.apply(make, x, factor, *sources)
-
-
-class _ProductAgain(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, make: Make, x: Tensor, factor: Tensor, *sources: Tensor) -> Tensor:
-        ctx.make = make
-        ctx.save_for_backward(factor, *sources)
-        return F.linear(x, factor)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        factor, *sources = ctx.saved_tensors
-        to_x = grad @ factor.to(grad.dtype) if ctx.needs_input_grad[1] else None
-        to_factor = None
-        if ctx.needs_input_grad[2]:
-            to_factor = grad.flatten(0, -2).t() @ ctx.make(*sources).flatten(0, -2).to(grad.dtype)
-        return None, to_x, to_factor, *[None] * len(sources)
+    return _Again.apply(_PRODUCT, make, x, factor, *sources)
 
 
 def scaled_again(make: Make, x: Tensor, scale: Tensor, *sources: Tensor) -> Tensor:
@@ -115,20 +98,36 @@ def scaled_again(make: Make, x: Tensor, scale: Tensor, *sources: Tensor) -> Tens
         x: (..., n).
         scale: (n) or (1, n).
     """
-    return _ScaledAgain.apply(make, x, scale, *sources)
+    return _Again.apply(_SCALING, make, x, scale, *sources)
 
 
-class _ScaledAgain(torch.autograd.Function):
+class _Op(NamedTuple):
+    """An op of x and a factor: (x, factor) -> result, (gradient, factor) -> x's, and (gradient, x) -> the factor's, to be
+    summed to its shape."""
+
+    result: Callable[[Tensor, Tensor], Tensor]
+    to_x: Callable[[Tensor, Tensor], Tensor]
+    to_factor: Callable[[Tensor, Tensor], Tensor]
+
+
+_PRODUCT = _Op(F.linear, torch.matmul, lambda grad, x: grad.flatten(0, -2).t() @ x.flatten(0, -2))
+_SCALING = _Op(torch.mul, torch.mul, torch.mul)
+
+
+class _Again(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, make: Make, x: Tensor, scale: Tensor, *sources: Tensor) -> Tensor:
-        ctx.make = make
-        ctx.save_for_backward(scale, *sources)
-        return x * scale
+    def forward(ctx, op: _Op, make: Make, x: Tensor, factor: Tensor, *sources: Tensor) -> Tensor:
+        ctx.op, ctx.make = op, make
+        ctx.save_for_backward(factor, *sources)
+        return op.result(x, factor)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        scale, *sources = ctx.saved_tensors
-        to_x = grad * scale if ctx.needs_input_grad[1] else None
-        to_scale = (grad * ctx.make(*sources)).sum_to_size(scale.shape) if ctx.needs_input_grad[2] else None
-        return None, to_x, to_scale, *[None] * len(sources)
+        factor, *sources = ctx.saved_tensors
+        to_x = to_factor = None
+        if ctx.needs_input_grad[2]:
+            to_x = ctx.op.to_x(grad, factor.to(grad.dtype))
+        if ctx.needs_input_grad[3]:
+            to_factor = ctx.op.to_factor(grad, ctx.make(*sources).to(grad.dtype)).sum_to_size(factor.shape)
+        return None, None, to_x, to_factor, *[None] * len(sources)

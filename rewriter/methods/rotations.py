@@ -58,7 +58,7 @@ def hra(w: Operator, site: Scope, *, rank: Rank) -> Operator:
     """H_r ... H_1 W, Householder reflections H = I - 2 u u^t / norm(u)^2; equal in pairs, so I at the start; r is even.
     arXiv 2405.17484
 
-    Their product is I - U T U^t, T the inverse of I / 2 + the strict lower triangle of U^t U (doi 10.1137/0908009).
+    Their product is I - U T U^t, T the inverse of I / 2 + the strict lower triangle of U^t U (doi 10.1137/0910005).
     """
     if rank % 2:
         raise SpecError(f"hra: rank {rank} is odd, but reflections come in pairs")

@@ -107,6 +107,14 @@ def comes_from(node: fx.Node, names: Collection[str]) -> bool:
     return False
 
 
+def is_row(scale: Any, x: fx.Node) -> bool:
+    """Whether a node is one number for each column of another one, in its type."""
+    if not isinstance(scale, fx.Node) or not isinstance(value := scale.meta["val"], Tensor):
+        return False
+    width = x.meta["val"].shape[-1]
+    return tuple(value.shape) in ((width,), (1, width)) and value.dtype == x.meta["val"].dtype
+
+
 def described(value: Any) -> Hashable:
     """Equal for fake tensors of one type and of shapes that are equal as expressions; other values by their text."""
     return (tuple(map(str, value.shape)), value.dtype) if isinstance(value, torch.Tensor) else str(value)

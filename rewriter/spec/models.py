@@ -216,7 +216,9 @@ class Train(Strict):
         False, description="keep a layer's inputs alone for the backward and compute the rest again: memory for time"
     )
     memory: Literal["fast", "lean"] = Field(
-        "fast", description="lean: activations and norms that tuned factors read are computed again in the backward"
+        "fast",
+        description="lean: activations and norms that tuned factors read are computed again in the backward, and "
+        "freed blocks go back to the system",
     )
     max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this 2-norm; 0 turns it off")
     precision: Dtype = Field("float32", description="type of the computation (autocast); half types want CUDA")

@@ -381,3 +381,23 @@ def test_start_values_do_not_depend_on_other_sites():
 
 def test_every_method_is_covered():
     assert set(COUNTS) | ELSEWHERE == set(TRANSFORMS)
+
+
+def rotated(name, options, noise=0.5):
+    base = torch.randn(16, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    tensors = Tensors(base, noise)
+    one = TRANSFORMS[name]
+    return compose([(one, one.options(**options))], Dense(base), (16, 6), tensors, "w").dense(), base, tensors
+
+
+def test_reflections_are_multiplied_in_their_order():
+    found, expected, tensors = rotated("hra", {"rank": 4})
+    for u in next(iter(tensors.every.values())).T:
+        expected = expected - 2 * torch.outer(u, u @ expected) / (u @ u)
+    torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def test_butterflies_are_the_same_joined_and_one_by_one(monkeypatch):
+    joined = rotated("boft", {"block": 2, "factors": 4})[0]
+    monkeypatch.setattr("rewriter.methods.rotations._JOINED", 4)
+    torch.testing.assert_close(rotated("boft", {"block": 2, "factors": 4})[0], joined, **CLOSE)

@@ -7,7 +7,7 @@ from torch import fx
 
 from ...graph.ops import VIEWS, aten
 from ...graph.products import linear_and
-from ..base import Context, changing, comes_from, inserted
+from ..base import Context, changing, comes_from, inserted, is_row
 
 
 def keep_results(graph: fx.Graph, context: Context) -> fx.Graph:
@@ -22,7 +22,7 @@ def keep_results(graph: fx.Graph, context: Context) -> fx.Graph:
             offset, y, scale = node.args
         else:
             continue
-        if not (_is_result(y) and _is_row(scale, y) and comes_from(scale, tuned)) or _overwritten(node):
+        if not (_is_result(y) and is_row(scale, y) and comes_from(scale, tuned)) or _overwritten(node):
             continue
         product, given = (linear_and, (*y.args, None)[:3]) if y.target is aten.linear.default else (y.target, y.args)
         with graph.inserting_before(node):
@@ -59,10 +59,3 @@ def _overwritten(node: fx.Node) -> bool:
         elif getattr(getattr(user.target, "_schema", None), "is_mutable", False):
             return True
     return False
-
-
-def _is_row(scale: object, y: fx.Node) -> bool:
-    if not isinstance(scale, fx.Node):
-        return False
-    value, width = scale.meta["val"], y.meta["val"].shape[-1]
-    return tuple(value.shape) in ((width,), (1, width)) and value.dtype == y.meta["val"].dtype

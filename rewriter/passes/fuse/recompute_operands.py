@@ -8,7 +8,7 @@ from torch import fx, nn
 from ...graph.gated import gated
 from ...graph.ops import ADDS, PASSING, VIEWS, aten
 from ...graph.products import product_again, scaled_again
-from ..base import Context, changing, comes_from, described, inserted
+from ..base import Context, changing, comes_from, described, inserted, is_row
 
 # Of each entry or each row by itself, and small beside the products that read what they give.
 _CHEAP = {
@@ -32,7 +32,7 @@ def recompute_operands(graph: fx.Graph, context: Context) -> fx.Graph:
             continue
         if node.target is aten.linear.default and len(node.args) == 2:
             function: Callable = product_again
-        elif node.target is aten.mul.Tensor and node.args[1].meta["val"].numel() == node.args[0].meta["val"].shape[-1]:
+        elif node.target is aten.mul.Tensor and is_row(node.args[1], node.args[0]):
             function = scaled_again
         else:
             continue
