@@ -102,8 +102,8 @@ def scaled_again(make: Make, x: Tensor, scale: Tensor, *sources: Tensor) -> Tens
 
 
 class _Op(NamedTuple):
-    """An op of x and a factor: (x, factor) -> result, (gradient, factor) -> x's, and (gradient, x) -> the factor's, to be
-    summed to its shape."""
+    """An op of x and a factor: (x, factor) -> result, (gradient, factor) -> x's, (gradient, x) -> the factor's, which is
+    to be summed to its shape."""
 
     result: Callable[[Tensor, Tensor], Tensor]
     to_x: Callable[[Tensor, Tensor], Tensor]
