@@ -102,8 +102,13 @@ def scaled_again(make: Make, x: Tensor, scale: Tensor, *sources: Tensor) -> Tens
 
 
 class _Op(NamedTuple):
-    """An op of x and a factor: (x, factor) -> result, (gradient, factor) -> x's, (gradient, x) -> the factor's, which is
-    to be summed to its shape."""
+    """An op of x and a factor.
+
+    Attributes:
+        result: of (x, factor).
+        to_x: of (gradient, factor).
+        to_factor: of (gradient, x), to be summed to the factor's shape.
+    """
 
     result: Callable[[Tensor, Tensor], Tensor]
     to_x: Callable[[Tensor, Tensor], Tensor]
