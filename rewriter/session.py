@@ -139,7 +139,7 @@ class Session:
             pretrained = load_model(spec, meta=True)
             inputs = example_inputs(spec, pretrained)
             modes = ("train", "eval") if whole else ("eval",)
-            traced = trace(pretrained.module, inputs, modes, spec.train.passes.off)
+            traced = trace(pretrained.module, inputs, modes, spec.train.passes.off, keep=spec.model.kept)
             check_missing(spec.model.name, pretrained, traced.read())
             self._shapes = _Shapes(pretrained, traced, whole)
         return self._shapes.traced, self._shapes.pretrained
@@ -355,7 +355,7 @@ class Session:
             tell(note)
         if main and resume and (last := checkpoints(out / "checkpoints")[-1:]):
             tell(f"goes on from {last[0].name}")
-        traced = trace(job.pretrained.module, job.inputs, without=spec.train.passes.off)
+        traced = trace(job.pretrained.module, job.inputs, without=spec.train.passes.off, keep=spec.model.kept)
         if spec.train.packing:
             check_packing(traced, job.train)
         planned, chosen = self._choose(job, traced, planned, out if resume else None)

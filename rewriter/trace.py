@@ -14,8 +14,10 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from . import kept
 from .errors import SubspanError, reason
 from .graph.ops import VIEWS, aten
+from .graph.stored import Trace
 from .graph.traced import Inputs, Range, Signature, TracedModel, copy_graph
 from .passes.base import Context
 from .passes.manager import run
@@ -151,10 +153,12 @@ def trace(
     modes: tuple[str, ...] = ("train", "eval"),
     without: Collection[str] = (),
     changed: dict[str, int] | None = None,
+    keep: bool = False,
 ) -> TracedModel:
     """Trace a module in train and eval mode into one `TracedModel` that shares its tensors.
 
-    Two traces, not one with flags flipped: a module may branch on `training` in ways no flag shows.
+    Two traces, not one with flags flipped: a module may branch on `training` in ways no flag shows. A module on the
+    meta device is traced as if it were on the CPU, so that its graphs are those that a run has.
 
     Args:
         model: any module that `torch.export` traces; it is left as it was.
@@ -162,6 +166,8 @@ def trace(
         modes: which graphs to make.
         without: names of passes to leave out.
         changed: how many nodes each pass changed, counted up.
+        keep: take graphs from the cache, and keep them there; not for a module whose forward reads what is neither in
+            it nor in its inputs.
 
     Raises:
         SubspanError: the module can't be traced.
@@ -174,19 +180,14 @@ def trace(
     graphs, signatures, constants = {}, {}, {}
     for mode in modes:
         own = inputs if isinstance(inputs, Inputs) else inputs[mode]
-        program = capture(model, own, training=mode == "train")
-        module = program.module()
-        graph = copy_graph(module.graph)
-        for node in graph.find_nodes(op="call_module"):  # torch.export's guards, which are in no module of ours.
-            graph.erase_node(node)
-        _inline(graph, module)
-        for node in graph.find_nodes(op="get_attr"):
-            if node.target not in parameters and node.target not in buffers:
-                name = f"{node.target}" if mode == "eval" else f"{node.target}_train"
-                constants[name] = _attribute(module, node.target)
-                node.target = name
-        graphs[mode] = run(graph, "trace", Context(mode), without, changed=changed)
-        signatures[mode] = _signature(program, module)
+        key = kept.key_of(model, own, mode, without) if keep and changed is None else None
+        one = kept.load(key, own) if key else None
+        if one is None:
+            one = _traced(model, own, mode, without, changed)
+            if key:
+                kept.save(key, one, own)
+        graphs[mode], signatures[mode] = one.graph, one.signature
+        constants |= one.constants
     out = TracedModel(graphs, signatures, aliases)
     shared: dict[int, nn.Parameter] = {}
     for name, p in parameters.items():
@@ -198,6 +199,45 @@ def trace(
     out.train(model.training)
     out.recompile()
     return out
+
+
+def _traced(
+    model: nn.Module, inputs: Inputs, mode: str, without: Collection[str], changed: dict[str, int] | None
+) -> Trace:
+    hollow = _hollow(model)
+    program = capture(hollow, inputs.to("cpu") if hollow is not model else inputs, training=mode == "train")
+    module = program.module()
+    graph = copy_graph(module.graph)
+    for node in graph.find_nodes(op="call_module"):  # torch.export's guards, which are in no module of ours.
+        graph.erase_node(node)
+    _inline(graph, module)
+    own = {name for some in (model.named_parameters, model.named_buffers) for name, _ in some(remove_duplicate=False)}
+    constants = {}
+    for node in graph.find_nodes(op="get_attr"):
+        if node.target not in own:
+            name = f"{node.target}" if mode == "eval" else f"{node.target}_train"
+            constants[name] = _attribute(module, node.target)
+            node.target = name
+    graph = run(graph, "trace", Context(mode), without, changed=changed)
+    conditions = getattr(program, "_guards_code", None)
+    return Trace(graph, _signature(program, module), constants, None if conditions is None else tuple(conditions))
+
+
+def _hollow(model: nn.Module) -> nn.Module:
+    """A module on the meta device again, with tensors on the CPU that take no memory; any other one as it is."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if not tensors or not all(tensor.is_meta for tensor in tensors):
+        return model
+    memo: dict[int, torch.Tensor] = {}
+    for tensor in tensors:
+        empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+        empty.untyped_storage().resize_(0)
+        own = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if own else empty
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception:  # Of any module: something in it can't be copied.
+        return model
 
 
 def _inline(graph: fx.Graph, module: nn.Module) -> None:

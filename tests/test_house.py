@@ -27,8 +27,8 @@ FOREIGN = {
 # Rooms in the order of the flow: each may use those before it.
 ORDER = (
     "errors", "files", "resources", "algebra", "transforms", "methods", "graph", "tasks", "spec", "plan", "passes",
-    "trace", "svd", "tuned", "rewrite", "base", "gguf", "pretrained", "smoke", "sources", "chats", "data", "adapters",
-    "greedy", "training", "export", "answer",
+    "kept", "trace", "svd", "tuned", "rewrite", "base", "gguf", "pretrained", "smoke", "sources", "chats", "data",
+    "adapters", "greedy", "training", "export", "answer",
     "report", "folder",
     "session",
 )  # fmt: skip

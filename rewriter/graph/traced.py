@@ -39,8 +39,9 @@ class Inputs:
         return tuple(some(i, x) for i, x in enumerate(self.args)), {k: some(k, x) for k, x in self.kwargs.items()}
 
     def to(self, device: torch.device | str) -> "Inputs":
-        """The same examples on another device."""
-        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), (self.args, self.kwargs))
+        """The same examples on another device; zeros of the same shapes where they were on the meta device."""
+        moved = lambda x: torch.zeros_like(x, device=device) if x.is_meta else x.to(device)  # noqa: E731
+        args, kwargs = pytree.tree_map_only(torch.Tensor, moved, (self.args, self.kwargs))
         return Inputs(args, kwargs, self.dynamic)
 
 

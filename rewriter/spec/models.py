@@ -55,6 +55,11 @@ class Model(Strict):
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
+    @property
+    def kept(self) -> bool:
+        """Whether what is traced of it is kept for other runs: code that comes with a model may read anything."""
+        return not self.trust_remote_code
+
     @field_validator("labels")
     @classmethod
     def _unique(cls, labels: list[str | int] | None) -> list[str] | None:
