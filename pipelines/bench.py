@@ -55,6 +55,27 @@ def beside(
 
 
 @app.command()
+def lora(
+    spec: Annotated[str, typer.Argument(help="Of a decoder, with one rule.")],
+    rows: Annotated[int, typer.Option(help="Of a batch.")] = 8,
+    length: Annotated[int, typer.Option(help="Of a row, in tokens.")] = 256,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds; the median counts.")] = 5,
+) -> None:
+    """A decoder's step by LoRA beside PEFT's: tokens per second and what is kept for the backward, fast and lean."""
+    with failures():
+        from pipelines.beside import step as measured
+
+        found = measured(spec, rows, length, rounds)
+        fast, lean, theirs = (size / 1e6 for size in found.saved)
+        console.print(
+            f"{rows}x{length}: fast {found.fast:.2f} times PEFT's tokens per second, lean {found.lean:.2f}; saved "
+            f"{fast:.0f} and {lean:.0f} MB, PEFT {theirs:.0f} ({fast / theirs:.2f} and {lean / theirs:.2f} times); "
+            f"gradients differ by {found.off:.1e}",
+            highlight=False,
+        )
+
+
+@app.command()
 def validate() -> None:
     """Seconds to check a RoBERTa-large row's plan and an 8-billion decoder to its train graph, and the peak memory."""
     with failures():
@@ -75,7 +96,9 @@ def validate() -> None:
 def step(
     methods: Annotated[list[str] | None, typer.Argument(help="Methods; by default lora and dora.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Every method.")] = False,
-    out: Annotated[Path | None, typer.Option("--json", help="File to write.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--json", help="File to write; other methods of the same setting in it stay.")
+    ] = None,
     model: Annotated[
         Literal["bert", "minilm", "llama"],
         typer.Option(help="Shape: bert (768 x 4), minilm (384 x 6) or llama (768 x 4)."),
@@ -109,7 +132,7 @@ def step(
             table.add_row(*line(row))
         console.print(table)
         if out:
-            write_text(out, to_json(one, found, absent))
+            write_text(out, to_json(one, found, absent, out.read_text() if out.exists() else None))
 
 
 @app.command()

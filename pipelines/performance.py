@@ -134,12 +134,12 @@ def measure(one: Setting, only: Sequence[str] = ()) -> Iterator[Measured | tuple
 
 def _measured(one, name, method, options, model, batch, names, layers, traced, tracing) -> Measured:
     started = time.perf_counter()
-    rule = Rule(target=_targets(method, names, layers), apply=[{method: _options(method, options, one.rank)}])
+    rule = Rule(target=targets(method, names, layers), apply=[{method: options_of(method, options, one.rank)}])
     planned = plan(traced, [rule])
     try:
         ours = rewrite(traced, planned).train()
     except SpecError:
-        ours = rewrite(traced, planned, values=_choices(planned)).train()
+        ours = rewrite(traced, planned, values=choices(planned)).train()
     generator = torch.Generator().manual_seed(0)
     for p in tuned_parameters(ours).values():
         p.data += 0.02 * torch.randn(p.shape, generator=generator).to(p)
@@ -180,7 +180,7 @@ def _measured(one, name, method, options, model, batch, names, layers, traced, t
     )
 
 
-def _targets(method: str, names: list[str], layers: str) -> str | list[str]:
+def targets(method: str, names: list[str], layers: str) -> str | list[str]:
     on = TRANSFORMS[method].on
     linears = "{" + ",".join(f"**.{name}" for name in names) + "}"
     if "matrix" in on:
@@ -190,13 +190,13 @@ def _targets(method: str, names: list[str], layers: str) -> str | list[str]:
     return "**embed*" if on == ("embeddings",) else layers
 
 
-def _options(method: str, given: dict[str, Any], rank: int) -> dict[str, Any]:
+def options_of(method: str, given: dict[str, Any], rank: int) -> dict[str, Any]:
     fields = TRANSFORMS[method].options.model_fields
     usual = {"rank": rank, "bottleneck": 8 * rank, "length": rank, "alpha": 2.0 * rank} | given
     return {name: value for name, value in usual.items() if name in fields}
 
 
-def _choices(planned: Plan) -> dict[str, Tensor]:
+def choices(planned: Plan) -> dict[str, Tensor]:
     """Indices that a schedule would choose from the data, drawn at random."""
     generator = torch.Generator().manual_seed(0)
     chosen = {leaf.name: leaf for site in planned.sites for leaf in site.leaves if leaf.role == "chosen" and leaf.below}
@@ -371,10 +371,19 @@ def machine(one: Setting) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def to_json(one: Setting, found: Sequence[Measured], absent: Mapping[str, str]) -> str:
-    """All that was found, as `page` reads it."""
+def to_json(one: Setting, found: Sequence[Measured], absent: Mapping[str, str], before: str | None = None) -> str:
+    """All that was found, as `write_page` reads it.
+
+    Args:
+        before: what was found earlier; of the same setting on the same machine, other methods' rows stay.
+    """
     whole = {"machine": machine(one), "setting": asdict(one), "methods": [asdict(row) for row in found]}
-    return json.dumps(whole | {"absent": dict(absent)}, indent=1) + "\n"
+    whole["absent"] = dict(absent)
+    known = json.loads(before) if before else {}
+    if all(known.get(key) == whole[key] for key in ("machine", "setting")):
+        rows = {row["method"]: row for row in known["methods"]} | {row["method"]: row for row in whole["methods"]}
+        whole |= {"methods": list(rows.values()), "absent": known["absent"] | whole["absent"]}
+    return json.dumps(whole, indent=1) + "\n"
 
 
 def line(row: Measured) -> list[str]:

@@ -308,7 +308,7 @@ def _check_rows(spec: Spec, rows: datasets.Dataset, labels: list[str]) -> None:
             turns = "messages" in task.roles and fits("messages", feature)
             raise columns_error(task.name, task.roles[role].kind, role, column, others, turns)
         if task.roles[role].kind == "text":
-            check_texts(rows[column], role, column)
+            check_texts(rows[column][:], role, column)
         if task.roles[role].kind == "messages":
             check_turns(rows[column], column, *turn_names(spec.data))
     task.check(rows, columns, labels)

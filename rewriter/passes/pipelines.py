@@ -17,6 +17,7 @@ from .fuse.keep_rows import keep_rows
 from .fuse.recompute_gates import recompute_gates
 from .fuse.recompute_operands import recompute_operands
 from .fuse.share_inputs import share_inputs
+from .fuse.small_masks import small_masks
 from .fuse.transpose_factors import transpose_factors
 from .insert.add_penalties import add_penalties
 from .insert.insert_attention_rows import insert_attention_rows
@@ -44,6 +45,7 @@ PASSES: tuple[Pass, ...] = (
     Pass(recompute_operands, ("train",)),
     Pass(accumulate_in_place, ("train",)),
     Pass(keep_results, ("train",)),
+    Pass(small_masks, ("train",)),
     Pass(defer_head, ("train",)),
     Pass(copy_contiguous, ("export",)),
     Pass(keep_rows, ("export",)),

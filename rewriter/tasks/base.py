@@ -257,7 +257,7 @@ class Task:
         column = columns["label"]
         read = self.reader(rows.features[column], labels)
         counts = [0] * len(labels)
-        for value in rows[column]:
+        for value in rows[column][:]:
             for one in value if isinstance(value, list) else [value]:
                 counts[read(one)] += 1
         return counts

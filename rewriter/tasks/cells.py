@@ -124,7 +124,7 @@ def check_cells(rows: Any, columns: Mapping[str, str], role: str, read: Callable
         SpecError: at the role's column, with the first that can't, and the row's text.
     """
     seen: set[Any] = set()
-    for row, value in enumerate(rows[columns[role]]):
+    for row, value in enumerate(rows[columns[role]][:]):
         for one in value if isinstance(value, list) else [value]:
             if one in seen:
                 continue

@@ -275,9 +275,12 @@ def _step(run: Run, batches: list[dict[str, Tensor] | None], stop: Stop) -> None
     tuning, settings, task, progress = run.tuning, run.spec.train, run.task, run.progress
     model, own = tuning.model, [batch for batch in batches if batch is not None]
     counts = [task.count(split(model, batch, torch.device("cpu"))[1], run.criterion) for batch in own]
-    count, parts, asked = float(sum(counts)), len(own), stop.asked
+    masks = [mask for batch in own if (mask := batch.get("attention_mask")) is not None]
+    cells, padded = sum(mask.numel() for mask in masks), sum(int((mask == 0).sum()) for mask in masks)
+    known = [float(sum(counts)), len(own), stop.asked, cells, padded]
     if many := processes().num_processes > 1:
-        count, parts, asked = total(torch.tensor([count, parts, asked], dtype=torch.float64).to(run.device)).tolist()
+        known = total(torch.tensor(known, dtype=torch.float64).to(run.device)).tolist()
+    count, parts, asked, cells, padded = known
     value, count = torch.zeros((), device=run.device), count or 1.0  # Rows without a label have nothing to learn from.
     for name in model.penalty_names:
         _add(run, f"penalty_{name}", value)
@@ -292,6 +295,8 @@ def _step(run: Run, batches: list[dict[str, Tensor] | None], stop: Stop) -> None
         tuning.scaler.scale(loss).backward()
         value = value + loss.detach()
     _add(run, "loss", value)
+    if cells:
+        _add(run, "padding", torch.tensor(padded / cells / processes().num_processes, device=run.device))
     run.finite &= torch.isfinite(value)
     sum_gradients(run.tuned)
     tuning.scaler.unscale_(tuning.optimiser)

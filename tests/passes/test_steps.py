@@ -105,10 +105,25 @@ def test_lean_keeps_less_than_fast(kind):
 
 def test_scaled_results_are_not_kept_twice():
     model, batch = made("bert", "ia3")
-    plain, after = kept(model, batch), kept(for_step(model), batch)
+    plain, after = kept(model, batch), kept(for_step(model, off=("small_masks",)), batch)
     # GELU keeps what it reads anyway; attention with dropout keeps copies of its own.
     config = traced("bert")[0].config
     assert plain - after == 8 * ROWS * LENGTH * config.intermediate_size * config.num_hidden_layers
+
+
+def test_dropout_keeps_a_byte_of_an_entry():
+    """Instead of a number; the first one is below what is tuned, the last one reads the pooled token."""
+    model, batch = made("bert", "ia3")
+    config = traced("bert")[0].config
+    entries = (2 * config.num_hidden_layers * LENGTH + 1) * ROWS * config.hidden_size
+    steps = for_step(model, off=("small_masks",)), for_step(model)
+    numbers, small = (kept(one, batch) for one in steps)
+    assert numbers - small == (8 - 1) * entries
+    outs = []
+    for one in steps:
+        torch.manual_seed(0)
+        outs.append(one(**batch).logits)
+    torch.testing.assert_close(*outs, rtol=1e-14, atol=0)
 
 
 def test_norms_of_frozen_weights_are_computed_once():
