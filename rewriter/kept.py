@@ -9,12 +9,12 @@ import sys
 import types
 from collections.abc import Collection
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -46,7 +46,7 @@ def key_of(model: nn.Module, inputs: Inputs, mode: str, without: Collection[str]
         for some in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
         for name, one in some
     ]
-    versions = [sys.version, torch.__version__, transformers.__version__, str(torch.get_default_dtype()), _own()]
+    versions = [sys.version, torch.__version__, version("transformers"), str(torch.get_default_dtype()), _own()]
     whole = json.dumps([versions, mode, sorted(without), given, tensors, modules])
     return hashlib.sha256(whole.encode()).hexdigest()
 
@@ -102,6 +102,8 @@ def _described(value: Any) -> Any:
     Raises:
         ValueError: it has no name that tells it from another one.
     """
+    from transformers import PreTrainedConfig
+
     if isinstance(value, _PLAIN):
         return repr(value)
     if isinstance(value, list | tuple | set | frozenset):
@@ -109,7 +111,7 @@ def _described(value: Any) -> Any:
         return sorted(parts, key=str) if isinstance(value, set | frozenset) else parts
     if isinstance(value, dict):
         return [[repr(key), _described(one)] for key, one in value.items() if key not in _APART]
-    if isinstance(value, transformers.PreTrainedConfig):
+    if isinstance(value, PreTrainedConfig):
         return [type(value).__qualname__, _described(vars(value))]
     if isinstance(value, types.FunctionType | types.BuiltinFunctionType | type) and "<" not in value.__qualname__:
         return f"{value.__module__}.{value.__qualname__}"

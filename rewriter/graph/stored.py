@@ -12,7 +12,6 @@ import torch
 import torch.utils._pytree as pytree
 from sympy import Symbol
 from torch import Tensor, fx
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
@@ -193,6 +192,8 @@ def _sizes(
     fake: FakeTensorMode, placeholders: Sequence[list], leaves: Sequence[Any], ranges: Sequence[Range]
 ) -> dict[str, torch.SymInt]:
     """Symbol of the text -> a size of its own, with the example's as its hint."""
+    from torch._dynamo.source import ConstantSource
+
     found: dict[str, torch.SymInt] = {}
     for place, (entry, leaf) in enumerate(zip(placeholders, leaves, strict=True)):
         shape = entry[5]["tensor"][0]

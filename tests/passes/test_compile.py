@@ -23,8 +23,9 @@ def gradients(model, batch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lean", [False, True], ids=["fast", "lean"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "lean"), [(name, False) for name in METHODS] + [(name, True) for name in ("lora", "dora", "hra", "frod")]
+)
 def test_one_graph_for_all_lengths(method, lean):
     _, inputs, graph = traced("bert")
     rows = "embeddings" in TRANSFORMS[method].on
