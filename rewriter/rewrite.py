@@ -47,6 +47,8 @@ def rewrite(
     out.train(model.training)
     out.without, out.also = tuple(without), tuple(also)
     _add_leaves(out, model, plan, seed, values or {})
+    constants = {leaf.name for site in plan.sites for leaf in site.leaves if leaf.role == "constant"}
+    out.given = frozenset(constants & (values or {}).keys())
     dtypes = {name: p.dtype for name, p in model.named_parameters(remove_duplicate=False)}
     for mode, graph in graphs.items():
         context = Context(mode, plan, model.tied, dtypes, lowered=model.lowered.setdefault(mode, {}))

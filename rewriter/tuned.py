@@ -32,6 +32,7 @@ class TunedModel(TracedModel):
         base: the model it was made from (no submodule of it).
         penalties: name -> scalar, what the last forward in training mode adds to the loss.
         without, also: names of passes that were left out of its graphs, or run though they change numerics.
+        given: leaf names of constants that were given, not computed: adapters keep those.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class TunedModel(TracedModel):
         self.penalties: dict[str, torch.Tensor] = {}
         self.without: tuple[str, ...] = ()
         self.also: tuple[str, ...] = ()
+        self.given: frozenset[str] = frozenset()
 
     @property
     def base(self) -> TracedModel:
@@ -75,7 +77,7 @@ class TunedModel(TracedModel):
     def _with(self, graphs: dict[str, fx.Graph]) -> Self:
         other = TunedModel(self.base, self.plan, graphs, dict(self.signatures), dict(self.aliases))
         other.adapters = self.adapters | {self.active: Adapter(self.plan, graphs, self.root)}
-        other.active, other.without, other.also = self.active, self.without, self.also
+        other.active, other.without, other.also, other.given = self.active, self.without, self.also, self.given
         other.lowered = self.lowered
         return other
 

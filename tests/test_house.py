@@ -30,7 +30,7 @@ ORDER = (
     "kept", "trace", "svd", "tuned", "rewrite", "base", "gguf", "pretrained", "smoke", "sources", "chats", "data",
     "adapters", "greedy", "training", "export", "answer",
     "report", "folder",
-    "session",
+    "session", "imported",
 )  # fmt: skip
 
 

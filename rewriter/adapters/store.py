@@ -18,7 +18,8 @@ from ..plan import Plan, plan
 from ..rewrite import rewrite
 from ..spec import Rule, Spec, decisive
 from ..transforms import TRANSFORMS
-from ..tuned import TunedModel, chosen_tensors, tuned_parameters
+from ..tuned import TunedModel, adapter_tensors, chosen_tensors, tuned_parameters
+from .from_peft import is_peft, tuned_from
 from .ties import fingerprint, other_constant, sketches
 
 FORMAT = 1
@@ -34,7 +35,13 @@ def _random(plan: Plan) -> list[str]:
 
 def _tensors(model: TunedModel) -> dict[str, torch.Tensor]:
     base = dict(model.named_parameters(remove_duplicate=False))
-    return tuned_parameters(model) | chosen_tensors(model) | {BASE + name: base[name] for name in _random(model.plan)}
+    given = {name: value for name, value in adapter_tensors(model).items() if name in model.given}
+    return (
+        tuned_parameters(model)
+        | chosen_tensors(model)
+        | given
+        | {BASE + name: base[name] for name in _random(model.plan)}
+    )
 
 
 def save_adapter(
@@ -46,8 +53,8 @@ def save_adapter(
 ) -> None:
     """Write `adapter.safetensors` and `adapter.json` into `folder`, whole or not at all.
 
-    The tensors are the tuned ones with what was chosen (indices of entries), and the start values of newly made
-    parameters that are still a part of the result.
+    The tensors are the tuned ones with what was chosen (indices of entries), constants that were given, and the start
+    values of newly made parameters that are still a part of the result.
 
     Args:
         model: from `rewrite`.
@@ -207,7 +214,7 @@ def load_adapter(
     without: Collection[str] = (),
     also: Collection[str] = (),
 ) -> TunedModel:
-    """Rewrite a traced model by an adapter's rules and load its tensors.
+    """Rewrite a traced model by an adapter's rules and load its tensors; a folder of PEFT's will do too.
 
     Args:
         model: a traced model with the base weights the adapter was tuned for, or a tuned one, which then holds this
@@ -224,6 +231,8 @@ def load_adapter(
         model.use(name)
         return model
     folder = Path(folder)
+    if is_peft(folder):
+        return tuned_from(model, folder, (), without, also)[0]
     manifest = read_manifest(folder)
     new = tuple(manifest["new"])
     if fingerprint(model, new) != manifest["base"]:
@@ -242,7 +251,9 @@ def load_adapter(
     chosen = {
         leaf.name: torch.zeros(leaf.shape) for site in found.sites for leaf in site.leaves if leaf.role == "chosen"
     }
-    tuned = rewrite(model, found, values=chosen, without=without, also=also)
+    constants = {leaf.name for site in found.sites for leaf in site.leaves if leaf.role == "constant"}
+    given = {name: stored[name] for name in constants & stored.keys()}
+    tuned = rewrite(model, found, values=chosen | given, without=without, also=also)
     load_into(_tensors(tuned), folder / TENSORS)
     _check_chosen(tuned, folder / TENSORS)
     if manifest.get("tensors") not in (None, digest(folder / TENSORS)):

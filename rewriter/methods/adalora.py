@@ -7,22 +7,26 @@ import torch
 from torch import Tensor
 
 from rewriter.algebra import Dense, Diag, Operator
-from rewriter.methods.lora import constrained, scaled
+from rewriter.methods.lora import INERT, PLAIN_START, constrained, scaled
 from rewriter.transforms import (
     Alpha,
     Coefficient,
     Constraint,
     Interval,
     Member,
+    Peft,
+    Place,
     Pool,
     Rank,
     ScaleOf,
     Schedule,
     Scope,
     Share,
+    Stored,
     TargetRank,
     normal,
     transform,
+    transposed,
 )
 
 DECAY = 0.85
@@ -94,7 +98,57 @@ def _importance(one: Member) -> Tensor:
     return d + a.mean(-2) + b.mean(-1)
 
 
-@transform("extension")
+_ADDED = 1e-5  # to the rank, in PEFT
+
+
+def _ours(value: Tensor, at: Place) -> Tensor:
+    rank = len(value)
+    return value.reshape(-1) * (rank / (rank + _ADDED))
+
+
+def _theirs(value: Tensor, at: Place) -> Tensor:
+    """PEFT divides by the rank that is left."""
+    left, options = len(value), at.options
+    alpha = options.alpha or options.rank
+    scale = at.values["s"].item() if "s" in at.values else scaled(None, options.rank, alpha, options.scale)
+    return (value * (scale / alpha * (left + _ADDED))).unsqueeze(-1)
+
+
+def _peft(options) -> dict[str, int | float]:
+    if options.mpc == "n":
+        raise ValueError("PEFT has no nonlinearity between the factors")
+    steps = {"tinit": 0, "tfinal": 0, "total_step": 1}
+    return {"lora_alpha": options.alpha or options.rank, "init_r": options.rank, "target_r": options.rank, **steps}
+
+
+@transform(
+    "extension",
+    peft=Peft(
+        "ADALORA",
+        {"a": transposed("lora_A"), "b": transposed("lora_B"), "d": Stored("lora_E", _ours, _theirs)},
+        {"alpha": "lora_alpha"},
+        read=lambda config, tensors: dict.fromkeys(("rank", "target_rank"), len(tensors["a"])),
+        write=_peft,
+        fixed=PLAIN_START,
+        ignored=INERT
+        | {
+            "r",
+            "init_r",
+            "target_r",
+            "tinit",
+            "tfinal",
+            "deltaT",
+            "beta1",
+            "beta2",
+            "orth_reg_weight",
+            "total_step",
+            "rank_pattern",
+            "lora_dropout",
+        },
+        patterns={"lora_alpha": "alpha_pattern"},
+        by_module=lambda values: ("rank_pattern", "lora_E", [True] * len(values["d"])),
+    ),
+)
 def adalora(
     w: Operator,
     site: Scope,

@@ -2,10 +2,19 @@
 
 from rewriter.algebra import Dense, Identity, Operator
 from rewriter.methods.lora import scaled
-from rewriter.transforms import Alpha, Rank, Scope, normal, transform
+from rewriter.transforms import Alpha, Peft, Rank, Scope, normal, same, transform, transposed
 
 
-@transform("combination")
+@transform(
+    "combination",
+    peft=Peft(
+        "DEFT",
+        {"p": same("deft_P"), "r": transposed("deft_R")},
+        {"rank": "r", "alpha": "alpha"},
+        fixed={"decomposition_method": ("relu",)},
+        ignored=frozenset({"init_scale"}),
+    ),
+)
 def deft(w: Operator, site: Scope, *, rank: Rank, alpha: Alpha = None) -> Operator:
     """W (I - relu(P) Pt) + s R Pt, P (m, r) and R (n, r); P = 0.02 normal and s R = W relu(P) at the start.
     arXiv 2509.22793"""

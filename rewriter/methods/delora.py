@@ -3,10 +3,24 @@
 import torch
 
 from rewriter.algebra import Dense, Diag, Operator
-from rewriter.transforms import Positive, Rank, Scope, kaiming_uniform, transform
+from rewriter.transforms import Peft, Positive, Rank, Scope, kaiming_uniform, reshaped, transform, transposed
 
 
-@transform("extension")
+@transform(
+    "extension",
+    peft=Peft(
+        "DELORA",
+        {
+            "a": transposed("delora_A"),
+            "b": transposed("delora_B"),
+            "c": reshaped("delora_lambda", lambda at: (1, 1), lambda at: (1,)),
+        },
+        {"rank": "r", "bound": "delora_lambda"},
+        ignored=frozenset({"lambda_pattern"}),
+        further=("delora_w_norm",),
+        patterns={"r": "rank_pattern"},
+    ),
+)
 def delora(w: Operator, site: Scope, *, rank: Rank, bound: Positive = 1.0) -> Operator:
     """W + c / r Diag(row_norm(W)) A Diag(1 / (norm(a_i) norm(b_i))) B; A Kaiming-uniform, B = 0, c = `bound`.
     arXiv 2503.18225"""

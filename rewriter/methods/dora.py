@@ -1,10 +1,35 @@
 """Direction and magnitude of a weight's columns, tuned apart."""
 
+import math
+
 from rewriter.algebra import Dense, Diag, Operator, column_norm, detach
-from rewriter.transforms import Alpha, Rank, Scope, kaiming_uniform, transform
+from rewriter.methods.lora import INERT, PLAIN_START
+from rewriter.transforms import RANKS, Alpha, Peft, Rank, Scope, kaiming_uniform, same, transform, transposed
 
 
-@transform("combination")
+def _alpha(config, _) -> dict[str, float]:
+    alpha = config.get("lora_alpha", 8)
+    return {"alpha": alpha * math.sqrt(config["r"]) if config.get("use_rslora") else alpha}
+
+
+@transform(
+    "combination",
+    peft=Peft(
+        "LORA",
+        {
+            "a": transposed("lora_A.weight"),
+            "b": transposed("lora_B.weight"),
+            "m": same("lora_magnitude_vector"),
+        },
+        {"rank": "r"},
+        fits=lambda config, tensors: bool(config.get("use_dora")),
+        read=_alpha,
+        write=lambda options: {"use_dora": True, "lora_alpha": options.alpha or options.rank},
+        fixed=PLAIN_START,
+        ignored=INERT | {"lora_alpha"},
+        patterns=RANKS,
+    ),
+)
 def dora(w: Operator, site: Scope, *, rank: Rank, alpha: Alpha = None) -> Operator:
     """V Diag(m / column_norm(V)), V = W + s A B; m = column norms of W; the norm takes no gradient. (32)(33)"""
     a = Dense(site.tuned("a", (site.n, rank), kaiming_uniform))

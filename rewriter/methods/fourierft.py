@@ -1,12 +1,30 @@
 """A change that is sparse in frequency."""
 
 import torch
+from torch import Tensor
 
 from rewriter.algebra import Dense, Operator
-from rewriter.transforms import Count, Positive, Scope, choice, transform
+from rewriter.transforms import Count, Peft, Place, Positive, Scope, choice, same, transform
 
 
-@transform("extension")
+def drawn(config, at: Place, count: str) -> Tensor:
+    """Row-major places in W (n, m) that PEFT draws in a stored weight (m, n) from its seed."""
+    generator = torch.Generator().manual_seed(config.get("random_loc_seed", 777))
+    places = torch.randperm(at.n * at.m, generator=generator)[: config[count]]
+    return places % at.n * at.m + places // at.n
+
+
+@transform(
+    "extension",
+    peft=Peft(
+        "FOURIERFT",
+        {"d": same("fourierft_spectrum")},
+        {"frequencies": "n_frequency", "scale": "scaling"},
+        made={"indices": lambda config, at: drawn(config, at, "n_frequency")},
+        ignored=frozenset({"random_loc_seed"}),
+        patterns={"n_frequency": "n_frequency_pattern"},
+    ),
+)
 def fourierft(w: Operator, site: Scope, *, frequencies: Count = 1000, scale: Positive = 150.0) -> Operator:
     """W + s Re(F^-1 D), F the two-dimensional Fourier transform and D tuned at random frequencies, 0 at the start.
     arXiv 2405.03003"""

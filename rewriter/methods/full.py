@@ -1,10 +1,14 @@
 """Every entry of a weight."""
 
 from rewriter.algebra import Dense, Operator
-from rewriter.transforms import Scope, transform
+from rewriter.transforms import Peft, Scope, Stored, transform
 
 
-@transform("reconstruction", on=("matrix", "vector"))
+@transform(
+    "reconstruction",
+    on=("matrix", "vector"),
+    peft=Peft("", {"weight": Stored("", lambda value, _: value, lambda value, _: value)}, whole=True),
+)
 def full(w: Operator, site: Scope) -> Operator:
     """Every entry is tuned, from W itself: the baseline "Fully FT", and newly made heads."""
     return Dense(site.tuned("weight", (site.n, site.m), w.dense(), replaces=True))

@@ -3,10 +3,18 @@
 from rewriter.algebra import Blocks, Operator, Shuffle
 from rewriter.errors import SpecError
 from rewriter.methods.lora import scaled
-from rewriter.transforms import Alpha, Count, Rank, Scope, kaiming_uniform, transform
+from rewriter.transforms import Alpha, Count, Peft, Rank, Scope, kaiming_uniform, same, transform
 
 
-@transform("extension")
+@transform(
+    "extension",
+    peft=Peft(
+        "GRALORA",
+        {"a": same("gralora_A"), "b": same("gralora_B")},
+        {"rank": "r", "alpha": "alpha", "blocks": "gralora_k"},
+        write=lambda options: {"alpha": options.alpha or options.rank},
+    ),
+)
 def gralora(w: Operator, site: Scope, *, rank: Rank, blocks: Count = 2, alpha: Alpha = None) -> Operator:
     """W + s Blocks(A) P Blocks(B), P a shuffle: W's k x k blocks have changes of rank r / k each; A Kaiming-uniform,
     B = 0 at the start. arXiv 2505.20355"""

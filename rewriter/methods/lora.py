@@ -6,17 +6,22 @@ from torch import Tensor
 
 from rewriter.algebra import Dense, Diag, Dropout, Operator, Pointwise
 from rewriter.transforms import (
+    RANKS,
     Alpha,
     Coefficient,
     Constraint,
+    Peft,
+    Place,
     Probability,
     Rank,
     Ratio,
     ScaleOf,
     Scope,
+    Stored,
     eye,
     kaiming_uniform,
     transform,
+    transposed,
 )
 
 
@@ -47,7 +52,41 @@ def _diagonal(gram: Tensor) -> Tensor:
     return (gram.diagonal(0, -2, -1) - 1).square().sum()
 
 
-@transform("extension")
+# PEFT starts from other base weights with these, and gives the change of them alone.
+PLAIN_START = {"init_lora_weights": (True, False, "gaussian", "eva", "orthogonal")}
+INERT = frozenset({
+    "use_dora", "use_rslora", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config",
+    "megatron_config", "megatron_core", "qalora_group_size",
+})  # fmt: skip
+
+
+def _scaled_b(value: Tensor, at: Place) -> Tensor:
+    return (value * at.values["s"] if "s" in at.values else value).mT
+
+
+def _peft(options) -> dict[str, bool | float]:
+    if options.mpc == "n":
+        raise ValueError("PEFT has no nonlinearity between the factors")
+    if options.scale == "learned":  # It is in B.
+        return {"lora_alpha": options.rank}
+    return {"use_rslora": options.scale == "rslora", "lora_alpha": options.alpha or options.rank}
+
+
+@transform(
+    "extension",
+    peft=Peft(
+        "LORA",
+        {"a": transposed("lora_A.weight"), "b": Stored("lora_B.weight", lambda value, _: value.mT, _scaled_b)},
+        {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"},
+        fits=lambda config, tensors: not config.get("use_dora") and config.get("init_lora_weights") != "pissa",
+        read=lambda config, _: {"scale": "rslora" if config.get("use_rslora") else "fixed"},
+        write=_peft,
+        fixed=PLAIN_START,
+        ignored=INERT,
+        patterns=RANKS,
+        tables={"a": transposed("lora_embedding_A"), "b": transposed("lora_embedding_B")},
+    ),
+)
 def lora(
     w: Operator,
     site: Scope,

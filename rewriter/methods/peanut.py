@@ -5,12 +5,25 @@ from typing import Annotated
 from pydantic import Field
 
 from rewriter.algebra import NONLINEARITIES, Dense, Operator
-from rewriter.transforms import Activation, Positive, Rank, Scope, kaiming_uniform, transform
+from rewriter.transforms import Activation, Peft, Positive, Rank, Scope, kaiming_uniform, transform, transposed
 
-Depth = Annotated[int, Field(ge=0, le=16, description="pairs of square layers between the outer two")]
+_DEEPEST = 16
+Depth = Annotated[int, Field(ge=0, le=_DEEPEST, description="pairs of square layers between the outer two")]
 
 
-@transform("extension")
+@transform(
+    "extension",
+    peft=Peft(
+        "PEANUT",
+        {"a": transposed("peanut_A.weight"), "b": transposed("peanut_B.weight")}
+        | {
+            f"{part}_{i}": transposed(f"peanut_{part}s.{i}.weight", needed=False)
+            for part in ("encoder", "decoder")
+            for i in range(_DEEPEST)
+        },
+        {"rank": "r", "depth": "depth", "activation": "act_fn", "scale": "scaling"},
+    ),
+)
 def peanut(
     w: Operator, site: Scope, *, rank: Rank, depth: Depth = 1, activation: Activation = "relu", scale: Positive = 1.0
 ) -> Operator:

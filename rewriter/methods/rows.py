@@ -11,12 +11,14 @@ from rewriter.transforms import (
     Alpha,
     HiddenWidth,
     Length,
+    Peft,
     Pool,
     Rank,
     Schedule,
     Scope,
     kaiming_uniform,
     normal,
+    same,
     transform,
 )
 
@@ -50,7 +52,28 @@ def prefix(w: Operator, site: Scope, *, length: Length, hidden: HiddenWidth = No
     return Prepend(_made(site.tuned("e", (length, site.m), normal(1.0)), a, a_bias, b, b_bias), w)
 
 
-@transform("reconstruction", on=("embeddings",))
+@transform(
+    "reconstruction",
+    on=("embeddings",),
+    peft=Peft(
+        "PROMPT_TUNING",
+        {"p": same("prompt_embeddings")},
+        {"length": "num_virtual_tokens"},
+        ignored=frozenset(
+            {
+                "num_attention_heads",
+                "num_layers",
+                "num_transformer_submodules",
+                "prompt_tuning_init",
+                "prompt_tuning_init_text",
+                "token_dim",
+                "tokenizer_kwargs",
+                "tokenizer_name_or_path",
+            }
+        ),
+        rows=True,
+    ),
+)
 def prompt(w: Operator, site: Scope, *, length: Length) -> Operator:
     """concat(P, embeddings), P rows of the vocabulary at the start. (13)(14), ref. 27"""
 

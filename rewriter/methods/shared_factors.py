@@ -3,10 +3,24 @@
 import math
 
 import torch
+from torch import Tensor
 
 from rewriter.algebra import Dense, Diag, Operator
 from rewriter.methods.lora import scaled
-from rewriter.transforms import Alpha, Rank, ScaleOf, Scope, he_uniform, kaiming_uniform, normal, transform
+from rewriter.transforms import (
+    Alpha,
+    Peft,
+    Place,
+    Rank,
+    ScaleOf,
+    Scope,
+    Stored,
+    he_uniform,
+    kaiming_uniform,
+    normal,
+    same,
+    transform,
+)
 
 
 @transform("extension")
@@ -25,7 +39,20 @@ def lora_xs(w: Operator, site: Scope, *, rank: Rank, alpha: Alpha = None, scale:
     return w + scaled(site, rank, alpha, scale) * change
 
 
-@transform("extension")
+@transform(
+    "extension",
+    peft=Peft(
+        "VERA",
+        {
+            "d": same("vera_lambda_d"),
+            "l": same("vera_lambda_b"),
+            "a": Stored("vera_A", lambda value, at: value[:, : at.n].mT, lambda value, at: value.mT, shared=True),
+            "b": Stored("vera_B", lambda value, at: value[: at.m].mT, lambda value, at: value.mT, shared=True),
+        },
+        {"rank": "r"},
+        ignored=frozenset({"d_initial", "projection_prng_key"}),
+    ),
+)
 def vera(w: Operator, site: Scope, *, rank: Rank) -> Operator:
     """W + A Diag(d) B Diag(l), A and B random, frozen and the same everywhere; d = 0.1, l = 0. arXiv 2310.11454"""
     a = Dense(site.frozen("a", (site.n, rank), he_uniform))
@@ -33,7 +60,30 @@ def vera(w: Operator, site: Scope, *, rank: Rank) -> Operator:
     return w + a @ Diag(site.tuned("d", rank, 0.1)) @ b @ Diag(site.tuned("l", site.m, 0.0))
 
 
-@transform("extension")
+def _bases(value: Tensor, at: Place) -> Tensor:
+    count = math.ceil(min(at.n, at.m) / at.options.rank)
+    return value[: max(at.n, at.m), :count].flatten(1)
+
+
+def _as_bases(value: Tensor, at: Place) -> Tensor:
+    return value.unflatten(1, (-1, at.options.rank))
+
+
+@transform(
+    "extension",
+    peft=Peft(
+        "RANDLORA",
+        {
+            "d": same("randlora_lambda"),
+            "g": same("randlora_gamma"),
+            "a": Stored("randlora_A", lambda value, at: value[:, :1, : min(at.n, at.m)], lambda value, at: value, True),
+            "b": Stored("randlora_B", _bases, _as_bases, True),
+        },
+        {"rank": "r", "alpha": "randlora_alpha"},
+        write=lambda options: {"randlora_alpha": options.alpha or 20 * options.rank},
+        ignored=frozenset({"projection_prng_key", "sparse", "very_sparse"}),
+    ),
+)
 def randlora(w: Operator, site: Scope, *, rank: Rank, alpha: Alpha = None) -> Operator:
     """W + s sum_i B_i Diag(d_i) A Diag(g_i) over ceil(k / r) random frozen B_i and one A, k = min(n, m): of full rank.
 
@@ -63,7 +113,16 @@ def tied_lora(w: Operator, site: Scope, *, rank: Rank, alpha: Alpha = None) -> O
     return w + scaled(site, rank, alpha) * (a @ u @ b @ v)
 
 
-@transform("extension")
+@transform(
+    "extension",
+    peft=Peft(
+        "MISS",
+        {"d": same("miss_block")},
+        {"rank": "r"},
+        fixed={"init_weights": (True, False)},
+        ignored=frozenset({"mini_r"}),
+    ),
+)
 def miss(w: Operator, site: Scope, *, rank: Rank) -> Operator:
     """W + E D, E identities (r, r) under each other, so row i of D serves the inputs i, i + r, ...; D = 0.
     arXiv 2409.15371"""

@@ -1,7 +1,8 @@
 """Singular values and vectors of the frozen weight, tuned or replaced."""
 
 from rewriter.algebra import Dense, Diag, Operator
-from rewriter.transforms import Rank, Scope, transform
+from rewriter.methods.lora import INERT
+from rewriter.transforms import RANKS, Peft, Rank, Scope, transform, transposed
 
 
 @transform("reconstruction")
@@ -28,7 +29,26 @@ def spectral(w: Operator, site: Scope, *, rank: Rank) -> Operator:
     return w + Dense(u + a) @ s @ Dense(vt + b) - Dense(u) @ s @ Dense(vt)
 
 
-@transform("extension")
+def _unscaled(config, _) -> dict:
+    if config.get("lora_alpha") != config["r"]:
+        raise ValueError(f"lora_alpha: {config.get('lora_alpha')} is another than r, {config['r']}")
+    return {}
+
+
+@transform(
+    "extension",
+    peft=Peft(
+        "LORA",
+        {"a": transposed("lora_A.weight"), "b": transposed("lora_B.weight")},
+        {"rank": "r"},
+        fits=lambda config, tensors: config.get("init_lora_weights") == "pissa",
+        read=_unscaled,
+        write=lambda options: {"init_lora_weights": "pissa", "lora_alpha": options.rank},
+        fixed={"use_dora": (False,), "use_rslora": (False,)},
+        ignored=INERT | {"init_lora_weights", "lora_alpha"},
+        patterns=RANKS,
+    ),
+)
 def pissa(w: Operator, site: Scope, *, rank: Rank) -> Operator:
     """W - A0 B0 + A B; A = A0 = Ur Sr^(1/2), B = B0 = Sr^(1/2) Vr^t, the largest singular values. arXiv 2404.02948"""
     return _replaced(w, site, slice(0, rank))

@@ -7,14 +7,46 @@ from pydantic import Field
 from rewriter.algebra import Dense, Operator
 from rewriter.methods.lora import scaled
 from rewriter.methods.masks import entries, patched
-from rewriter.transforms import Alpha, AtMost, Density, Scope, kaiming_uniform, transform
+from rewriter.transforms import (
+    Alpha,
+    AtMost,
+    Density,
+    Peft,
+    Scope,
+    Stored,
+    kaiming_uniform,
+    same,
+    transform,
+    transposed,
+)
 
 Beside = Annotated[
     int | None, Field(ge=1, description="rank of the term beside the entries; none by default"), AtMost(min)
 ]
 
 
-@transform("reconstruction")
+@transform(
+    "reconstruction",
+    peft=Peft(
+        "SUPERTUNING",
+        {
+            "d": same("supertuning_values"),
+            "indices": Stored(
+                "supertuning_indices",
+                lambda value, at: (value.long() % at.n) * at.m + value.long() // at.n,
+                lambda value, at: ((value % at.m) * at.n + value // at.m).int(),
+                needed=False,
+            ),
+            "a": transposed("supertuning_lora_A.weight", needed=False),
+            "b": transposed("supertuning_lora_B.weight", needed=False),
+        },
+        {"rank": "r", "alpha": "lora_alpha"},
+        read=lambda config, _: {"density": 1 - config["sparsity"]},
+        write=lambda options: {"sparsity": 1 - options.density, "lora_alpha": options.alpha or options.rank},
+        fixed={"select_top": (True,)},
+        ignored=frozenset({"sparsity", "save_precomputed_indices"}),
+    ),
+)
 def super_tuning(
     w: Operator, site: Scope, *, density: Density = 0.005, rank: Beside = None, alpha: Alpha = None
 ) -> Operator:

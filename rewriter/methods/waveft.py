@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from rewriter.algebra import Dense, Operator
-from rewriter.transforms import Count, Positive, Scope, choice, transform
+from rewriter.methods.fourierft import drawn
+from rewriter.transforms import Count, Peft, Place, Positive, Scope, choice, same, transform
 
 
 def _haar(x: Tensor) -> Tensor:
@@ -14,7 +15,26 @@ def _haar(x: Tensor) -> Tensor:
     return torch.stack([mean + difference, mean - difference], -2).flatten(-3, -2) / 2**0.5
 
 
-@transform("extension")
+def _drawn(config, at: Place) -> Tensor:
+    """PEFT's top right quarter holds the rows' details, ours the columns'."""
+    places = drawn(config, at, "n_frequency")
+    columns, rows = places // at.m, places % at.m
+    other = (rows < at.m // 2) != (columns < at.n // 2)
+    return (columns + other * (at.n // 2)) % at.n * at.m + (rows + other * (at.m // 2)) % at.m
+
+
+@transform(
+    "extension",
+    peft=Peft(
+        "WAVEFT",
+        {"d": same("waveft_spectrum")},
+        {"coefficients": "n_frequency", "scale": "scaling"},
+        made={"indices": _drawn},
+        fixed={"wavelet_family": ("db1", "haar"), "use_idwt": (True,)},
+        ignored=frozenset({"random_loc_seed"}),
+        patterns={"n_frequency": "n_frequency_pattern"},
+    ),
+)
 def waveft(w: Operator, site: Scope, *, coefficients: Count = 1000, scale: Positive = 25.0) -> Operator:
     """W + s H D Ht, H Haar's wavelets of one level and D tuned at random places, 0 at the start. arXiv 2505.12532"""
     size = 4 * site.divided(2) * site.divided(2, "outputs")

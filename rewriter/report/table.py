@@ -129,11 +129,12 @@ def shipped(spec: Spec, run: Path, report: Mapping[str, Any]) -> dict[str, Any]:
         run: its folder.
         report: the content of verify.json.
     """
-    plan, metrics = (read_json(run / f"{name}.json") for name in ("plan", "metrics"))
+    plan = read_json(run / "plan.json")
+    metrics = read_json(run / "metrics.json") if spec.data else {}  # An imported run has none.
     share = f"{plan['trainable_thousandths']:.3f} thousandths of {plan['total_parameters']:,}"
     heads = f"{plan['head_parameters']:,} in new heads"
     facts = {
-        f"validation {spec.metric}": figure(metrics["validation"][spec.metric]),
+        **({f"validation {spec.metric}": figure(metrics["validation"][spec.metric])} if metrics else {}),
         **(kept(metrics, spec.metric) if "train" in metrics else {}),
         "tuned parameters": f"{plan['trainable_parameters']:,} ({share}), and {heads}",
         "largest difference": f"{report['max_abs_diff']:.2e} ({_allowed(report)}): {', '.join(report['stages'])}",

@@ -27,6 +27,7 @@ from .options import (
     TargetRank,
     Width,
 )
+from .peft import RANKS, Peft, Place, Stored, reshaped, same, short_name, stored_by, transposed
 from .registry import CLASSES, TRANSFORMS, Transform, compose, named, transform
 from .schedule import Member, Pool, Schedule, largest
 from .scope import KINDS, Scope
@@ -35,6 +36,7 @@ from .start import choice, eye, he_uniform, kaiming_uniform, normal
 __all__ = [
     "CLASSES",
     "KINDS",
+    "RANKS",
     "TRANSFORMS",
     "Activation",
     "Alpha",
@@ -49,6 +51,8 @@ __all__ = [
     "Leaf",
     "Length",
     "Member",
+    "Peft",
+    "Place",
     "Pool",
     "Positive",
     "Probability",
@@ -59,6 +63,7 @@ __all__ = [
     "Schedule",
     "Scope",
     "Share",
+    "Stored",
     "TargetRank",
     "Transform",
     "Width",
@@ -72,5 +77,10 @@ __all__ = [
     "largest",
     "named",
     "normal",
+    "reshaped",
+    "same",
+    "short_name",
+    "stored_by",
     "transform",
+    "transposed",
 ]

@@ -8,7 +8,7 @@ import inspect
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 from ..algebra import Operator
 from ..errors import SpecError, SubspanError, reason
 from .leaf import Leaf
+from .peft import Peft
 from .schedule import Schedule
 from .scope import KINDS, Scope
 
@@ -68,6 +69,7 @@ class Transform:
         options: the model that checks its options in a spec.
         on: the kinds of site it stands on, of `KINDS`.
         origin: None for what is defined in a session of one's own.
+        peft: how PEFT's folders have it; None where they don't.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Transform:
     on: tuple[str, ...]
     doc: str
     origin: Origin | None
+    peft: Peft | None = field(default=None, compare=False, repr=False)
 
     def __call__(self, w: Operator, site: Scope, options: BaseModel) -> Operator:
         return self.function(w, site, **{name: getattr(options, name) for name in type(options).model_fields})
@@ -194,7 +197,9 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-def transform(kind: str, *, on: tuple[str, ...] = ("matrix",)) -> Callable[[Callable[..., Operator]], Callable]:
+def transform(
+    kind: str, *, on: tuple[str, ...] = ("matrix",), peft: Peft | None = None
+) -> Callable[[Callable[..., Operator]], Callable]:
     """Register a function under its name; its keyword arguments become its validated options in a spec.
 
     The function is called as `function(w, site, **options)` and returns an operator: `w` is the operator to transform,
@@ -205,6 +210,7 @@ def transform(kind: str, *, on: tuple[str, ...] = ("matrix",)) -> Callable[[Call
         on: what it transforms, of `KINDS`: parameters that are a matrix (any parameter of two or more dimensions) or a
             vector, or a matrix of cross_attention; a layer's attention or feed_forward sublayer; the keys and values of
             attention; token embeddings.
+        peft: how PEFT's adapter folders have it, if they do.
 
     Raises:
         TypeError: the class or a kind of site is none of those.
@@ -229,7 +235,7 @@ def transform(kind: str, *, on: tuple[str, ...] = ("matrix",)) -> Callable[[Call
         options: Any = create_model(f"{function.__name__}_options", __base__=_Options, __doc__=doc, **fields)
         own = Origin("subspan", _version("subspan")) if function.__module__.startswith(f"{METHODS}.") else None
         origin = TRANSFORMS.origin or own
-        TRANSFORMS.add(Transform(function.__name__, kind, function, options, tuple(on), doc, origin))
+        TRANSFORMS.add(Transform(function.__name__, kind, function, options, tuple(on), doc, origin, peft))
         return function
 
     return register

@@ -1,0 +1,332 @@
+"""Folders of PEFT, read: rules and values of a traced model.
+
+What a folder tunes is told by its tensors, not by `target_modules`; each transform says beside its expression how its
+tensors are stored (`transforms.peft`). Checked against PEFT 0.21.
+"""
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from ..errors import SpecError, SubspanError
+from ..files import load_tensors, read_json
+from ..graph.sublayers import embeddings, paths
+from ..graph.traced import TracedModel
+from ..plan import Site, plan
+from ..rewrite import rewrite
+from ..spec import Rule
+from ..transforms import TRANSFORMS, Leaf, Peft, Place, Transform, short_name, stored_by
+from ..tuned import TunedModel
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+ROOT, PATH = "base_model.", "base_model.model."
+# transformers' class -> `task_type`.
+TASK_TYPES = {
+    "AutoModelForSequenceClassification": "SEQ_CLS", "AutoModelForTokenClassification": "TOKEN_CLS",
+    "AutoModelForQuestionAnswering": "QUESTION_ANS", "AutoModelForCausalLM": "CAUSAL_LM",
+    "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM", "AutoModel": "FEATURE_EXTRACTION",
+}  # fmt: skip
+# Of every kind: what the folder is, and what its tensors say themselves.
+_COMMON = {
+    "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out", "inference_mode",
+    "init_weights", "layers_pattern", "layers_to_transform", "modules_to_save", "peft_type", "peft_version", "revision",
+    "save_projection", "target_modules", "task_type",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Found:
+    """A module of a folder.
+
+    Attributes:
+        module: its path in the base model.
+        transform: with `options`, as a rule has them.
+        config: with what patterns say of this module.
+        tensors: leaf -> as it is stored.
+        shared: the folder's tensors without a path.
+        further: other tensors of the module.
+        table: it is an embedding.
+    """
+
+    module: str
+    transform: Transform
+    options: dict[str, Any]
+    config: Mapping[str, Any]
+    tensors: dict[str, Tensor]
+    shared: dict[str, Tensor]
+    further: dict[str, Tensor]
+    table: bool
+
+    @property
+    def peft(self) -> Peft:
+        return self.transform.peft
+
+    def place(self, site: Site, values: Mapping[str, Tensor], weight: Tensor | None = None) -> Place:
+        """Where its tensors are."""
+        dtype = None if weight is None else weight.dtype
+        wide = {name: value.to(dtype) for name, value in self.further.items()}
+        values = {name: value.to(dtype) if value.is_floating_point() else value for name, value in values.items()}
+        return Place(*site.shape[-2:], site.chain[0][1], values, weight, wide)
+
+    def value(self, leaf: Leaf, site: Site, weight: Tensor | None) -> Tensor | None:
+        """A leaf's value, or None where the folder has none.
+
+        Args:
+            weight: W of the site.
+
+        Raises:
+            SubspanError: it is of another shape.
+        """
+        name, at = short_name(leaf), self.place(site, {}, weight)
+        if name in self.peft.made:
+            return self.peft.made[name](self.config, at)
+        stored = stored_by(self.peft, self.table).get(name)
+        held = stored and (self.shared if stored.shared else self.tensors).get(stored.name if stored.shared else name)
+        if held is None:
+            return None
+        value = stored.ours(held, at)
+        if tuple(value.shape) != leaf.shape:
+            raise SubspanError(
+                f"{self.module}: {stored.name} of shape {tuple(held.shape)} does not fit a weight of {at.n} inputs and "
+                f"{at.m} outputs"
+            )
+        return value.clone()  # What is shared may be a view of it.
+
+
+def is_peft(folder: Path) -> bool:
+    """Whether a folder is PEFT's."""
+    return (folder / CONFIG).is_file()
+
+
+def modules_of(folder: Path) -> tuple[list[Found], dict[str, Tensor], list[str]]:
+    """What a folder tunes: its modules, whole parameters by name, and what is good to know.
+
+    Raises:
+        SubspanError: it is no folder of PEFT's, or says what no transform can.
+    """
+    config = read_json(folder / CONFIG)
+    kind = config.get("peft_type")
+    known = [one for one in TRANSFORMS.values() if one.peft and one.peft.kind == kind]
+    if not known or not kind:
+        raise SubspanError(f"{folder / CONFIG}: peft_type {kind!r}: no transform computes that")
+    if not (folder / TENSORS).is_file():
+        raise SubspanError(f"{folder / TENSORS} is missing: tensors are read from safetensors alone")
+    modules, whole, shared = _sorted(load_tensors(folder / TENSORS), known)
+    if not modules:
+        raise SubspanError(f"{folder / TENSORS}: no tensor of {kind}")
+    try:
+        found = [_found(module, parts, config, known, shared) for module, parts in sorted(modules.items())]
+        notes = sorted({note for one in found for note in _checked(one, config)})
+    except SubspanError as error:
+        raise SubspanError(f"{folder / CONFIG}: {error}") from None
+    return found, whole, notes
+
+
+def _sorted(
+    tensors: Mapping[str, Tensor], known: Collection[Transform]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors of modules, of whole parameters, and those without a path."""
+    every = [one.peft for one in known]
+    names = {stored.name for one in every for table in (one.tensors, one.tables) for stored in table.values()}
+    names |= {name for one in every for name in one.further}
+    shared_names = {stored.name for one in every for stored in one.tensors.values() if stored.shared}
+    modules: dict[str, dict[str, Tensor]] = {}
+    whole, shared = {}, {}
+    for key, value in tensors.items():
+        path = key.removeprefix(PATH) if key.startswith(PATH) else key.removeprefix(ROOT)
+        name = max((one for one in names if path == one or path.endswith(f".{one}")), key=len, default=None)
+        if name is None:
+            whole[path.replace(".modules_to_save.", ".").replace(".base_layer.", ".")] = value
+        elif path == name and name in shared_names:
+            shared[name] = value
+        elif name not in shared_names:  # PEFT writes what is shared once more with every module.
+            modules.setdefault(path.removesuffix(name).removesuffix("."), {})[name] = value
+    return modules, whole, shared
+
+
+def _found(
+    module: str,
+    parts: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    known: Collection[Transform],
+    shared: dict[str, Tensor],
+) -> Found:
+    for one in known:
+        for table in (False, True):
+            stored = {name: leaf for leaf, name in _names(one.peft, table).items()}
+            tensors = {stored[name]: value for name, value in parts.items() if name in stored}
+            further = {name: value for name, value in parts.items() if name in one.peft.further}
+            needed = {leaf for leaf, how in stored_by(one.peft, table).items() if how.needed and not how.shared}
+            whole = bool(tensors) and needed <= tensors.keys() and len(tensors) + len(further) == len(parts)
+            if not whole or not one.peft.fits(config, tensors):
+                continue
+            own = _of_module(one.peft, config, module)
+            if lacking := [key for key in one.peft.options.values() if key not in own]:
+                raise SubspanError(f"{lacking[0]} is missing")
+            given = {option: own[key] for option, key in one.peft.options.items() if own[key] is not None}
+            try:
+                given |= one.peft.read(own, tensors)
+                one.options.model_validate(given)
+            except ValidationError as error:
+                wrong = error.errors()[0]
+                key = one.peft.options.get(str(wrong["loc"][0]), wrong["loc"][0])
+                raise SubspanError(f"{key}: {wrong['msg']}") from None
+            except ValueError as error:
+                raise SubspanError(str(error)) from None
+            return Found(module, one, given, own, tensors, shared, further, table)
+    raise SubspanError(f"{module}: {', '.join(sorted(parts))} are no whole set of tensors of {config['peft_type']}")
+
+
+def _names(peft: Peft, table: bool) -> dict[str, str]:
+    return {leaf: how.name for leaf, how in stored_by(peft, table).items() if not how.shared}
+
+
+def _of_module(peft: Peft, config: Mapping[str, Any], module: str) -> dict[str, Any]:
+    """The configuration with what its patterns say of a module, in the way PEFT matches them."""
+    own = dict(config)
+    for key, pattern in peft.patterns.items():
+        for expression, value in (config.get(pattern) or {}).items():
+            if re.match(rf"(.*\.)?({expression})$", module):
+                own[key] = value
+                break
+    return own
+
+
+def _checked(found: Found, config: Mapping[str, Any]) -> Iterator[str]:
+    """Refuse keys that change what is computed in a way that no transform has; what counts in training alone is noted.
+
+    Raises:
+        SubspanError: naming the key.
+    """
+    peft = found.peft
+    said = _COMMON - peft.fixed.keys() | set(peft.options.values()) | peft.ignored | set(peft.patterns.values())
+    said |= {peft.listed} | {other.peft.listed for other in TRANSFORMS.values() if other.peft and other.peft.listed}
+    for key, value in config.items():
+        if key in peft.fixed:
+            if value not in peft.fixed[key]:
+                allowed = " or ".join(map(repr, peft.fixed[key]))
+                raise SubspanError(f"{key}: {value!r} is nothing that {found.transform.name} can say, {allowed} is")
+        elif key in said or not value:
+            continue
+        elif key.endswith("dropout"):
+            yield f"{CONFIG}: {key}: {value} counts in training alone and is not taken over"
+        else:
+            raise SubspanError(f"{key}: {value!r} is nothing that {found.transform.name} can say")
+
+
+def tuned_from(
+    model: TracedModel,
+    folder: Path,
+    new: tuple[str, ...] = (),
+    without: Collection[str] = (),
+    also: Collection[str] = (),
+) -> tuple[TunedModel, list[str]]:
+    """A traced model rewritten as a folder of PEFT has it, with its values; and what is good to know.
+
+    Args:
+        new: names of newly made parameters.
+        without, also: as of `rewrite`.
+
+    Raises:
+        SubspanError: as `modules_of`; or the folder is of another model.
+    """
+    found, whole, notes = modules_of(folder)
+    try:
+        return _tuned(model, found, whole, new, without, also), notes
+    except SpecError as error:
+        raise SubspanError(f"{folder}: {error.message}") from None
+    except SubspanError as error:
+        raise SubspanError(f"{folder}: {error}") from None
+
+
+def _tuned(model, found, whole, new, without, also) -> TunedModel:
+    entire = _entire()
+    at = {_target(model, one): one for one in found}
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    biases = [f"{one.module}.bias" for one in found if one.peft.bias and f"{one.module}.bias" in model.aliases]
+    for name in [name for name in whole if model.aliases.get(name) in at]:  # PEFT saves embeddings that it adapts.
+        if not torch.equal(whole.pop(name), weights[model.aliases[name]].detach().to(torch.float32)):
+            raise SubspanError(f"{name} is another than the model's, and is adapted")
+    if unknown := [name for name in whole if name not in model.aliases]:
+        raise SubspanError(f"{unknown[0]} is nothing that the model has")
+    if both := sorted(whole.keys() & biases):
+        raise SubspanError(f"{both[0]} is there beside what is tuned of it")
+    groups: dict[str, tuple[dict, list[str]]] = {}
+    for place, one in at.items():
+        step = {one.transform.name: one.options} if one.options else one.transform.name
+        groups.setdefault(repr(step), (step, []))[1].append(place)
+    rules = [Rule(target=sorted(places), apply=[step]) for step, places in groups.values()]
+    if more := sorted([*whole, *biases]):
+        rules.append(Rule(target=more, apply=[entire.name]))
+    planned = plan(model, rules, new)
+    values: dict[str, Tensor] = {}
+    for site in planned.sites:
+        if site.place in at and site.chain[0][0] is not entire:
+            _take(at[site.place], site, weights, values)
+    for site in planned.sites:
+        if site.chain[0][0] is entire:
+            names = model.tied.get(site.place, [site.place])
+            value = next((whole[name] for name in names if name in whole), None)
+            if value is None:
+                value = values[site.place]
+            if tuple(value.shape) != site.layout.stored:
+                raise SubspanError(
+                    f"{site.place} is of shape {tuple(value.shape)}, the model's of {site.layout.stored}: is it of "
+                    "another base, or are its labels others (--set model.labels=[...])?"
+                )
+            values[site.leaves[0].name] = site.layout.present(value).dense()
+    return rewrite(model, planned, values=values, without=without, also=also)
+
+
+def _entire() -> Transform:
+    return next(one for one in TRANSFORMS.values() if one.peft and one.peft.whole)
+
+
+def _target(model: TracedModel, one: Found) -> str:
+    """What a rule says of a module: its weight, or the table whose rows are preceded."""
+    if one.peft.rows:
+        return _before_embeddings(model)
+    name = f"{one.module}.weight"
+    if name not in model.aliases:
+        raise SubspanError(f"{name} is nothing that the model has")
+    if len(same := model.tied.get(model.aliases[name], [])) > 1:
+        raise SubspanError(
+            f"{one.module}: its weight is tied to {next(x for x in same if x != name)}; PEFT changes one"
+        )
+    return model.aliases[name]
+
+
+def _before_embeddings(model: TracedModel) -> str:
+    found = embeddings(next(iter(model.graphs.values())))
+    if len(found) != 1:
+        raise SubspanError(f"{len(found)} tables of token embeddings are read; PEFT's rows stand before one")
+    return paths(found[0])[-1]
+
+
+def _take(one: Found, site: Site, weights: Mapping[str, Tensor], values: dict[str, Tensor]) -> None:
+    """The values of a site's leaves, and of its module's bias by the bias's name."""
+    own = {}
+    weight = site.part(weights[site.place].detach()) if site.layout else None
+    for leaf in site.leaves:
+        value = one.value(leaf, site, weight)
+        if value is not None:
+            own[short_name(leaf)] = values[leaf.name] = value
+        elif leaf.role == "tuned" or any(
+            how.shared and key == short_name(leaf) for key, how in one.peft.tensors.items()
+        ):
+            raise SubspanError(f"{one.module}: the folder lacks {one.peft.tensors[short_name(leaf)].name}")
+    if one.peft.bias is None:
+        return
+    stored = weights.get(f"{one.module}.bias")
+    before = torch.zeros(site.shape[-1], dtype=weight.dtype) if stored is None else stored.detach()
+    after = one.peft.bias(before, one.place(site, own, weight))
+    if stored is not None:
+        values[f"{one.module}.bias"] = after
+    elif after.any():
+        raise SubspanError(f"{one.module}: PEFT adds a bias, and the module has none")

@@ -1,0 +1,205 @@
+"""Folders of PEFT, written from a tuned model: what PEFT loads computes the same, or nothing is written."""
+
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import SubspanError
+from ..files import aside, write_json
+from ..plan import Plan, Site
+from ..transforms import TRANSFORMS, Peft, Place, Stored, short_name, stored_by
+from ..tuned import TunedModel, adapter_tensors
+from .from_peft import CONFIG, PATH, ROOT, TENSORS
+
+
+def save_peft(model: TunedModel, folder: str | Path, base: str | None = None, task_type: str | None = None) -> None:
+    """Write the active adapter as a folder that PEFT loads, whole or not at all.
+
+    Args:
+        base: `base_model_name_or_path`.
+        task_type: PEFT's name of the task, e.g. SEQ_CLS.
+
+    Raises:
+        SubspanError: PEFT has no such adapter; with the site and what it lacks.
+    """
+    folder = Path(folder)
+    config, tensors = _written(model)
+    config |= {"base_model_name_or_path": base, "task_type": task_type, "inference_mode": True}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with aside(folder) as (place,):
+        place.mkdir()
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, place / TENSORS)
+        write_json(place / CONFIG, config)
+
+
+def parts_of(found: Plan) -> tuple[list[Site], list[Site]]:
+    """The sites of a plan that are PEFT's adapter, and those that it saves whole.
+
+    Raises:
+        SubspanError: PEFT has no counterpart of a site, or not of all of them in one folder.
+    """
+    whole = [site for site in found.sites if len(site.chain) == 1 and (one := site.chain[0][0].peft) and one.whole]
+    sites = [site for site in found.sites if not any(site is one for one in whole)]
+    if not sites:
+        raise SubspanError("nothing but whole parameters is tuned: that is no adapter of PEFT's")
+    for site in sites:
+        if len(site.chain) > 1:
+            raise SubspanError(f"{site.label}: PEFT has no chains ({site.transform})")
+        if site.chain[0][0].peft is None:
+            raise SubspanError(f"{site.label}: PEFT has no {site.chain[0][0].name}")
+        if site.block or len(site.shape) > 2 or (site.layout and not site.place.endswith(".weight")):
+            raise SubspanError(f"{site.label}: PEFT tunes whole weights of layers")
+        if site.layout and not site.linear and not site.chain[0][0].peft.tables:
+            raise SubspanError(f"{site.label}: PEFT has {site.chain[0][0].name} on linear layers alone")
+    kinds = sorted({site.chain[0][0].peft.kind for site in sites})
+    if len(kinds) > 1:
+        raise SubspanError(f"PEFT has one kind in a folder, here are {', '.join(kinds)}")
+    return sites, whole
+
+
+def _written(model: TunedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    sites, whole = parts_of(model.plan)
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    leaves = adapter_tensors(model)
+    configs: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, Tensor] = {}
+    shared: dict[str, list[tuple[Site, Stored, Tensor, Place]]] = {}
+    spoken: set[str] = set()  # biases that follow from what stands at their weights
+    for site in sites:
+        one, options = site.chain[0]
+        peft, module = one.peft, site.place.removesuffix(".weight")
+        if len(model.tied.get(model.aliases.get(site.place, ""), [])) > 1:
+            raise SubspanError(f"{site.label}: the weight is tied; PEFT changes one of the two")
+        values = {short_name(leaf): leaves[leaf.name].detach() for leaf in site.leaves}
+        weight = site.part(weights[site.place].detach()) if site.layout else None
+        at = Place(*site.shape[-2:], options, values, weight)
+        try:
+            own = {key: getattr(options, option) for option, key in peft.options.items()} | peft.write(options)
+        except ValueError as error:
+            raise SubspanError(f"{site.label}: {error}") from None
+        own |= {key: allowed[0] for key, allowed in peft.fixed.items() if key not in own}
+        configs[module] = own
+        for name, make in peft.made.items():
+            if not torch.equal(make(own, at).to(values[name].device), values[name]):
+                raise SubspanError(f"{site.label}: PEFT draws {name} from a seed, and draws others than are tuned here")
+        for name, stored in stored_by(peft, bool(site.layout) and not site.linear).items():
+            if stored.shared:
+                shared.setdefault(stored.name, []).append((site, stored, values[name], at))
+            elif stored.theirs and name in values:
+                key = f"{PATH}{module}.{stored.name}" if not peft.rows else stored.name
+                tensors[key] = stored.theirs(values[name], at)
+        parts = _bias(model, site, peft, at, weights, leaves)
+        if parts is not None:
+            spoken.add(f"{module}.bias")
+            tensors |= {f"{PATH}{module}.{name}": value for name, value in parts.items()}
+    for name, entries in shared.items():
+        tensors[ROOT + name] = _common(entries)
+    peft = sites[0].chain[0][0].peft
+    config = _joined(sites, configs, leaves) | {"peft_type": peft.kind}
+    if not peft.rows:
+        config["target_modules"] = sorted(configs)
+    if any(site.layout and site.linear and not site.layout.transposed for site in sites):
+        config["fan_in_fan_out"] = True
+    saved = _saved(model, [site for site in whole if site.place not in spoken], configs, weights, leaves)
+    if saved:
+        config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in saved})
+    root = ROOT if peft.rows else PATH
+    return config, tensors | {root + name: value for name, value in saved.items()}
+
+
+def _bias(
+    model: TunedModel, site: Site, peft: Peft, at: Place, weights: Mapping, leaves: Mapping
+) -> dict[str, Tensor] | None:
+    """What says how the layer's bias is tuned, where PEFT changes it with the weight; None where it has no say.
+
+    Raises:
+        SubspanError: PEFT changes it otherwise.
+    """
+    name = site.place.removesuffix("weight") + "bias"
+    if peft.bias is None or name not in model.aliases:
+        return None
+    stored = tuned = weights[name].detach()
+    for other in model.plan.sites:
+        if other.place == name and (there := other.chain[0][0].peft) and there.whole:
+            tuned = leaves[other.leaves[0].name].detach().reshape(stored.shape)
+    if peft.bias_parts:
+        return peft.bias_parts(stored, tuned)
+    if not torch.allclose(peft.bias(stored, at), tuned, rtol=1e-6, atol=1e-7):
+        raise SubspanError(f"{site.label}: PEFT changes the layer's bias too")
+    return {}
+
+
+def _common(entries: list[tuple[Site, Stored, Tensor, Place]]) -> Tensor:
+    """The tensor that all sites share: the largest, of which theirs are parts.
+
+    Raises:
+        SubspanError: theirs are not.
+    """
+    held = max((stored.theirs(value, at) for _, stored, value, at in entries), key=Tensor.numel)
+    for site, stored, value, at in entries:
+        seen = stored.ours(held, at)
+        if seen.shape != value.shape or not torch.equal(seen, value):
+            raise SubspanError(
+                f"{site.label}: PEFT has one {stored.name} for all modules; sites of this shape have another"
+            )
+    return held
+
+
+def _joined(sites: list[Site], configs: Mapping[str, dict[str, Any]], leaves: Mapping[str, Tensor]) -> dict[str, Any]:
+    """One configuration for all modules, with patterns where PEFT has them.
+
+    Raises:
+        SubspanError: it has none for what differs.
+    """
+    peft, config = sites[0].chain[0][0].peft, {}
+    for key in dict.fromkeys(key for own in configs.values() for key in own):
+        values = [own.get(key) for own in configs.values()]
+        config[key] = Counter(map(repr, values)).most_common(1)[0][0]
+        config[key] = next(value for value in values if repr(value) == config[key])
+        for module, own in configs.items():
+            if own.get(key) == config[key]:
+                continue
+            if key not in peft.patterns:
+                raise SubspanError(
+                    f"{module}: {key} is {own.get(key)!r} there and {config[key]!r} elsewhere; PEFT has one"
+                )
+            config.setdefault(peft.patterns[key], {})[re.escape(module)] = own[key]
+    for site in sites:
+        one, module = site.chain[0][0].peft, site.place.removesuffix(".weight")
+        if one.listed:
+            config.setdefault(one.listed, []).append(module)
+        if one.by_module:
+            pattern, end, value = one.by_module({short_name(leaf): leaves[leaf.name] for leaf in site.leaves})
+            config.setdefault(pattern, {})[f"{module}.{end}"] = value
+    listed = {one.peft.listed for one in TRANSFORMS.values() if one.peft and one.peft.kind == peft.kind} - {None}
+    return {key: [] for key in listed} | config
+
+
+def _saved(
+    model: TunedModel, whole: list[Site], modules: Collection[str], weights: Mapping, leaves: Mapping
+) -> dict[str, Tensor]:
+    """Parameters of the modules that are saved whole, by name.
+
+    Raises:
+        SubspanError: a part of a module that PEFT adapts is tuned whole.
+    """
+    saved: dict[str, Tensor] = {}
+    for site in whole:
+        module = site.place.rpartition(".")[0]
+        if module in modules:
+            raise SubspanError(
+                f"{site.label}: PEFT saves whole modules beside an adapter, not a part of one that it adapts"
+            )
+        if len(model.tied.get(site.place, [])) > 1:
+            raise SubspanError(f"{site.label}: the weight is tied; PEFT saves one of the two")
+        for name in model.aliases:
+            if name.rpartition(".")[0] == module:
+                saved.setdefault(name, weights[name].detach())
+        saved[site.place] = site.layout.restore(leaves[site.leaves[0].name].detach()).reshape(site.layout.stored)
+    return saved

@@ -1,0 +1,133 @@
+"""How a folder of PEFT has a transform, declared beside its expression: `@transform(kind, peft=Peft(...))`."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from .leaf import Leaf
+
+Config = Mapping[str, Any]
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A weight W (n, m) with the options that a transform has there.
+
+    Attributes:
+        values: leaf -> value.
+        weight: W itself, where it is at hand.
+        further: the module's other tensors in the folder, by their names there.
+    """
+
+    n: int
+    m: int
+    options: Any
+    values: Tensors = field(default_factory=dict)
+    weight: Tensor | None = None
+    further: Tensors = field(default_factory=dict)
+
+
+View = Callable[[Tensor, Place], Tensor]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A leaf as PEFT stores it.
+
+    Attributes:
+        name: of its tensor, after the module's path.
+        ours, theirs: from PEFT's tensor to the leaf's value, and back; `theirs` is None where PEFT computes it.
+        shared: there is one for all modules, without a path.
+        needed: every module has it.
+    """
+
+    name: str
+    ours: View
+    theirs: View | None
+    shared: bool = False
+    needed: bool = True
+
+
+def same(name: str, needed: bool = True) -> Stored:
+    """Stored as the leaf is."""
+    return Stored(name, lambda value, _: value, lambda value, _: value, needed=needed)
+
+
+def transposed(name: str, needed: bool = True) -> Stored:
+    """Stored with its last two dimensions swapped."""
+    return Stored(name, lambda value, _: value.mT, lambda value, _: value.mT, needed=needed)
+
+
+def reshaped(name: str, ours: Callable[[Place], tuple], theirs: Callable[[Place], tuple]) -> Stored:
+    """Stored in another shape, with the same entries in the same order."""
+    return Stored(name, lambda value, at: value.reshape(ours(at)), lambda value, at: value.reshape(theirs(at)))
+
+
+def _nothing(*_: Any) -> dict[str, Any]:
+    return {}
+
+
+def _always(*_: Any) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Peft:
+    """PEFT's counterpart of a transform.
+
+    Attributes:
+        kind: its `peft_type`.
+        tensors: leaf -> how it is stored.
+        options: option -> key of `adapter_config.json` with the same value.
+        fits: whether it is this transform, by the configuration and a module's tensors.
+        read: more options, from the same; raises ValueError with what no option can say.
+        write: more of the configuration, from the options; raises ValueError with what PEFT can't say.
+        fixed: key -> the values with which it computes the same.
+        ignored: keys that change nothing of what is computed, `fixed` and those of every kind apart.
+        patterns: key -> the key that holds other values of it by module.
+        made: leaf -> its value by the configuration, where PEFT draws it from a seed.
+        further: names of other tensors that a module has, which follow from its weight or are of its bias.
+        tables: leaf -> how it is stored for an embedding.
+        bias: what becomes of the layer's bias; None: nothing. It is never trained so here: the bias is tuned freely.
+        bias_parts: from the layer's bias as it was and as it is tuned, to further tensors that say so.
+        listed: the key that lists the modules of this transform beside all.
+        by_module: leaf's value -> (pattern's key, the end of the module's key, what stands there).
+        whole: it stands for the parameter itself, which is stored by its own name.
+        rows: it stands before the embeddings, its tensors have no path.
+    """
+
+    kind: str
+    tensors: Mapping[str, Stored]
+    options: Mapping[str, str] = field(default_factory=dict)
+    fits: Callable[[Config, Tensors], bool] = _always
+    read: Callable[[Config, Tensors], dict[str, Any]] = _nothing
+    write: Callable[[Any], dict[str, Any]] = _nothing
+    fixed: Mapping[str, tuple] = field(default_factory=dict)
+    ignored: frozenset[str] = frozenset()
+    patterns: Mapping[str, str] = field(default_factory=dict)
+    made: Mapping[str, Callable[[Config, Place], Tensor]] = field(default_factory=dict)
+    further: tuple[str, ...] = ()
+    tables: Mapping[str, Stored] = field(default_factory=dict)
+    bias: Callable[[Tensor, Place], Tensor] | None = None
+    bias_parts: Callable[[Tensor, Tensor], dict[str, Tensor]] | None = None
+    listed: str | None = None
+    by_module: Callable[[Tensors], tuple[str, str, Any]] | None = None
+    whole: bool = False
+    rows: bool = False
+
+
+RANKS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
+
+
+def short_name(leaf: Leaf) -> str:
+    """The name of a leaf in its transform."""
+    name = leaf.name.rpartition(".")[2]
+    return name.rpartition("_")[0] if leaf.name.startswith(("frozen.", "tied.")) else name
+
+
+def stored_by(peft: Peft, table: bool) -> Mapping[str, Stored]:
+    """Leaf -> how it is stored, for an embedding or for another layer."""
+    return peft.tables if table else peft.tensors
