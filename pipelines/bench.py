@@ -17,7 +17,21 @@ from pipelines.study import Study
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 FUNCTIONS = "from rewriter import Inputs, Rule, merge, plan, rewrite, trace"
-COMMANDS = ("cli", "train", "export", "run", "push", "validate", "plan", "passes", "show", "schema", "study", "bench")
+COMMANDS = (
+    "cli",
+    "train",
+    "export",
+    "import_peft",
+    "run",
+    "push",
+    "validate",
+    "plan",
+    "passes",
+    "show",
+    "schema",
+    "study",
+    "bench",
+)
 
 
 @app.command()
@@ -73,6 +87,20 @@ def lora(
             f"gradients differ by {found.off:.1e}",
             highlight=False,
         )
+
+
+@app.command()
+def convert(
+    run: Annotated[Path, typer.Argument(help="A finished run of a method that PEFT has too.", show_default=False)],
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the low-rank terms.")] = 8,
+) -> None:
+    """A run's adapter as LoRA, by export and by PEFT's own conversion: the metric on its validation rows."""
+    from pipelines.convert import convert
+
+    table = Table("", "metric", "loss")
+    for what, metric, loss in convert(run, rank):
+        table.add_row(what, f"{metric:.4f}", f"{loss:.4f}")
+    console.print(table)
 
 
 @app.command()

@@ -16,6 +16,13 @@ class Target(StrEnum):
     cuda = "cuda"
 
 
+class Adapter(StrEnum):
+    """As what the adapter alone is written."""
+
+    peft = "peft"
+    low_rank = "lora"
+
+
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)],
     target: Annotated[Target, typer.Option(help="What the ONNX files are for.")] = Target.cpu,
@@ -23,6 +30,26 @@ def export(
         bool,
         typer.Option(help="Make and time variants, and ship the fastest that holds; else float32, or the first named."),
     ] = True,
+    adapter: Annotated[
+        Adapter | None,
+        typer.Option(
+            help="Write the adapter alone, for PEFT and what reads its folders: as it is into RUN/peft, or any "
+            "method's change as low-rank terms into RUN/peft-lora.",
+            show_default=False,
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Of low-rank terms: the largest rank.", show_default=False)
+    ] = None,
+    error: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Of low-rank terms without --rank: the relative error of a layer's change on its inputs, where "
+            "the change's rank is not bounded.",
+        ),
+    ] = 0.01,
     transforms: Transforms = None,
 ) -> None:
     """Merge a run's adapter, write merged/ and onnx/, and compare every stage's outputs with the tuned model's.
@@ -34,13 +61,19 @@ def export(
     with failures(run):
         from rewriter import Session, print_summary
         from rewriter.adapters.store import check_transforms
+        from rewriter.exchange import export_adapter
         from rewriter.folder import spec_of
-        from rewriter.report.table import shipped
+        from rewriter.report.table import converted, shipped
         from rewriter.report.variants import print_variants
 
         if (run / "adapter").is_dir():
             check_transforms(run / "adapter")
         session = Session(spec_of(run))
+        if adapter is not None:
+            with console.status(f"writing and comparing {run}"):
+                report = export_adapter(run, adapter is Adapter.low_rank, rank, error)
+            print_summary(f"exported {run}", converted(report), console)
+            return
         with console.status(f"merging, exporting and comparing {run}"):
             report = session.export(run, str(target), measure)
         print_summary(f"exported {run}", shipped(session.spec, run, report), console)

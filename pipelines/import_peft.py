@@ -34,7 +34,7 @@ def import_peft(
     """
     with failures(out):
         from rewriter import print_summary
-        from rewriter.imported import import_peft
+        from rewriter.exchange import import_peft
 
         with console.status(f"reading {folder}"):
             plan = import_peft(

@@ -31,6 +31,15 @@ class Level(StrEnum):
     smoke = "smoke"
 
 
+class Consumer(StrEnum):
+    """What reads an adapter without merging it."""
+
+    peft = "peft"
+    vllm = "vllm"
+    genai = "genai"
+    olive = "olive"
+
+
 class Format(StrEnum):
     """How the findings are printed."""
 
@@ -61,13 +70,21 @@ def validate(
             "2.1.0 log for code scanning. All but text go to stdout, mistakes as lines to stderr."
         ),
     ] = Format.text,
+    served: Annotated[
+        Consumer | None,
+        typer.Option(
+            "--for",
+            help="Also refuse what this one could not serve as an adapter; what merges, anyone serves merged.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Check specs; no weight is read, and nothing stays written beside them.
 
     Exit status 0 if all are right; 1 if one is wrong, with a line for each mistake: file, line, column, and what to do;
     2 if one could not be checked, for example because its model can't be reached.
     """
-    results = check_all(specs, overrides(settings, without), level, format)
+    results = check_all(specs, overrides(settings, without), level, format, served)
     found = [finding for result in results for finding in result["findings"]]
     if format is Format.json:
         print(json.dumps([_json(result) for result in results], indent=2, ensure_ascii=False))
@@ -79,7 +96,9 @@ def validate(
     raise typer.Exit(1 if "spec" in kinds else 2 if "unchecked" in kinds else 0)
 
 
-def check_all(paths: list[Path], settings: list[str], level: Level, format: Format) -> list[dict[str, Any]]:
+def check_all(
+    paths: list[Path], settings: list[str], level: Level, format: Format, served: Consumer | None = None
+) -> list[dict[str, Any]]:
     """What there is to say of every spec of every file, in order; mistakes are printed as they are found.
 
     Specs of one model are checked one after the other, so that it is traced once.
@@ -108,7 +127,7 @@ def check_all(paths: list[Path], settings: list[str], level: Level, format: Form
             if level is Level.schema:
                 continue
             before = result["session"] = Session(spec, like=before)
-            result["plan"], result["step"] = check(before, level)
+            result["plan"], result["step"] = check(before, level, served)
             result["findings"] = _warnings(spec, result["plan"], result["file"])
         except Exception as error:
             result["findings"] = _findings(error, Path(result["file"]))
@@ -134,7 +153,7 @@ def files(paths: list[Path]) -> list[Path]:
     return found
 
 
-def check(session: "Session", level: Level) -> "tuple[Plan, StepCost | None]":
+def check(session: "Session", level: Level, served: Consumer | None = None) -> "tuple[Plan, StepCost | None]":
     """The plan of a spec, with what there is to say of its rows, and the cost of a step where the level or a limit asks
     for it.
 
@@ -144,6 +163,12 @@ def check(session: "Session", level: Level) -> "tuple[Plan, StepCost | None]":
     whole = level is Level.trace or session.spec.limits.of_a_step
     plan = session.plan(whole)
     plan = replace(plan, notes=(*plan.notes, *session.check_data()))
+    if served is not None:
+        from rewriter.adapters.to_peft import check_served
+        from rewriter.spec import located
+
+        with located(session.spec):
+            plan = replace(plan, notes=(*plan.notes, *check_served(session.shapes()[0], plan, str(served))))
     if level is Level.smoke:
         session.smoke()
     return plan, session.cost() if whole else None

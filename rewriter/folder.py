@@ -9,18 +9,23 @@ from pathlib import Path
 
 import filelock
 
+from .adapters.from_peft import CONFIG, TENSORS
 from .errors import SubspanError
 from .files import UNFINISHED, recover, remove, write_text
 from .spec import Spec, differing, is_dump, load_spec
 from .training.checkpoint import BUDGET, EARLIER, OPTIMISER, PREDICTIONS, STATE, TUNED, checkpoints
 
 MARKER, LOCK = ".subspan-run", ".subspan-lock"
-FOLDERS = ("checkpoints", "adapter", "merged/1_Pooling", "merged/2_Normalize", "merged/onnx", "merged", "onnx")
+FOLDERS = (
+    "checkpoints", "adapter", "merged/1_Pooling", "merged/2_Normalize", "merged/onnx", "merged", "onnx", "peft",
+    "peft-lora",
+)  # fmt: skip
 _NOTE = "This folder is a run of subspan. --overwrite removes what a run writes, and nothing else.\n"
 # What training and export write, file by file: nothing else in these folders is touched.
 WRITTEN = (
     "spec.yaml", "plan.json", "log.jsonl", "metrics.json", PREDICTIONS, "verify.json", "export.json", MARKER, LOCK,
     "adapter/adapter.json", "adapter/adapter.safetensors",
+    *(f"{one}/{name}" for one in ("peft", "peft-lora") for name in (CONFIG, TENSORS, "subspan.json")),
     "trackers/**/events.out.tfevents.*", "trackers/**/hparams.yml",
     *(f"checkpoints/checkpoint-*/{name}" for name in (TUNED, OPTIMISER, BUDGET, STATE, EARLIER)),
     *(

@@ -8,7 +8,7 @@ from rewriter.transforms import TRANSFORMS
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*(ROOT / "rewriter").rglob("*.py"), *(ROOT / "pipelines").glob("*.py")])
-BENCHES = ("bench.py", "beside.py", "performance.py", "results.py")
+BENCHES = ("bench.py", "beside.py", "convert.py", "performance.py", "results.py")
 # Words of other libraries that options are called by too.
 FOREIGN = {
     ("graph/sublayers.py", "alpha"),  # of aten.baddbmm
@@ -21,6 +21,8 @@ FOREIGN = {
     ("training/reports.py", "prompt"),
     ("training/reports.py", "samples"),  # of what was written
     ("training/loop.py", "samples"),
+    ("adapters/from_peft.py", "dropout"),  # the end of keys of PEFT
+    ("export.py", "lora"),  # a kind of adapter for others
     ("report/picture.py", "dropout"),  # an op
     ("report/picture.py", "start"),  # of SVG's text-anchor
 }
@@ -30,7 +32,7 @@ ORDER = (
     "kept", "trace", "svd", "tuned", "rewrite", "base", "gguf", "pretrained", "smoke", "sources", "chats", "data",
     "adapters", "greedy", "training", "export", "answer",
     "report", "folder",
-    "session", "imported",
+    "session", "exchange",
 )  # fmt: skip
 
 

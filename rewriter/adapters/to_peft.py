@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import SubspanError
+from ..errors import SpecError, SubspanError
 from ..files import aside, write_json
+from ..graph.traced import TracedModel
 from ..plan import Plan, Site
 from ..transforms import TRANSFORMS, Peft, Place, Stored, short_name, stored_by
 from ..tuned import TunedModel, adapter_tensors
@@ -50,17 +51,88 @@ def parts_of(found: Plan) -> tuple[list[Site], list[Site]]:
         raise SubspanError("nothing but whole parameters is tuned: that is no adapter of PEFT's")
     for site in sites:
         if len(site.chain) > 1:
-            raise SubspanError(f"{site.label}: PEFT has no chains ({site.transform})")
+            raise _no(site, f"PEFT has no chains ({site.transform})")
         if site.chain[0][0].peft is None:
-            raise SubspanError(f"{site.label}: PEFT has no {site.chain[0][0].name}")
+            raise _no(site, f"PEFT has no {site.chain[0][0].name}")
         if site.block or len(site.shape) > 2 or (site.layout and not site.place.endswith(".weight")):
-            raise SubspanError(f"{site.label}: PEFT tunes whole weights of layers")
+            raise _no(site, "PEFT tunes whole weights of layers")
         if site.layout and not site.linear and not site.chain[0][0].peft.tables:
-            raise SubspanError(f"{site.label}: PEFT has {site.chain[0][0].name} on linear layers alone")
+            raise _no(site, f"PEFT has {site.chain[0][0].name} on linear layers alone")
     kinds = sorted({site.chain[0][0].peft.kind for site in sites})
     if len(kinds) > 1:
         raise SubspanError(f"PEFT has one kind in a folder, here are {', '.join(kinds)}")
     return sites, whole
+
+
+def _no(site: Site, why: str) -> SpecError:
+    return SpecError(f"{site.label}: {why}", ("rules", site.rule, "apply"))
+
+
+def _config(site: Site) -> dict[str, Any]:
+    """The configuration of a site alone.
+
+    Raises:
+        SpecError: its options say what PEFT can't.
+    """
+    one, options = site.chain[0]
+    try:
+        own = {key: getattr(options, option) for option, key in one.peft.options.items()} | one.peft.write(options)
+    except ValueError as error:
+        raise _no(site, str(error)) from None
+    return own | {key: allowed[0] for key, allowed in one.peft.fixed.items() if key not in own}
+
+
+CONSUMERS = ("peft", "vllm", "genai", "olive")
+_LARGEST = 16  # vLLM's rank, unless it is started with another
+
+
+def check_served(model: TracedModel, found: Plan, by: str) -> list[str]:
+    """Refuse a plan whose adapter a consumer can't read: PEFT, or what reads PEFT's folders of LoRA alone.
+
+    Args:
+        model: the traced base; no weight is read.
+        by: of `CONSUMERS`.
+
+    Returns:
+        What is good to know.
+
+    Raises:
+        SpecError: with the site and why.
+    """
+    sites, whole = parts_of(found)
+    _check_sites(model, sites)
+    configs = {site.place.removesuffix(".weight"): _config(site) for site in sites}
+    _joined(sites, configs)
+    if by == "peft":
+        return []
+    for site in sites:
+        if not site.chain[0][0].peft.factors or not site.linear:
+            raise _no(site, f"{by} reads LoRA on linear layers alone; export with --adapter lora makes that of it")
+    if by != "vllm":
+        return []
+    if whole:
+        raise _no(whole[0], "vLLM reads nothing that is saved whole; leave it frozen, or merge")
+    largest = max(own["r"] for own in configs.values())
+    return [f"vLLM has to be started with --max-lora-rank {largest}"] if largest > _LARGEST else []
+
+
+def _check_sites(model: TracedModel, sites: list[Site]) -> None:
+    """Refuse what PEFT computes otherwise, as far as shapes tell.
+
+    Raises:
+        SpecError: with the site and why.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for site in sites:
+        peft, shape = site.chain[0][0].peft, site.shape
+        if site.layout and len(model.tied.get(model.aliases[site.place], [])) > 1:
+            raise _no(site, "the weight is tied; PEFT changes one of the two")
+        if any(how.shared for how in peft.tensors.values()) and shapes.setdefault("", shape) != shape:
+            raise _no(site, "PEFT has one set of frozen factors; sites of other shapes have others here")
+        if peft.made:
+            raise _no(site, f"PEFT draws {', '.join(peft.made)} from a seed, and draws others than are tuned here")
+        if peft.bias and not peft.bias_parts and site.place.removesuffix("weight") + "bias" in model.aliases:
+            raise _no(site, "PEFT changes the layer's bias too")
 
 
 def _written(model: TunedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -75,19 +147,14 @@ def _written(model: TunedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
         one, options = site.chain[0]
         peft, module = one.peft, site.place.removesuffix(".weight")
         if len(model.tied.get(model.aliases.get(site.place, ""), [])) > 1:
-            raise SubspanError(f"{site.label}: the weight is tied; PEFT changes one of the two")
+            raise _no(site, "the weight is tied; PEFT changes one of the two")
         values = {short_name(leaf): leaves[leaf.name].detach() for leaf in site.leaves}
         weight = site.part(weights[site.place].detach()) if site.layout else None
         at = Place(*site.shape[-2:], options, values, weight)
-        try:
-            own = {key: getattr(options, option) for option, key in peft.options.items()} | peft.write(options)
-        except ValueError as error:
-            raise SubspanError(f"{site.label}: {error}") from None
-        own |= {key: allowed[0] for key, allowed in peft.fixed.items() if key not in own}
-        configs[module] = own
+        configs[module] = own = _config(site)
         for name, make in peft.made.items():
             if not torch.equal(make(own, at).to(values[name].device), values[name]):
-                raise SubspanError(f"{site.label}: PEFT draws {name} from a seed, and draws others than are tuned here")
+                raise _no(site, f"PEFT draws {name} from a seed, and draws others than are tuned here")
         for name, stored in stored_by(peft, bool(site.layout) and not site.linear).items():
             if stored.shared:
                 shared.setdefault(stored.name, []).append((site, stored, values[name], at))
@@ -131,7 +198,7 @@ def _bias(
     if peft.bias_parts:
         return peft.bias_parts(stored, tuned)
     if not torch.allclose(peft.bias(stored, at), tuned, rtol=1e-6, atol=1e-7):
-        raise SubspanError(f"{site.label}: PEFT changes the layer's bias too")
+        raise _no(site, "PEFT changes the layer's bias too")
     return {}
 
 
@@ -145,13 +212,13 @@ def _common(entries: list[tuple[Site, Stored, Tensor, Place]]) -> Tensor:
     for site, stored, value, at in entries:
         seen = stored.ours(held, at)
         if seen.shape != value.shape or not torch.equal(seen, value):
-            raise SubspanError(
-                f"{site.label}: PEFT has one {stored.name} for all modules; sites of this shape have another"
-            )
+            raise _no(site, f"PEFT has one {stored.name} for all modules; sites of this shape have another")
     return held
 
 
-def _joined(sites: list[Site], configs: Mapping[str, dict[str, Any]], leaves: Mapping[str, Tensor]) -> dict[str, Any]:
+def _joined(
+    sites: list[Site], configs: Mapping[str, dict[str, Any]], leaves: Mapping[str, Tensor] | None = None
+) -> dict[str, Any]:
     """One configuration for all modules, with patterns where PEFT has them.
 
     Raises:
@@ -174,7 +241,7 @@ def _joined(sites: list[Site], configs: Mapping[str, dict[str, Any]], leaves: Ma
         one, module = site.chain[0][0].peft, site.place.removesuffix(".weight")
         if one.listed:
             config.setdefault(one.listed, []).append(module)
-        if one.by_module:
+        if one.by_module and leaves is not None:
             pattern, end, value = one.by_module({short_name(leaf): leaves[leaf.name] for leaf in site.leaves})
             config.setdefault(pattern, {})[f"{module}.{end}"] = value
     listed = {one.peft.listed for one in TRANSFORMS.values() if one.peft and one.peft.kind == peft.kind} - {None}
@@ -193,11 +260,9 @@ def _saved(
     for site in whole:
         module = site.place.rpartition(".")[0]
         if module in modules:
-            raise SubspanError(
-                f"{site.label}: PEFT saves whole modules beside an adapter, not a part of one that it adapts"
-            )
+            raise _no(site, "PEFT saves whole modules beside an adapter, not a part of one that it adapts")
         if len(model.tied.get(site.place, [])) > 1:
-            raise SubspanError(f"{site.label}: the weight is tied; PEFT saves one of the two")
+            raise _no(site, "the weight is tied; PEFT saves one of the two")
         for name in model.aliases:
             if name.rpartition(".")[0] == module:
                 saved.setdefault(name, weights[name].detach())

@@ -306,7 +306,7 @@ def _truth(
         eps = torch.finfo(torch.float32 if narrow else own).eps
     per = compare.elements(graph, spec.data.max_length if spec.data else 0)
     rows, why = _rows(spec, run, pretrained, tuned, per)
-    random = _usable(reference, list(_samples(spec, pretrained, inputs, tuned)), why)
+    random = _usable(reference, list(random_inputs(spec, pretrained, inputs, tuned)), why)
     samples = [("the random inputs", 0, batch, {}) for batch in random]
     samples += list(compare.batches_of(rows, tuned.input_names, 0, rows.wider)) if rows else []
     kept, axes = list(compare.recorded(reference, wide, samples, folder)), compare.sequences(graph, traced.input_names)
@@ -419,7 +419,7 @@ def load_merged(spec: Spec, folder: Path) -> Pretrained:
     return load_model(spec.model_copy(update={"model": model}))
 
 
-def _samples(spec: Spec, pretrained: Pretrained, inputs: Inputs, tuned: TunedModel) -> Any:
+def random_inputs(spec: Spec, pretrained: Pretrained, inputs: Inputs, tuned: TunedModel) -> Any:
     """Random inputs of lengths that the model takes beside its own rows."""
     config = pretrained.model.config.get_text_config()
     limits = [spec.data.max_length if spec.data else 0, longest_of(pretrained, tuned) or 0]

@@ -84,6 +84,7 @@ def _peft(options) -> dict[str, bool | float]:
         fixed=PLAIN_START,
         ignored=INERT,
         patterns=RANKS,
+        factors=("a", "b"),
         tables={"a": transposed("lora_embedding_A"), "b": transposed("lora_embedding_B")},
     ),
 )

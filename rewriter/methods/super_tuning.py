@@ -1,12 +1,13 @@
 """Super-Tuning: the entries of largest magnitude; with a rank, a low-rank term beside them."""
 
+import math
 from typing import Annotated
 
 from pydantic import Field
 
 from rewriter.algebra import Dense, Operator
 from rewriter.methods.lora import scaled
-from rewriter.methods.masks import entries, patched
+from rewriter.methods.masks import patched
 from rewriter.transforms import (
     Alpha,
     AtMost,
@@ -23,6 +24,14 @@ from rewriter.transforms import (
 Beside = Annotated[
     int | None, Field(ge=1, description="rank of the term beside the entries; none by default"), AtMost(min)
 ]
+
+
+def _sparsity(density: float) -> float:
+    """The number that PEFT subtracts from 1 and has at least the density again, so that it counts as many entries."""
+    found = 1 - density
+    while 1 - found < density:
+        found = math.nextafter(found, 0)
+    return found
 
 
 @transform(
@@ -42,7 +51,7 @@ Beside = Annotated[
         },
         {"rank": "r", "alpha": "lora_alpha"},
         read=lambda config, _: {"density": 1 - config["sparsity"]},
-        write=lambda options: {"sparsity": 1 - options.density, "lora_alpha": options.alpha or options.rank},
+        write=lambda options: {"sparsity": _sparsity(options.density), "lora_alpha": options.alpha or options.rank},
         fixed={"select_top": (True,)},
         ignored=frozenset({"sparsity", "save_precomputed_indices"}),
     ),
@@ -52,7 +61,7 @@ def super_tuning(
 ) -> Operator:
     """W + Sparse(D), the entries of largest magnitude in each weight, + s A B with a `rank`; D = B = 0.
     arXiv 2607.09287"""
-    k = entries(site, density)
+    k = max(1, int(density * (site.n * site.m)))
     tuned = patched(w, site, k, lambda shape, _: w.dense().flatten(-2).abs().topk(k).indices)
     if rank is None:
         return tuned

@@ -122,6 +122,25 @@ def _compared(report: Mapping[str, Any]) -> str:
     return f"{said}; {min(shares):.1%} of all decisions are the tuned run's" if shares else said
 
 
+def converted(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What an adapter that was written for others came to, for `print_summary`.
+
+    Args:
+        report: from `export.adapter.ship_adapter`.
+    """
+    facts: dict[str, Any] = {}
+    if sites := report.get("sites"):
+        ranks = [one["r"] for one in sites.values()]
+        exact = sum(one["exact"] for one in sites.values())
+        facts["changes"] = f"{len(sites)} weights, rank {min(ranks)} to {max(ranks)}, {exact} of them exact"
+        facts["largest error"] = f"{max(one['error'] for one in sites.values()):.2e} of a layer's change"
+        if not report["calibrated"]:
+            facts["largest error"] += ", of the weights: there are no training rows to see the layers' inputs on"
+    if "metric" in report:
+        facts[f"validation {report['metric']}"] = f"{figure(report['before'])} as tuned, {figure(report['after'])} now"
+    return facts | {"largest difference": f"{report['largest']:.2e} (read back)", "folder": report["folder"]}
+
+
 def shipped(spec: Spec, run: Path, report: Mapping[str, Any]) -> dict[str, Any]:
     """What an exported run came to, for `print_summary`.
 

@@ -95,6 +95,7 @@ class Peft:
         bias_parts: from the layer's bias as it was and as it is tuned, to further tensors that say so.
         listed: the key that lists the modules of this transform beside all.
         by_module: leaf's value -> (pattern's key, the end of the module's key, what stands there).
+        factors: leaves A and B, where it is W + A B with its other options as by default.
         whole: it stands for the parameter itself, which is stored by its own name.
         rows: it stands before the embeddings, its tensors have no path.
     """
@@ -115,6 +116,7 @@ class Peft:
     bias_parts: Callable[[Tensor, Tensor], dict[str, Tensor]] | None = None
     listed: str | None = None
     by_module: Callable[[Tensors], tuple[str, str, Any]] | None = None
+    factors: tuple[str, str] | None = None
     whole: bool = False
     rows: bool = False
 

@@ -1,15 +1,19 @@
 """Folders of PEFT: what it saves computes the same here, and what is saved here computes the same there."""
 
 import copy
+import json
+import re
 from functools import cache
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from rewriter import load_adapter, save_adapter, trace
+from rewriter import Rule, SubspanError, load_adapter, plan, rewrite, save_adapter, trace, tuned_parameters
 from rewriter.adapters.from_peft import tuned_from
 from rewriter.adapters.to_peft import save_peft
+from rewriter.transforms import TRANSFORMS
 from tests.architectures import build, inputs_of
 
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
@@ -151,3 +155,177 @@ def test_there_and_back(name, arch, tmp_path):
     save_peft(again, tmp_path / "again", task_type=TASKS[arch])
     back = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "again").eval().double()
     torch.testing.assert_close(back(**batch).logits, expected, **close)
+
+
+LINEAR = {
+    "lora",
+    "dora",
+    "hra",
+    "miss",
+    "fourierft",
+    "hira",
+    "shira",
+    "gralora",
+    "c3a",
+    "deft",
+    "peanut",
+    "loha",
+    "waveft",
+}
+
+
+@pytest.mark.parametrize("name", sorted(LINEAR))
+def test_gradients_go_on_as_theirs(name, tmp_path):
+    _, their = theirs(name, "bert")
+    close = 1e-3 if name in ROUGH else 1e-6
+    their.save_pretrained(tmp_path)
+    inputs, model = frozen("bert")
+    tuned = load_adapter(model, tmp_path).eval()
+    their = their.double()
+    batch = inputs_of("bert", inputs, 3, 9)
+    for one in (tuned, their):
+        one(**batch).logits.square().sum().backward()
+    there = {n: p.grad for n, p in their.named_parameters() if p.grad is not None}
+    stored = TRANSFORMS[name].peft.tensors
+    checked = 0
+    for key, value in tuned_parameters(tuned).items():
+        place, _, leaf = key.rpartition(f".{name}.")
+        if leaf not in stored:
+            continue
+        end = f"{place.removesuffix('.weight')}.{stored[leaf].name}".replace(".weight", "")
+        (grad,) = [g for n, g in there.items() if end in n.replace(".default", "").replace(".weight", "")]
+        expected = stored[leaf].ours(grad, None).reshape(value.shape)
+        assert float((value.grad - expected).norm()) <= close * float(expected.norm())
+        checked += 1
+    assert checked >= 4
+
+
+def edited(folder, **changes):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+REFUSED = [
+    ({"peft_type": "XLORA"}, "peft_type 'XLORA': no transform computes that"),
+    ({"lora_bias": True}, "lora_bias: True is nothing that lora can say"),
+    ({"init_lora_weights": "olora"}, "init_lora_weights: 'olora' is nothing that lora can say"),
+    ({"layer_replication": [[0, 1]]}, "layer_replication: [[0, 1]] is nothing that lora can say"),
+    ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens: [1] is nothing that lora can say"),
+    ({"a_new_option": 3}, "a_new_option: 3 is nothing that lora can say"),
+    ({"lora_alpha": -1}, "lora_alpha: Input should be greater than 0"),
+    ({"use_dora": True}, "are no whole set of tensors of LORA"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), REFUSED, ids=[next(iter(one)) for one, _ in REFUSED])
+def test_what_no_transform_says_is_refused_by_its_key(changes, said, tmp_path):
+    _, their = theirs("lora", "bert")
+    their.save_pretrained(tmp_path)
+    edited(tmp_path, **changes)
+    with pytest.raises(SubspanError, match=re.escape(said)):
+        load_adapter(frozen("bert")[1], tmp_path)
+
+
+def test_dropout_is_taken_over_or_noted(tmp_path):
+    _, their = theirs("lora", "bert")
+    their.save_pretrained(tmp_path)
+    edited(tmp_path, lora_dropout=0.1)
+    assert not tuned_from(frozen("bert")[1], tmp_path)[1]
+    _, their = theirs("dora", "bert")
+    their.save_pretrained(tmp_path)
+    edited(tmp_path, lora_dropout=0.1)
+    (note,) = tuned_from(frozen("bert")[1], tmp_path)[1]
+    assert "lora_dropout: 0.1 counts in training alone" in note
+
+
+def changed(folder, change):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+FIRST = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"
+BROKEN = [
+    (lambda t: t.pop(FIRST), "are no whole set of tensors"),
+    (lambda t: t.update({FIRST: torch.zeros(3, 15)}), "does not fit a weight of 16 inputs and 16 outputs"),
+    (
+        lambda t: t.update({"base_model.model.nowhere.weight": torch.zeros(2)}),
+        "nowhere.weight is nothing that the model has",
+    ),
+    (lambda t: t.update({"base_model.model.classifier.bias": torch.zeros(3)}), "are its labels others"),
+    (lambda t: t.update({k.replace("bert.", "mert."): t.pop(k) for k in list(t)}), "is nothing that the model has"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), BROKEN, ids=[said for _, said in BROKEN])
+def test_tensors_that_do_not_fit_are_refused(change, said, tmp_path):
+    _, their = theirs("lora", "bert")
+    their.save_pretrained(tmp_path)
+    changed(tmp_path, change)
+    with pytest.raises(SubspanError, match=re.escape(said)):
+        load_adapter(frozen("bert")[1], tmp_path)
+
+
+def test_a_tied_weight_is_not_changed_in_both_places(tmp_path):
+    _, model = frozen("gpt2")
+    their = peft.get_peft_model(build("gpt2")[0].float(), peft.LoraConfig(r=2, target_modules=["lm_head"]))
+    their.save_pretrained(tmp_path)
+    with pytest.raises(SubspanError, match=r"its weight is tied to transformer.wte.weight; PEFT changes one"):
+        load_adapter(model, tmp_path)
+
+
+QUERY, KEY = (f"bert.encoder.layer.*.attention.self.{name}.weight" for name in ("query", "key"))
+WIDE = "bert.encoder.layer.*.intermediate.dense.weight"
+LOW = {"lora": {"rank": 2}}
+# (target, chain) of each rule, and why it is not PEFT's.
+NOT_THEIRS = [
+    ([(QUERY, ["ssb"])], "PEFT has no ssb"),
+    ([(QUERY, ["ssl", LOW])], "PEFT has no chains"),
+    ([(QUERY, ["ia3"])], "PEFT changes the layer's bias too"),
+    ([(QUERY, ["full"])], "nothing but whole parameters"),
+    ([(QUERY, [{"lora": {"rank": 2, "mpc": "n"}}])], "PEFT has no nonlinearity"),
+    ([(QUERY, [{"waveft": {"coefficients": 4}}])], "PEFT draws indices from a seed"),
+    ([(QUERY, [LOW]), (KEY, [{"hira": {"rank": 2}}])], "PEFT has one kind in a folder, here are HIRA, LORA"),
+    ([(QUERY, [LOW]), (QUERY.replace("weight", "bias"), ["full"])], "not a part of one that it adapts"),
+    ([(QUERY, [{"hra": {"rank": 2}}]), (KEY, [{"hra": {"rank": 4}}])], "r is 4 there and 2 elsewhere; PEFT has one"),
+    ([(QUERY, [{"vera": {"rank": 2}}]), (WIDE, [{"vera": {"rank": 2}}])], "PEFT has one vera_B"),
+]
+
+
+@pytest.mark.parametrize(("rules", "said"), NOT_THEIRS, ids=[said for _, said in NOT_THEIRS])
+def test_what_peft_has_not_is_refused(rules, said, tmp_path):
+    _, model = frozen("bert")
+    tuned = rewrite(model, plan(model, [Rule(target=target, apply=chain) for target, chain in rules]))
+    for value in tuned_parameters(tuned).values():
+        value.data += 0.1
+    with pytest.raises(SubspanError, match=re.escape(said)):
+        save_peft(tuned, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+OURS = {
+    "lora, its scales": [{"lora": {"rank": 2, "alpha": 3, "scale": "learned"}}],
+    "rslora": [{"lora": {"rank": 2, "alpha": 3, "scale": "rslora"}}],
+    "adalora": [{"adalora": {"rank": 4, "alpha": 2}}],
+    "psoft": [{"psoft": {"rank": 4}}],
+    "oft": [{"oft": {"block": 4}}],
+    "glora": [{"glora": {"rank": 2}}],
+    "lokr": [{"lokr": {"rank": 8, "alpha": 2}}],
+    "delora": [{"delora": {"rank": 2}}],
+    "super_tuning": [{"super_tuning": {"density": 0.1}}],
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_what_is_tuned_here_computes_the_same_there(name, tmp_path):
+    inputs, model = frozen("bert")
+    rules = [Rule(target=QUERY, apply=OURS[name]), Rule(target="classifier.*", apply=["full"])]
+    tuned = rewrite(model, plan(model, rules)).eval()
+    generator = torch.Generator().manual_seed(0)
+    for value in tuned_parameters(tuned).values():
+        value.data = (value + 0.1 * torch.randn(value.shape, generator=generator)).float().double()
+    save_peft(tuned, tmp_path / "out", task_type="SEQ_CLS")
+    their = peft.PeftModel.from_pretrained(build("bert")[0].float(), tmp_path / "out").eval().double()
+    batch = inputs_of("bert", inputs, 3, 9)
+    close = {"rtol": 5e-5, "atol": 5e-5} if name in ROUGH else CLOSE
+    torch.testing.assert_close(their(**batch).logits, tuned(**batch).logits, **close)

@@ -33,7 +33,7 @@ print("LOADED", *sys.modules, file=sys.stderr)
 OWN = {
     "cli": ("train", "export", "validate", "plan", "passes", "show", "schema"),
     "study": ("run", "report"),
-    "bench": ("accuracy", "beside", "lora", "validate", "step", "start"),
+    "bench": ("accuracy", "beside", "lora", "convert", "validate", "step", "start"),
 }
 
 

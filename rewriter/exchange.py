@@ -1,16 +1,17 @@
-"""Adapters of others become runs: a folder of PEFT, its base and a task are a run that `export` takes."""
+"""Adapters from others and for others: a folder of PEFT becomes a run, a run's adapter a folder of PEFT."""
 
 import json
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from .adapters.from_peft import CONFIG, TASK_TYPES, modules_of, tuned_from
-from .adapters.store import save_adapter
+from .adapters.store import check_tied, save_adapter
 from .base import identity
 from .errors import SubspanError
 from .files import read_json, write_json, write_text
-from .folder import LOCK, MARKER, check_folder, claimed, clear
+from .folder import LOCK, MARKER, check_folder, claimed, clear, spec_of
 from .gguf import location_of
 from .plan import Plan
 from .pretrained import load_model
@@ -67,9 +68,41 @@ def import_peft(
         if overwrite:
             clear(out, (MARKER, LOCK))
         write_text(out / "spec.yaml", dump_spec(spec))
-        save_adapter(tuned, out / "adapter", spec, {}, identity(location_of(spec.model), spec.model.revision or "main"))
+        save_adapter(tuned, out / "adapter", spec, {}, _files(spec))
         write_json(out / "plan.json", tuned.plan.to_dict())
     return tuned.plan
+
+
+def export_adapter(
+    run: str | Path, low_rank: bool = False, rank: int | None = None, error: float = 0.01
+) -> dict[str, Any]:
+    """Write a run's adapter as a folder of PEFT, RUN/peft, or with every change as a low-rank term, RUN/peft-lora.
+
+    Args:
+        run: its folder.
+        low_rank: the exact change where the algebra bounds its rank; else the nearest one on the inputs that the layers
+            have on the run's training rows.
+        rank: the largest; default: what `error` needs.
+        error: of a layer's change on its inputs, relative.
+
+    Returns:
+        What was written: `folder`; `largest`, the largest difference when read back; for low-rank terms `sites` (weight
+        -> r, exact, error, norm), and with data `metric`, `before`, `after`.
+
+    Raises:
+        SubspanError: PEFT has no such adapter (it names the site), or the metric falls by more than 0.02.
+    """
+    from .export.adapter import ship_adapter  # onnx and ONNX Runtime come with it.
+
+    run = Path(run)
+    spec = spec_of(run)
+    with claimed(run, made=False):
+        check_tied(run / "adapter", spec, _files(spec))
+        return ship_adapter(spec, run, low_rank, rank, error)
+
+
+def _files(spec: Spec) -> dict[str, str]:
+    return identity(location_of(spec.model), spec.model.revision or "main")
 
 
 def _spec(written: dict, settings: Sequence[str]) -> Spec:

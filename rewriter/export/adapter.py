@@ -1,0 +1,116 @@
+"""A run's adapter for others: a folder of PEFT, as it is or as low-rank terms, compared before it appears."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters.from_peft import TASK_TYPES, tuned_from
+from ..adapters.to_peft import save_peft
+from ..data import encode, load_rows
+from ..errors import SubspanError
+from ..files import aside, write_json
+from ..graph.traced import Inputs
+from ..pretrained import Pretrained, collator
+from ..sources import absent
+from ..spec import Spec
+from ..training.evaluation import predict
+from ..tuned import TunedModel
+from .low_rank import as_low_rank, grams, outputs_of, refine
+from .ship import load_tuned, random_inputs
+
+LOSES = 0.02  # of the metric, at most
+_ROWS = 128  # training rows that the inputs of layers are seen on
+_REFINED = 2048  # training rows that low-rank terms are refined on, where they are not exact
+_NEAR = 1e-5  # of the largest output: what is read back computes the same, up to rounding
+
+
+def ship_adapter(
+    spec: Spec, run: Path, low_rank: bool = False, rank: int | None = None, error: float = 0.01
+) -> dict[str, Any]:
+    """Write RUN/peft/, or RUN/peft-lora/ with every change as a low-rank term, and read it back before it appears.
+
+    Args:
+        spec: of the run.
+        run: its folder, with an adapter.
+        low_rank: by `low_rank.as_low_rank`, with `rank` or `error`, on inputs of the run's training rows.
+
+    Returns:
+        What was written and how far apart: `largest`, and for low-rank terms `sites`, `metric`, `before`, `after`.
+
+    Raises:
+        SubspanError: PEFT has no such adapter; what is read back differs; or the metric falls by more than `LOSES`.
+    """
+    pretrained, _, inputs, traced, tuned = load_tuned(spec, run)
+    tuned.eval(), traced.eval()
+    report: dict[str, Any] = {}
+    if low_rank:
+        given = tuned
+        parts = None if spec.data is None or absent(spec.data) else load_rows(spec, pretrained.labels)
+        seen = grams(tuned, traced, _batches(spec, pretrained, parts.train, tuned, _ROWS)) if parts else {}
+        tuned, found = as_low_rank(given, traced, rank, error, seen)
+        if parts and not all(one.exact for one in found.values()):
+            report["refined"] = refine(tuned, given, _batches(spec, pretrained, parts.train, given, _REFINED))
+        report["calibrated"] = bool(seen)
+        report["sites"] = {
+            weight: {"r": one.a.shape[1], "exact": one.exact, "error": one.error, "norm": one.norm}
+            for weight, one in found.items()
+        }
+        report |= _measured(spec, pretrained, parts, given, tuned) if parts else {}
+    folder = run / ("peft-lora" if low_rank else "peft")
+    with aside(folder) as (place,):
+        save_peft(tuned, place, spec.model.name, TASK_TYPES.get(spec.task.auto))
+        report["largest"] = _largest(
+            tuned, tuned_from(traced, place, tuple(tuned.plan.new))[0], spec, pretrained, inputs
+        )
+        write_json(place / "subspan.json", report)
+    return report | {"folder": str(folder)}
+
+
+def _largest(one: TunedModel, other: TunedModel, spec: Spec, pretrained: Pretrained, inputs: Inputs) -> float:
+    """The largest difference of two models' outputs on random inputs.
+
+    Raises:
+        SubspanError: it is more than rounding.
+    """
+    largest = 0.0
+    with torch.no_grad():
+        for batch in random_inputs(spec, pretrained, inputs, one):
+            for a, b in zip(outputs_of(one, batch), outputs_of(other, batch), strict=True):
+                gap, scale = float((a - b).abs().max()), max(1.0, float(a.abs().max()))
+                if not gap <= _NEAR * scale:
+                    raise SubspanError(f"what is read back differs by {gap:.2e}; nothing is written")
+                largest = max(largest, gap)
+    return largest
+
+
+def _batches(
+    spec: Spec, pretrained: Pretrained, rows: Any, tuned: TunedModel, most: int
+) -> Iterator[dict[str, Tensor]]:
+    encoded = encode(spec, rows.select(range(min(most, len(rows)))), pretrained.processor, pretrained.labels)
+    collate, size = collator(spec, pretrained, tuned.input_names), spec.train.batch_size
+    for first in range(0, len(encoded), size):
+        batch = collate([encoded[i] for i in range(first, min(first + size, len(encoded)))])
+        yield {name: batch[name] for name in tuned.input_names}
+
+
+def _measured(spec: Spec, pretrained: Pretrained, parts: Any, before: TunedModel, after: TunedModel) -> dict[str, Any]:
+    """The metric on the validation rows as tuned and as written.
+
+    Raises:
+        SubspanError: it falls by more than `LOSES`.
+    """
+    encoded = encode(spec, parts.validation, pretrained.processor, pretrained.labels)
+    collate = collator(spec, pretrained, before.input_names)
+    name = spec.compared
+    one, other = (predict(model, spec, encoded, collate)[0][name] for model in (before, after))
+    before.eval(), after.eval()
+    lost = (other - one) if spec.task.lower(name) else (one - other)
+    if not lost <= LOSES * (max(abs(one), 1e-3) if spec.task.lower(name) else 1.0):
+        raise SubspanError(
+            f"{name} is {other:.4f} as low-rank terms and {one:.4f} as tuned; nothing is written. Give a larger "
+            "--rank, or a smaller --error"
+        )
+    return {"metric": name, "before": one, "after": other}
