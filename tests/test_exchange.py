@@ -132,7 +132,7 @@ SERVED = [
     ("peft", "{fourierft: {frequencies: 4}}", "draws others than are tuned here"),
     ("vllm", "{lora: {rank: 4}}", "vLLM reads nothing that is saved whole"),
     ("genai", "{lora: {rank: 4}}", None),
-    ("olive", "{hira: {rank: 4}}", "olive reads LoRA on linear layers alone"),
+    ("olive", "{hira: {rank: 4}}", "olive reads low-rank terms of linear layers alone"),
 ]
 
 

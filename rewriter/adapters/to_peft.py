@@ -107,7 +107,7 @@ def check_served(model: TracedModel, found: Plan, by: str) -> list[str]:
         return []
     for site in sites:
         if not site.chain[0][0].peft.factors or not site.linear:
-            raise _no(site, f"{by} reads LoRA on linear layers alone; export with --adapter lora makes that of it")
+            raise _no(site, f"{by} reads low-rank terms of linear layers alone; export --adapter makes such")
     if by != "vllm":
         return []
     if whole:

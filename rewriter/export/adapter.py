@@ -1,10 +1,11 @@
 """A run's adapter for others: a folder of PEFT, as it is or as low-rank terms, compared before it appears."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 from ..adapters.from_peft import TASK_TYPES, tuned_from
@@ -12,18 +13,17 @@ from ..adapters.to_peft import save_peft
 from ..data import encode, load_rows
 from ..errors import SubspanError
 from ..files import aside, write_json
-from ..graph.traced import Inputs
+from ..graph.traced import Inputs, TracedModel
 from ..pretrained import Pretrained, collator
 from ..sources import absent
 from ..spec import Spec
 from ..training.evaluation import predict
 from ..tuned import TunedModel
-from .low_rank import as_low_rank, grams, outputs_of, refine
+from .low_rank import as_low_rank, look
 from .ship import load_tuned, random_inputs
 
 LOSES = 0.02  # of the metric, at most
-_ROWS = 128  # training rows that the inputs of layers are seen on
-_REFINED = 2048  # training rows that low-rank terms are refined on, where they are not exact
+_ROWS = 256  # training rows that layers are seen on
 _NEAR = 1e-5  # of the largest output: what is read back computes the same, up to rounding
 
 
@@ -49,10 +49,8 @@ def ship_adapter(
     if low_rank:
         given = tuned
         parts = None if spec.data is None or absent(spec.data) else load_rows(spec, pretrained.labels)
-        seen = grams(tuned, traced, _batches(spec, pretrained, parts.train, tuned, _ROWS)) if parts else {}
+        seen = look(tuned, traced, _batches(spec, pretrained, parts.train, tuned, _ROWS)) if parts else {}
         tuned, found = as_low_rank(given, traced, rank, error, seen)
-        if parts and not all(one.exact for one in found.values()):
-            report["refined"] = refine(tuned, given, _batches(spec, pretrained, parts.train, given, _REFINED))
         report["calibrated"] = bool(seen)
         report["sites"] = {
             weight: {"r": one.a.shape[1], "exact": one.exact, "error": one.error, "norm": one.norm}
@@ -78,12 +76,18 @@ def _largest(one: TunedModel, other: TunedModel, spec: Spec, pretrained: Pretrai
     largest = 0.0
     with torch.no_grad():
         for batch in random_inputs(spec, pretrained, inputs, one):
-            for a, b in zip(outputs_of(one, batch), outputs_of(other, batch), strict=True):
+            for a, b in zip(_outputs(one, batch), _outputs(other, batch), strict=True):
                 gap, scale = float((a - b).abs().max()), max(1.0, float(a.abs().max()))
                 if not gap <= _NEAR * scale:
                     raise SubspanError(f"what is read back differs by {gap:.2e}; nothing is written")
                 largest = max(largest, gap)
     return largest
+
+
+def _outputs(model: TracedModel, batch: Mapping[str, Tensor]) -> list[Tensor]:
+    """What a model makes of a batch in eval mode: tensors of numbers."""
+    found = pytree.tree_leaves(model.eval()(**batch))
+    return [one for one in found if isinstance(one, Tensor) and one.is_floating_point()]
 
 
 def _batches(

@@ -1,10 +1,9 @@
-"""Any change of weights as a low-rank one: exact where its rank is bounded, else the nearest for the layer's inputs."""
+"""Any change of weights as a low-rank one: exact where its rank is bounded, else nearest by what layers see."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from ..errors import SubspanError
@@ -14,12 +13,11 @@ from ..plan import Site, plan, transformed
 from ..rewrite import rewrite
 from ..spec import Rule
 from ..transforms import TRANSFORMS, Transform
-from ..tuned import TunedModel, adapter_tensors, tuned_parameters
+from ..tuned import TunedModel, adapter_tensors
 from .merge import merged_weights
 
 EXACT = 1e-7  # of the change's norm: what is left over is rounding of float32
-_TOLD = 4  # batches that tell whether refining came nearer
-_RIDGE = 1e-6  # of the mean square of the inputs: directions that no row has still count a little
+_RIDGE = 1e-2  # of the mean square: directions that no row has still count a little
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,8 @@ class LowRank:
     Attributes:
         a, b: (n, r) and (r, m).
         exact: what is left over is rounding.
-        error: of X (D - A B) over X D in Frobenius' norm, X the layer's inputs, or I where there are none.
+        error: what is left over of the change, relative: as far as the model's outputs feel it on the rows that were
+            seen, or of its entries where there are none.
         norm: of the change D over the weight's.
     """
 
@@ -40,32 +39,55 @@ class LowRank:
     norm: float
 
 
-def nearest(change: Tensor, gram: Tensor | None, rank: int | None, error: float) -> tuple[Tensor, Tensor, bool, float]:
-    """The A (n, r) and B (r, m) for which X (D - A B) is smallest in Frobenius' norm: by the singular value
-    decomposition of L^t D, L L^t = X^t X (Eckart and Young, doi 10.1007/BF02288367).
+@dataclass(frozen=True)
+class Seen:
+    """What a layer sees: X^t X (n, n) of its inputs, and G^t G (m, m) of what the model's outputs feel of its own.
+
+    Rows of G are gradients of random projections of the model's outputs, so G^t G is the layer's part of their
+    Gauss-Newton matrix (K-FAC, arXiv 1503.05671).
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+
+
+def nearest(change: Tensor, seen: Seen | None, rank: int | None, error: float) -> tuple[Tensor, Tensor, bool, float]:
+    """The A (n, r) and B (r, m) for which X (D - A B) G^t is smallest in Frobenius' norm: by the singular value
+    decomposition of L^t D R, L L^t = X^t X and R R^t = G^t G (Eckart and Young, doi 10.1007/BF02288367).
 
     Args:
         change: D (n, m), float64.
-        gram: X^t X (n, n) over the number of rows, or None for I.
+        seen: X^t X and G^t G, or None for I and I.
         rank: r at most; None: the rank of D where it is bounded (at most half of its smaller side), else the smallest r
             whose relative error is at most `error`.
 
     Returns:
         A, B, whether they are D, and the relative error.
     """
-    left = None
-    if gram is not None:
-        ridge = _RIDGE * gram.diagonal().mean().clamp_min(1e-30)
-        left = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=gram.dtype))
-    u, s, vt = torch.linalg.svd(change if left is None else left.mT @ change, full_matrices=False)
-    tails = torch.cat([s.square().flip(0).cumsum(0).flip(0), s.new_zeros(1)]).sqrt() / s.norm().clamp_min(1e-300)
-    bound = max(1, int((tails > EXACT).sum()))
-    kept = min(rank or bound, bound)
-    if rank is None and bound > min(change.shape) // 2:
-        kept = max(1, int((tails > error).sum()))
-    a = u[:, :kept] * s[:kept].sqrt()
-    a = a if left is None else torch.linalg.solve_triangular(left.mT, a, upper=True)
-    return a, s[:kept].sqrt().unsqueeze(-1) * vt[:kept], kept == bound, float(tails[kept])
+    u, s, vt = torch.linalg.svd(change, full_matrices=False)
+    bound = max(1, int((_tails(s) > EXACT).sum()))
+    exact = bound <= (rank or min(change.shape) // 2)
+    left = right = None
+    if seen is not None and not exact:
+        left, right = _root(seen.inputs), _root(seen.outputs)
+        u, s, vt = torch.linalg.svd(left.mT @ change @ right, full_matrices=False)
+    kept = bound if exact else min(rank or max(1, int((_tails(s) > error).sum())), len(s))
+    a, b = u[:, :kept] * s[:kept].sqrt(), s[:kept].sqrt().unsqueeze(-1) * vt[:kept]
+    if left is not None:
+        a = torch.linalg.solve_triangular(left.mT, a, upper=True)
+        b = torch.linalg.solve_triangular(right, b, upper=False, left=False)
+    return a, b, exact, float(_tails(s)[kept])
+
+
+def _tails(s: Tensor) -> Tensor:
+    """What is left over of singular values behind the first 0, 1, ... of them, relative."""
+    return torch.cat([s.square().flip(0).cumsum(0).flip(0), s.new_zeros(1)]).sqrt() / s.norm().clamp_min(1e-300)
+
+
+def _root(gram: Tensor) -> Tensor:
+    """L, L L^t = G + a ridge."""
+    ridge = _RIDGE * gram.diagonal().mean().clamp_min(1e-30)
+    return torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=gram.dtype))
 
 
 @torch.no_grad()
@@ -94,8 +116,8 @@ def _wide(value: Tensor) -> Tensor:
     return value.double() if value.is_floating_point() else value
 
 
-def grams(model: TunedModel, traced: TracedModel, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Weight -> X^t X (n, n) over the number of rows, X what linear ops read where the merged weights stand.
+def look(model: TunedModel, traced: TracedModel, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Seen]:
+    """Weight -> what its linear ops see where the merged weights stand.
 
     Args:
         traced: the base.
@@ -104,27 +126,35 @@ def grams(model: TunedModel, traced: TracedModel, batches: Iterable[Mapping[str,
     merged = traced.clone("eval")
     assign(merged, merged_weights(model))
     graph = copy_graph(traced.graphs["eval"])
-    read: dict[str, list[fx.Node]] = {}
+    ops: dict[str, list[tuple[fx.Node, fx.Node]]] = {}
     for weight, sites in model.plan.by_weight().items():
         names = [name for name, first in traced.aliases.items() if first == traced.aliases[weight]]
         for node, user in uses(graph, names):
             if found := factored(user, node, sites[0].layout):
-                read.setdefault(weight, []).append(found[0])
+                ops.setdefault(weight, []).append((found[0], user))
     output = graph.output_node()
-    flat = [node for nodes in read.values() for node in nodes]
-    output.args = (tuple(flat),)
-    graph.eliminate_dead_code()
+    pairs = [pair for both in ops.values() for pair in both]
+    output.args = (([x for x, _ in pairs], [y for _, y in pairs], list(output.args[0])),)
     run = fx.GraphModule(merged, graph)
-    sums: dict[str, Tensor] = {}
-    with torch.no_grad():
-        for batch in batches:
-            mask = batch.get("attention_mask")
-            found = iter(run(*(batch[name] for name in traced.signatures["eval"].names)))
-            for weight, nodes in read.items():
-                for x in (next(found) for _ in nodes):
-                    rows = _real(x, mask).double()
-                    sums[weight] = sums.get(weight, 0) + rows.T @ rows / max(1, len(rows))
-    return sums
+    run.requires_grad_(False)
+    for weight in ops:
+        merged.get_parameter(weight).requires_grad_(True)  # So that what follows has gradients.
+    generator, sums = torch.Generator().manual_seed(0), {}
+    for batch in batches:
+        mask = batch.get("attention_mask")
+        xs, ys, outs = run(*(batch[name] for name in traced.signatures["eval"].names))
+        felt = [out for out in outs if isinstance(out, Tensor) and out.requires_grad]
+        random = [torch.randn(out.shape, generator=generator, dtype=torch.float32).to(out) for out in felt]
+        grads = torch.autograd.grad(felt, ys, random, allow_unused=True)
+        found = iter(zip(xs, grads, strict=True))
+        for weight, both in ops.items():
+            for x, grad in (next(found) for _ in both):
+                if grad is None:
+                    continue
+                for kind, value in (("x", x.detach()), ("y", grad)):
+                    rows = _real(value, mask).double()
+                    sums[weight, kind] = sums.get((weight, kind), 0) + rows.T @ rows / max(1, len(rows))
+    return {weight: Seen(sums[weight, "x"], sums[weight, "y"]) for weight in ops if (weight, "x") in sums}
 
 
 def _real(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -135,7 +165,7 @@ def _real(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def as_low_rank(
-    model: TunedModel, traced: TracedModel, rank: int | None, error: float, seen: Mapping[str, Tensor]
+    model: TunedModel, traced: TracedModel, rank: int | None, error: float, seen: Mapping[str, Seen]
 ) -> tuple[TunedModel, dict[str, LowRank]]:
     """A model whose changes of weights are low-rank terms, with newly made parameters as they are tuned.
 
@@ -143,7 +173,7 @@ def as_low_rank(
         model: from `rewrite` or `load_adapter`.
         traced: its base.
         rank, error: as of `nearest`.
-        seen: from `grams`; weights that it lacks take the unweighted norm.
+        seen: from `look`; weights that it lacks take the unweighted norm.
 
     Raises:
         SubspanError: as `changes`.
@@ -172,52 +202,6 @@ def as_low_rank(
         else:
             values[site.leaves[0].name] = site.layout.present(merged[site.place]).dense()
     return rewrite(traced, planned, values=values), found
-
-
-def refine(model: TunedModel, target: TunedModel, batches: Iterable[Mapping[str, Tensor]], rate: float = 4e-3) -> bool:
-    """Tune low-rank terms so that a model's outputs come near another's: AdamW on their mean squared distance, a step a
-    batch, the rate falling to 0 as a cosine. Newly made parameters stay.
-
-    Args:
-        model: from `as_low_rank`; its low-rank terms are changed.
-        target: what it stands for.
-        batches: of inputs, by name; the first few also tell whether it came nearer.
-
-    Returns:
-        Whether it came nearer; if not, the terms are as they were.
-    """
-    own = {name for site in model.plan.sites if not site.replaces for name in site.tuned}
-    terms = [value for name, value in tuned_parameters(model).items() if name in own]
-    before, batches = [value.detach().clone() for value in terms], list(batches)
-
-    def distance(batch: Mapping[str, Tensor]) -> Tensor:
-        with torch.no_grad():
-            there = outputs_of(target, batch)
-        return sum((a - b).square().mean() for a, b in zip(outputs_of(model, batch), there, strict=True))
-
-    def far() -> float:
-        with torch.no_grad():
-            return sum(float(distance(batch)) for batch in batches[:_TOLD])
-
-    optimiser, start = torch.optim.AdamW(terms, rate, weight_decay=0.0), far()
-    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, len(batches)))
-    for batch in batches:
-        optimiser.zero_grad()
-        distance(batch).backward(inputs=terms)
-        optimiser.step()
-        falling.step()
-    nearer = far() < start
-    if not nearer:
-        with torch.no_grad():
-            for value, old in zip(terms, before, strict=True):
-                value.copy_(old)
-    return nearer
-
-
-def outputs_of(model: TracedModel, batch: Mapping[str, Tensor]) -> list[Tensor]:
-    """What a model makes of a batch in eval mode: tensors of numbers."""
-    found = pytree.tree_leaves(model.eval()(**batch))
-    return [one for one in found if isinstance(one, Tensor) and one.is_floating_point()]
 
 
 def _factored() -> Transform:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rewriter import Rule, SubspanError, plan, rewrite, tuned_parameters
-from rewriter.export.low_rank import as_low_rank, grams, nearest
+from rewriter.export.low_rank import Seen, as_low_rank, look, nearest
 from tests.architectures import inputs_of, traced
 
 LINEAR = "bert.encoder.layer.*.{attention.self.{query,value},intermediate.dense}.weight"
@@ -41,7 +41,7 @@ def test_a_bounded_change_is_exact(name):
 def test_more_rank_has_less_error():
     model, inputs, one = tuned("loha", {"rank": 8})
     batch = inputs_of("bert", inputs, 3, 9)
-    seen = grams(one, model, [batch])
+    seen = look(one, model, [batch])
     errors = []
     for rank in (2, 4, 8, 16):
         _, found = as_low_rank(one, model, rank, 0.0, seen)
@@ -51,16 +51,18 @@ def test_more_rank_has_less_error():
     assert all(how.error <= 0.2 for how in found.values())
 
 
-def test_the_nearest_is_nearer_on_the_inputs_than_the_plain_one():
+def test_the_nearest_is_nearer_where_it_counts_than_the_plain_one():
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(200, 12, generator=generator, dtype=torch.float64) * torch.logspace(0, -3, 12, dtype=torch.float64)
-    change = torch.randn(12, 10, generator=generator, dtype=torch.float64)
+    random = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    x = random(200, 12) * torch.logspace(0, -3, 12, dtype=torch.float64)
+    g = random(200, 10) * torch.logspace(-3, 0, 10, dtype=torch.float64)
+    change, seen = random(12, 10), Seen(x.T @ x / len(x), g.T @ g / len(g))
     for rank in (1, 3, 6):
-        a, b, exact, error = nearest(change, x.T @ x / len(x), rank, 0.0)
+        a, b, exact, error = nearest(change, seen, rank, 0.0)
         c, d, _, plain = nearest(change, None, rank, 0.0)
-        ours, theirs = ((x @ (change - p @ q)).norm() / (x @ change).norm() for p, q in ((a, b), (c, d)))
-        assert not exact and ours < 0.9 * theirs
-        assert float(ours) == pytest.approx(error, rel=1e-3)  # Up to the ridge.
+        weighted = [(x @ (change - p @ q) @ g.T).norm() / (x @ change @ g.T).norm() for p, q in ((a, b), (c, d))]
+        assert not exact and weighted[0] < 0.5 * weighted[1]
+        assert float(weighted[0]) == pytest.approx(error, abs=0.1)  # Up to the ridge.
         assert float((change - c @ d).norm() / change.norm()) == pytest.approx(plain, rel=1e-9)
 
 
@@ -70,9 +72,9 @@ def test_inputs_are_seen_at_real_tokens_of_the_merged_model():
     alone = {key: value[-1:, : int(batch["attention_mask"][-1].sum())] for key, value in batch.items()}
     padded = {key: value[-1:] for key, value in batch.items()}
     name = "bert.encoder.layer.1.intermediate.dense.weight"
-    torch.testing.assert_close(
-        grams(one, model, [padded])[name], grams(one, model, [alone])[name], rtol=1e-9, atol=1e-10
-    )
+    found, expected = (look(one, model, [rows])[name] for rows in (padded, alone))
+    torch.testing.assert_close(found.inputs, expected.inputs, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(found.outputs, expected.outputs, rtol=1e-9, atol=1e-10)
 
 
 def test_what_is_no_change_of_a_matrix_is_refused():
