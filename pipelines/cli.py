@@ -4,6 +4,7 @@ import typer
 
 from pipelines.data import data
 from pipelines.export import export
+from pipelines.fit import fit
 from pipelines.import_peft import import_peft
 from pipelines.passes import passes
 from pipelines.plan import plan
@@ -25,7 +26,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the installed command."""
-    for command in (validate, plan, data, passes, show, train, export, run, push, import_peft, schema):
+    for command in (validate, plan, data, passes, show, train, export, run, push, import_peft, fit, schema):
         app.command()(command)
     app()
 

@@ -6,18 +6,26 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import fit as fitting
 from .adapters.from_peft import CONFIG, TASK_TYPES, modules_of, tuned_from
 from .adapters.store import check_tied, save_adapter
 from .base import identity
+from .data import encode, load_rows
 from .errors import SubspanError
 from .files import read_json, write_json, write_text
 from .folder import LOCK, MARKER, check_folder, claimed, clear, spec_of
 from .gguf import location_of
+from .graph.traced import TracedModel
 from .plan import Plan
-from .pretrained import load_model
+from .pretrained import Pretrained, collator, load_model
 from .session import example_inputs
+from .sources import absent
 from .spec import Spec, dump_spec, load_spec
 from .trace import trace
+from .training.checkpoint import save_predictions
+from .training.evaluation import predict
+from .transforms import TRANSFORMS
+from .tuned import TunedModel
 
 
 def import_peft(
@@ -71,6 +79,111 @@ def import_peft(
         save_adapter(tuned, out / "adapter", spec, {}, _files(spec))
         write_json(out / "plan.json", tuned.plan.to_dict())
     return tuned.plan
+
+
+def fit_to(
+    spec: str | Path,
+    tuned: str | Path,
+    out: str | Path,
+    methods: Sequence[str] = (),
+    ranks: Sequence[int] = (2, 8),
+    error: float = 0.5,
+    settings: Sequence[str] = (),
+    overwrite: bool = False,
+    tell: Callable[[str], None] = lambda note: None,
+) -> dict[str, Any]:
+    """Make a run of what a full fine-tuning changed: at each weight the method with the fewest parameters that comes
+    within `error` of it (the nearest where none does), its values fitted. Eq. (2)
+
+    Args:
+        spec: its base model, task, labels and data; its rules are not read.
+        tuned: folder of the fully fine-tuned checkpoint of that base.
+        out: folder of the run; fit.json has the table.
+        methods: transforms to try; all by default.
+        ranks: of those that have one.
+        error: of ||phi(W) - W*|| over ||W* - W||.
+        settings, overwrite, tell: as of `import_peft`.
+
+    Returns:
+        The content of fit.json: {"methods": [{"method", "options", "parameters", "error"}], "left_out": [reason],
+        "weights": {weight: {"method", "options", "error"}}, "not_fitted": {parameter: relative change}, "error",
+        "metric", "value"}; the last two with data.
+
+    Raises:
+        SubspanError: the checkpoint is of another base, or nothing changed or fits.
+    """
+    out, loaded = Path(out), load_spec(spec, list(settings))
+    if unknown := [name for name in methods if name not in TRANSFORMS]:
+        raise SubspanError(f"--method {unknown[0]}: there is none; subspan schema lists all")
+    check_folder(loaded, out, False, overwrite)
+    pretrained = load_model(loaded)
+    traced = trace(pretrained.module, example_inputs(loaded, pretrained)["eval"], ("eval",), keep=loaded.model.kept)
+    there = loaded.model.model_copy(update={"name": str(Path(tuned).absolute()), "gguf": None, "revision": None})
+    new = tuple(sorted(pretrained.new & traced.aliases.keys()))
+    changed = fitting.change(traced, load_model(loaded.model_copy(update={"model": there})).module, new)
+    if not changed.matrices:
+        raise SubspanError(f"{tuned}: no weight of a linear layer differs from {loaded.model.name}")
+    found, report = _tried(traced, changed, methods or list(TRANSFORMS), ranks, tell)
+    chosen = fitting.cheapest(found, changed, error)
+    model = fitting.as_tuned(traced, changed, found, chosen, new)
+    errors = {weight: found[i][1].errors[weight] for weight, i in chosen.items()}
+    report["weights"] = {
+        weight: {"method": found[i][0].name, "options": found[i][0].options, "error": errors[weight]}
+        for weight, i in chosen.items()
+    }
+    report |= {"error": fitting.total_error(errors, changed), "not_fitted": changed.left}
+    loaded = loaded.model_copy(update={"rules": list(model.plan.rules)})
+    _write(loaded, model, out, overwrite, report, pretrained)
+    return report
+
+
+def _tried(
+    traced: TracedModel,
+    changed: fitting.Change,
+    methods: Sequence[str],
+    ranks: Sequence[int],
+    tell: Callable[[str], None],
+) -> tuple[list[tuple[fitting.Candidate, fitting.Fitted]], dict[str, Any]]:
+    """Every candidate fitted, and the table of them.
+
+    Raises:
+        SubspanError: none can be.
+    """
+    found, report = [], {"methods": [], "left_out": []}
+    for one, said in fitting.candidates(traced, sorted(changed.matrices), methods, ranks):
+        if one is None:
+            report["left_out"].append(said)
+            continue
+        made = fitting.fit(one, changed)
+        count, total = sum(made.parameters.values()), fitting.total_error(made.errors, changed)
+        report["methods"].append({"method": one.name, "options": one.options, "parameters": count, "error": total})
+        tell(f"{said}: {count:,} parameters, error {total:.4f}")
+        found.append((one, made))
+    if not found:
+        raise SubspanError(f"nothing can be fitted: {'; '.join(report['left_out'])}")
+    return found, report
+
+
+def _write(
+    spec: Spec, model: TunedModel, out: Path, overwrite: bool, report: dict[str, Any], pretrained: Pretrained
+) -> None:
+    """The folder of a run whose values are fitted, with its metric on the validation rows, if there are any."""
+    measured = None
+    if spec.data is not None and absent(spec.data) is None:
+        rows = encode(spec, load_rows(spec, pretrained.labels).validation, pretrained.processor, pretrained.labels)
+        measured = predict(model, spec, rows, collator(spec, pretrained, model.input_names))
+        report |= {"metric": spec.compared, "value": measured[0][spec.compared]}
+    with claimed(out):
+        if overwrite:
+            clear(out, (MARKER, LOCK))
+        write_text(out / "spec.yaml", dump_spec(spec))
+        save_adapter(model, out / "adapter", spec, {}, _files(spec))
+        write_json(out / "plan.json", model.plan.to_dict())
+        write_json(out / "fit.json", report)
+        if measured is not None:
+            write_json(out / "metrics.json", {"validation": {**measured[0], "rows": len(rows)}})
+            if measured[1] is not None:
+                save_predictions(measured[1], out)
 
 
 def export_adapter(

@@ -30,7 +30,7 @@ FOREIGN = {
 ORDER = (
     "errors", "files", "resources", "algebra", "transforms", "methods", "graph", "tasks", "spec", "plan", "passes",
     "kept", "trace", "svd", "tuned", "rewrite", "base", "gguf", "pretrained", "smoke", "sources", "chats", "data",
-    "adapters", "greedy", "training", "export", "answer",
+    "adapters", "fit", "greedy", "training", "export", "answer",
     "report", "folder",
     "session", "exchange",
 )  # fmt: skip
