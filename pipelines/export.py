@@ -23,6 +23,33 @@ class Adapter(StrEnum):
     low_rank = "lora"
 
 
+As = Annotated[
+    Adapter | None,
+    typer.Option(
+        help="Write the adapter alone, for PEFT and what reads its folders: as it is into RUN/peft, or any method's "
+        "change as low-rank terms into RUN/peft-lora.",
+        show_default=False,
+    ),
+]
+Rank = Annotated[int | None, typer.Option(min=1, help="Of low-rank terms: the largest rank.", show_default=False)]
+Error = Annotated[
+    float,
+    typer.Option(min=0, max=1, help="Of low-rank terms without --rank: what may be left over where it is not exact."),
+]
+Swappable = Annotated[
+    bool,
+    typer.Option(
+        "--swappable",
+        help="Write the base as one ONNX file whose adapters change at run time, and this run's adapter, into "
+        "RUN/swappable.",
+    ),
+]
+Beside = Annotated[
+    list[Path] | None,
+    typer.Option(help="With --swappable: a further run on the same base; any number of times.", show_default=False),
+]
+
+
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False)],
     target: Annotated[Target, typer.Option(help="What the ONNX files are for.")] = Target.cpu,
@@ -30,26 +57,11 @@ def export(
         bool,
         typer.Option(help="Make and time variants, and ship the fastest that holds; else float32, or the first named."),
     ] = True,
-    adapter: Annotated[
-        Adapter | None,
-        typer.Option(
-            help="Write the adapter alone, for PEFT and what reads its folders: as it is into RUN/peft, or any "
-            "method's change as low-rank terms into RUN/peft-lora.",
-            show_default=False,
-        ),
-    ] = None,
-    rank: Annotated[
-        int | None, typer.Option(min=1, help="Of low-rank terms: the largest rank.", show_default=False)
-    ] = None,
-    error: Annotated[
-        float,
-        typer.Option(
-            min=0,
-            max=1,
-            help="Of low-rank terms without --rank: the relative error of a layer's change on its inputs, where "
-            "the change's rank is not bounded.",
-        ),
-    ] = 0.01,
+    adapter: As = None,
+    rank: Rank = None,
+    error: Error = 0.01,
+    swappable: Swappable = False,
+    beside: Beside = None,
     transforms: Transforms = None,
 ) -> None:
     """Merge a run's adapter, write merged/ and onnx/, and compare every stage's outputs with the tuned model's.
@@ -61,7 +73,7 @@ def export(
     with failures(run):
         from rewriter import Session, print_summary
         from rewriter.adapters.store import check_transforms
-        from rewriter.exchange import export_adapter
+        from rewriter.exchange import export_adapter, export_swappable
         from rewriter.folder import spec_of
         from rewriter.report.table import converted, shipped
         from rewriter.report.variants import print_variants
@@ -69,6 +81,13 @@ def export(
         if (run / "adapter").is_dir():
             check_transforms(run / "adapter")
         session = Session(spec_of(run))
+        if swappable:
+            with console.status(f"writing and comparing {run}"):
+                report = export_swappable(run, beside or ())
+            facts = {name: f"{gap:.2e} from its run" for name, gap in report["adapters"].items()}
+            facts |= {"without one": f"{report['base']:.2e} from the base"} if "base" in report else {}
+            print_summary(f"exported {run}", facts | {"folder": report["folder"]}, console)
+            return
         if adapter is not None:
             with console.status(f"writing and comparing {run}"):
                 report = export_adapter(run, adapter is Adapter.low_rank, rank, error)

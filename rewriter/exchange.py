@@ -214,6 +214,37 @@ def export_adapter(
         return ship_adapter(spec, run, low_rank, rank, error)
 
 
+def export_swappable(run: str | Path, others: Sequence[str | Path] = ()) -> dict[str, Any]:
+    """Write RUN/swappable: model.onnx, the base with every tuned tensor as an optional input whose default leaves the
+    base as it is, and `<run>.onnx_adapter` for this run and the others.
+
+    Args:
+        run: its folder.
+        others: folders of further runs on the same base.
+
+    Returns:
+        `folder`, `adapters` (name -> largest difference from the run) and, where no head is newly made, `base`.
+
+    Raises:
+        SubspanError: runs of another base or of one name, what has no default or no operator in ONNX (solvers), or a
+            difference beyond rounding.
+    """
+    from .export.swappable import ship_swappable  # onnx and ONNX Runtime come with it.
+
+    run, runs = Path(run), [Path(one) for one in (run, *others)]
+    names = [one.resolve().name for one in runs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise SubspanError(f"two runs are called {twice[0]}, and so would be their adapters")
+    specs = [spec_of(one) for one in runs]
+    with claimed(run, made=False):
+        for one, spec in zip(runs, specs, strict=True):
+            check_tied(one / "adapter", spec, _files(spec))
+        pairs = list(zip(specs, runs, strict=True))
+        return ship_swappable(pairs, run / "swappable", lambda one: one.resolve().name) | {
+            "folder": str(run / "swappable")
+        }
+
+
 def _files(spec: Spec) -> dict[str, str]:
     return identity(location_of(spec.model), spec.model.revision or "main")
 

@@ -18,13 +18,13 @@ from .training.checkpoint import BUDGET, EARLIER, OPTIMISER, PREDICTIONS, STATE,
 MARKER, LOCK = ".subspan-run", ".subspan-lock"
 FOLDERS = (
     "checkpoints", "adapter", "merged/1_Pooling", "merged/2_Normalize", "merged/onnx", "merged", "onnx", "peft",
-    "peft-lora",
+    "peft-lora", "swappable",
 )  # fmt: skip
 _NOTE = "This folder is a run of subspan. --overwrite removes what a run writes, and nothing else.\n"
 # What training and export write, file by file: nothing else in these folders is touched.
 WRITTEN = (
     "spec.yaml", "plan.json", "log.jsonl", "metrics.json", PREDICTIONS, "verify.json", "export.json", MARKER, LOCK,
-    "fit.json",
+    "fit.json", "swappable/model.onnx*", "swappable/*.onnx_adapter", "swappable/*.json",
     "adapter/adapter.json", "adapter/adapter.safetensors",
     *(f"{one}/{name}" for one in ("peft", "peft-lora") for name in (CONFIG, TENSORS, "subspan.json")),
     "trackers/**/events.out.tfevents.*", "trackers/**/hparams.yml",

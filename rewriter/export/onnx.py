@@ -30,6 +30,7 @@ def export_onnx(
     metadata: dict[str, object] | None = None,
     without: Collection[str] = (),
     called: Mapping[str, str] | None = None,
+    optional: Collection[str] = (),
 ) -> None:
     """Write a module, in eval mode, as ONNX; weights of more than 1 GB lie beside it in `<file>_data`.
 
@@ -44,6 +45,7 @@ def export_onnx(
         metadata: kept in the model's metadata; what is not text, as JSON.
         without: names of passes to leave out.
         called: other names of inputs and outputs; of a list they are `<name>_<i>`.
+        optional: parameters and buffers that are inputs too, with their values as defaults.
 
     Raises:
         SubspanError: the module can't be traced, or uses what ONNX can't express.
@@ -64,19 +66,18 @@ def export_onnx(
                 verbose=False,
             )
             weights = list(made.model.graph.initializers.values())
+            made.model.graph.inputs.extend(value for value in weights if value.name in optional)
             made.optimize()
         except Exception as error:
             raise SubspanError(f"can't export to ONNX: {reason(error.__cause__ or error)}") from error
-    found = made.model.opset_imports.get("", 0)
-    if found != opset:
-        raise SubspanError(
-            f"the exporter can't write opset {opset} for this model; it wrote {found}: set export.onnx.opset"
-        )
+    if (found := made.model.opset_imports.get("", 0)) != opset:
+        said = f"the exporter can't write opset {opset} for this model; it wrote {found}"
+        raise SubspanError(f"{said}: set export.onnx.opset")
     _rename(made.model.graph, inputs)
     for value in (*made.model.graph.inputs, *made.model.graph.outputs):
         value.name = (called or {}).get(value.name, value.name)
-    for key, value in (metadata or {}).items():
-        made.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
+    made.model.metadata_props.update(texts)
     with muted():
         save(made.model, Path(file))
     for value in weights:

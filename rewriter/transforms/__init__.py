@@ -4,7 +4,7 @@ All that an author needs is here and in `rewriter.algebra`: the decorator, the s
 and the base of schedules.
 """
 
-from .leaf import Leaf, decompose, initial_value
+from .leaf import Leaf, SvdFactor, decompose, initial_value
 from .options import (
     Activation,
     Alpha,
@@ -64,6 +64,7 @@ __all__ = [
     "Scope",
     "Share",
     "Stored",
+    "SvdFactor",
     "TargetRank",
     "Transform",
     "Width",

@@ -166,7 +166,6 @@ LINEAR = {
     "hira",
     "shira",
     "gralora",
-    "c3a",
     "deft",
     "peanut",
     "loha",
