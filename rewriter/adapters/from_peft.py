@@ -245,13 +245,20 @@ def tuned_from(
         raise SubspanError(f"{folder}: {error}") from None
 
 
-def _tuned(model, found, whole, new, without, also) -> TunedModel:
+def _tuned(
+    model: TracedModel,
+    found: list[Found],
+    whole: dict[str, Tensor],
+    new: tuple[str, ...],
+    without: Collection[str],
+    also: Collection[str],
+) -> TunedModel:
     entire = _entire()
     at = {_target(model, one): one for one in found}
     weights = dict(model.named_parameters(remove_duplicate=False))
     biases = [f"{one.module}.bias" for one in found if one.peft.bias and f"{one.module}.bias" in model.aliases]
     for name in [name for name in whole if model.aliases.get(name) in at]:  # PEFT saves embeddings that it adapts.
-        if not torch.equal(whole.pop(name), weights[model.aliases[name]].detach().to(torch.float32)):
+        if not torch.equal(whole.pop(name).double(), weights[model.aliases[name]].detach().double()):
             raise SubspanError(f"{name} is another than the model's, and is adapted")
     if unknown := [name for name in whole if name not in model.aliases]:
         raise SubspanError(f"{unknown[0]} is nothing that the model has")
