@@ -81,6 +81,7 @@ def export(
         if (run / "adapter").is_dir():
             check_transforms(run / "adapter")
         session = Session(spec_of(run))
+        _check(adapter, rank, swappable, beside)
         if swappable:
             with console.status(f"writing and comparing {run}"):
                 report = export_swappable(run, beside or ())
@@ -98,6 +99,22 @@ def export(
         print_summary(f"exported {run}", shipped(session.spec, run, report), console)
         if session.spec.export.onnx:
             print_variants(run, console)
+
+
+def _check(adapter: Adapter | None, rank: int | None, swappable: bool, beside: list[Path] | None) -> None:
+    """Refuse options that would do nothing.
+
+    Raises:
+        SubspanError: naming one.
+    """
+    from rewriter import SubspanError
+
+    if swappable and adapter is not None:
+        raise SubspanError("--swappable and --adapter write different things: give one of them")
+    if beside and not swappable:
+        raise SubspanError("--beside is of --swappable")
+    if rank is not None and adapter is not Adapter.low_rank:
+        raise SubspanError("--rank is of low-rank terms: --adapter " + Adapter.low_rank)
 
 
 if __name__ == "__main__":

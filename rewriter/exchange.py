@@ -9,17 +9,15 @@ from typing import Any
 from . import fit as fitting
 from .adapters.from_peft import CONFIG, TASK_TYPES, modules_of, tuned_from
 from .adapters.store import check_tied, save_adapter
-from .base import identity
 from .data import encode, load_rows
 from .errors import SubspanError
 from .files import read_json, write_json, write_text
 from .folder import LOCK, MARKER, check_folder, claimed, clear, spec_of
-from .gguf import location_of
+from .gguf import files_of
 from .graph.traced import TracedModel
 from .plan import Plan
 from .pretrained import Pretrained, collator, load_model
 from .session import example_inputs
-from .sources import absent
 from .spec import Spec, dump_spec, load_spec
 from .trace import trace
 from .training.checkpoint import save_predictions
@@ -62,9 +60,7 @@ def import_peft(
     if written and written != here:
         raise SubspanError(f"{folder / CONFIG}: task_type {written}, and --task {task} is {here or 'none of PEFT’s'}")
     check_folder(spec, out, False, overwrite)
-    pretrained = load_model(spec)
-    traced = trace(pretrained.module, example_inputs(spec, pretrained)["eval"], ("eval",), keep=spec.model.kept)
-    new = tuple(sorted(pretrained.new & traced.aliases.keys()))
+    pretrained, traced, new = _base(spec)
     tuned, notes = tuned_from(traced, folder, new)
     held = {site.place for site in tuned.plan.sites if site.replaces}
     if random := sorted((pretrained.new | pretrained.missing) & traced.read() - held):
@@ -72,13 +68,15 @@ def import_peft(
     spec = spec.model_copy(update={"rules": list(tuned.plan.rules)})
     for note in notes:
         tell(note)
-    with claimed(out):
-        if overwrite:
-            clear(out, (MARKER, LOCK))
-        write_text(out / "spec.yaml", dump_spec(spec))
-        save_adapter(tuned, out / "adapter", spec, {}, _files(spec))
-        write_json(out / "plan.json", tuned.plan.to_dict())
+    _write(spec, tuned, out, overwrite, pretrained)
     return tuned.plan
+
+
+def _base(spec: Spec) -> tuple[Pretrained, TracedModel, tuple[str, ...]]:
+    """A spec's model, its eval graph, and the names of its newly made parameters there."""
+    pretrained = load_model(spec)
+    traced = trace(pretrained.module, example_inputs(spec, pretrained)["eval"], ("eval",), keep=spec.model.kept)
+    return pretrained, traced, tuple(sorted(pretrained.new & traced.aliases.keys()))
 
 
 def fit_to(
@@ -116,10 +114,8 @@ def fit_to(
     if unknown := [name for name in methods if name not in TRANSFORMS]:
         raise SubspanError(f"--method {unknown[0]}: there is none; subspan schema lists all")
     check_folder(loaded, out, False, overwrite)
-    pretrained = load_model(loaded)
-    traced = trace(pretrained.module, example_inputs(loaded, pretrained)["eval"], ("eval",), keep=loaded.model.kept)
+    pretrained, traced, new = _base(loaded)
     there = loaded.model.model_copy(update={"name": str(Path(tuned).absolute()), "gguf": None, "revision": None})
-    new = tuple(sorted(pretrained.new & traced.aliases.keys()))
     changed = fitting.change(traced, load_model(loaded.model_copy(update={"model": there})).module, new)
     if not changed.matrices:
         raise SubspanError(f"{tuned}: no weight of a linear layer differs from {loaded.model.name}")
@@ -133,7 +129,7 @@ def fit_to(
     }
     report |= {"error": fitting.total_error(errors, changed), "not_fitted": changed.left}
     loaded = loaded.model_copy(update={"rules": list(model.plan.rules)})
-    _write(loaded, model, out, overwrite, report, pretrained)
+    _write(loaded, model, out, overwrite, pretrained, report)
     return report
 
 
@@ -165,21 +161,27 @@ def _tried(
 
 
 def _write(
-    spec: Spec, model: TunedModel, out: Path, overwrite: bool, report: dict[str, Any], pretrained: Pretrained
+    spec: Spec, model: TunedModel, out: Path, overwrite: bool, pretrained: Pretrained, fit: dict[str, Any] | None = None
 ) -> None:
-    """The folder of a run whose values are fitted, with its metric on the validation rows, if there are any."""
+    """The folder of a run that was not tuned here, with its metric on the validation rows where the spec has data.
+
+    Args:
+        fit: content of fit.json, if there is to be one; gets `metric` and `value`.
+    """
     measured = None
-    if spec.data is not None and absent(spec.data) is None:
+    if spec.data is not None:
         rows = encode(spec, load_rows(spec, pretrained.labels).validation, pretrained.processor, pretrained.labels)
         measured = predict(model, spec, rows, collator(spec, pretrained, model.input_names))
-        report |= {"metric": spec.compared, "value": measured[0][spec.compared]}
+        if fit is not None:
+            fit |= {"metric": spec.compared, "value": measured[0][spec.compared]}
     with claimed(out):
         if overwrite:
             clear(out, (MARKER, LOCK))
         write_text(out / "spec.yaml", dump_spec(spec))
-        save_adapter(model, out / "adapter", spec, {}, _files(spec))
+        save_adapter(model, out / "adapter", spec, {}, files_of(spec.model))
         write_json(out / "plan.json", model.plan.to_dict())
-        write_json(out / "fit.json", report)
+        if fit is not None:
+            write_json(out / "fit.json", fit)
         if measured is not None:
             write_json(out / "metrics.json", {"validation": {**measured[0], "rows": len(rows)}})
             if measured[1] is not None:
@@ -210,7 +212,7 @@ def export_adapter(
     run = Path(run)
     spec = spec_of(run)
     with claimed(run, made=False):
-        check_tied(run / "adapter", spec, _files(spec))
+        check_tied(run / "adapter", spec, files_of(spec.model))
         return ship_adapter(spec, run, low_rank, rank, error)
 
 
@@ -231,22 +233,15 @@ def export_swappable(run: str | Path, others: Sequence[str | Path] = ()) -> dict
     """
     from .export.swappable import ship_swappable  # onnx and ONNX Runtime come with it.
 
-    run, runs = Path(run), [Path(one) for one in (run, *others)]
-    names = [one.resolve().name for one in runs]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise SubspanError(f"two runs are called {twice[0]}, and so would be their adapters")
-    specs = [spec_of(one) for one in runs]
+    run, runs = Path(run), {}
+    for one in map(Path, (run, *others)):
+        if (name := one.resolve().name) in runs:
+            raise SubspanError(f"two runs are called {name}, and so would be their adapters")
+        runs[name] = (spec_of(one), one)
     with claimed(run, made=False):
-        for one, spec in zip(runs, specs, strict=True):
-            check_tied(one / "adapter", spec, _files(spec))
-        pairs = list(zip(specs, runs, strict=True))
-        return ship_swappable(pairs, run / "swappable", lambda one: one.resolve().name) | {
-            "folder": str(run / "swappable")
-        }
-
-
-def _files(spec: Spec) -> dict[str, str]:
-    return identity(location_of(spec.model), spec.model.revision or "main")
+        for spec, one in runs.values():
+            check_tied(one / "adapter", spec, files_of(spec.model))
+        return ship_swappable(runs, run / "swappable") | {"folder": str(run / "swappable")}
 
 
 def _spec(written: dict, settings: Sequence[str]) -> Spec:

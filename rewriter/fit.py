@@ -15,7 +15,7 @@ from .plan import Plan, Site, plan
 from .rewrite import rewrite
 from .spec import Rule
 from .svd import cached_svd
-from .transforms import TRANSFORMS, Leaf, Transform, initial_value
+from .transforms import TRANSFORMS, AtMost, Leaf, entire, initial_value
 from .tuned import TunedModel
 
 UNCHANGED = 1e-6  # of a weight's norm
@@ -74,8 +74,7 @@ def change(traced: TracedModel, tuned: nn.Module, new: Sequence[str] = ()) -> Ch
     """
     there = dict(tuned.named_parameters(remove_duplicate=False))
     names = sorted(set(traced.aliases.values()) & traced.read())
-    entire = _entire()
-    sites = {site.place: site for site in plan(traced, [Rule(target=names, apply=[entire.name])], tuple(new)).sites}
+    sites = {site.place: site for site in plan(traced, [Rule(target=names, apply=[entire().name])], tuple(new)).sites}
     matrices, whole, left = {}, {}, {}
     for name in names:
         before = traced.get_parameter(name).detach()
@@ -92,25 +91,22 @@ def change(traced: TracedModel, tuned: nn.Module, new: Sequence[str] = ()) -> Ch
     return Change(matrices, whole, left)
 
 
-def _entire() -> Transform:
-    return next(one for one in TRANSFORMS.values() if one.peft and one.peft.whole)
-
-
 def candidates(
     traced: TracedModel, weights: Sequence[str], methods: Sequence[str], ranks: Sequence[int]
 ) -> Iterator[tuple[Candidate | None, str]]:
     """Every method with every rank, once where it has none; or None with the reason why it can't be fitted here."""
     for name in methods:
         one = TRANSFORMS[name]
-        needed = [key for key, info in one.options.model_fields.items() if info.default is PydanticUndefined]
+        needed = {key: info for key, info in one.options.model_fields.items() if info.default is PydanticUndefined}
+        rank = [key for key, info in needed.items() if any(mark == AtMost(min) for mark in info.metadata)]
         if "matrix" not in one.on:
             yield None, f"{name}: stands on no weight"
             continue
-        for given in [{needed[0]: rank} for rank in ranks] if needed else [{}]:
+        for given in [{rank[0]: size} for size in ranks] if rank else [{}]:
             said = f"{name}({', '.join(f'{key}={value}' for key, value in given.items())})" if given else name
             try:
-                if len(needed) > 1:
-                    raise SpecError(f"it has no default for {', '.join(needed)}")
+                if other := needed.keys() - given:
+                    raise SpecError(f"it has no default for {', '.join(sorted(other))}")
                 found = plan(traced, [Rule(target=list(weights), apply=[{name: given}])])
                 if not found.merges:
                     raise SpecError("what it makes is no plain weight")
@@ -216,7 +212,7 @@ def as_tuned(
         Rule(target=sorted(weights), apply=[{found[i][0].name: found[i][0].options}]) for i, weights in groups.items()
     ]
     if changed.whole:
-        rules.append(Rule(target=sorted(changed.whole), apply=[_entire().name]))
+        rules.append(Rule(target=sorted(changed.whole), apply=[entire().name]))
     planned: Plan = plan(traced, rules, tuple(new))
     values: dict[str, Tensor] = {}
     for site in planned.sites:

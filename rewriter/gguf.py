@@ -17,7 +17,7 @@ import transformers
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from .base import GGUF, NAME, quiet
+from .base import GGUF, NAME, identity, quiet
 from .errors import SpecError, SubspanError, UnreachableError, reason
 from .files import aside, cache_folder, digest, recover
 from .resources import is_local, resolve
@@ -25,6 +25,11 @@ from .spec import Model
 
 _PLACE = ("model", "gguf")
 _MAGIC = b"GGUF"
+
+
+def files_of(model: Model) -> dict[str, str]:
+    """What the files of a spec's model are known by, as `base.identity`; raises as `location_of`."""
+    return identity(location_of(model), model.revision or "main")
 
 
 def location_of(model: Model) -> str:

@@ -41,14 +41,14 @@ def rewrite(
         SpecError: a transform needs a choice that `values` lacks, or a name is no pass.
     """
     graphs = {mode: copy_graph(graph) for mode, graph in model.graphs.items()}
-    out = TunedModel(model, plan, graphs, dict(model.signatures), dict(model.aliases))
+    constants = {leaf.name for site in plan.sites for leaf in site.leaves if leaf.role == "constant"}
+    given = frozenset(constants & (values or {}).keys())
+    out = TunedModel(model, plan, graphs, dict(model.signatures), dict(model.aliases), given)
     out.share(model)
     out.requires_grad_(False)
     out.train(model.training)
     out.without, out.also = tuple(without), tuple(also)
     _add_leaves(out, model, plan, seed, values or {})
-    constants = {leaf.name for site in plan.sites for leaf in site.leaves if leaf.role == "constant"}
-    out.given = frozenset(constants & (values or {}).keys())
     dtypes = {name: p.dtype for name, p in model.named_parameters(remove_duplicate=False)}
     for mode, graph in graphs.items():
         context = Context(mode, plan, model.tied, dtypes, lowered=model.lowered.setdefault(mode, {}))

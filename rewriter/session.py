@@ -17,12 +17,11 @@ from torch import Tensor
 
 from .adapters.store import check_tied, save_adapter
 from .adapters.ties import fingerprint
-from .base import identity
 from .data import Rows, check_length, encode, load_rows, questions_of, short_enough, tie, unseen
 from .errors import SpecError, SubspanError, raise_all
 from .files import read_json, write_json, write_text
 from .folder import LOCK, MARKER, check_folder, claimed, clear, spec_of
-from .gguf import location_of
+from .gguf import files_of, location_of
 from .graph.traced import Inputs, TracedModel
 from .passes.base import Context
 from .passes.manager import check_names
@@ -366,7 +365,7 @@ class Session:
             write_text(out / "spec.yaml", dump_spec(spec))
             write_json(out / "plan.json", planned.to_dict())
         processes().wait_for_everyone()
-        files = self._files()
+        files = files_of(self.spec.model)
         tied = {**files, "base model's weights": fingerprint(model, model.plan.new), **job.ties}
         parts, more = (job.train, job.validation, job.collate), (job.weights, tied, self._asked(job), layers)
         model, metrics = tune(model, spec, *parts, out, resume, *more)
@@ -385,10 +384,6 @@ class Session:
 
         write = writer(self.spec, job.pretrained, job.inputs["eval"], self.spec.writing.tokens)
         return Asked(job.questions, write, job.pretrained.processor)
-
-    def _files(self) -> dict[str, str]:
-        written = self.spec.model
-        return identity(location_of(written), written.revision or "main")
 
     def _choose(
         self, job: Job, traced: TracedModel, found: Plan, resumed: Path | None
@@ -432,7 +427,7 @@ class Session:
         from .export.ship import ship  # onnx and ONNX Runtime are imported when something is shipped.
 
         with claimed(run, made=False):
-            check_tied(run / "adapter", self.spec, self._files())
+            check_tied(run / "adapter", self.spec, files_of(self.spec.model))
             return ship(self.spec, run, target, measure)
 
 

@@ -15,11 +15,13 @@ from .plan import Plan
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter on a model: its sites, its graphs, and where its tensors are in the model."""
+    """An adapter on a model: its sites, its graphs, where its tensors are in the model, and the leaf names of constants
+    that were given, not computed: files of the adapter keep those."""
 
     plan: Plan
     graphs: dict[str, fx.Graph]
     root: str
+    given: frozenset[str] = frozenset()
 
 
 class TunedModel(TracedModel):
@@ -32,7 +34,6 @@ class TunedModel(TracedModel):
         base: the model it was made from (no submodule of it).
         penalties: name -> scalar, what the last forward in training mode adds to the loss.
         without, also: names of passes that were left out of its graphs, or run though they change numerics.
-        given: leaf names of constants that were given, not computed: adapters keep those.
     """
 
     def __init__(
@@ -42,15 +43,15 @@ class TunedModel(TracedModel):
         graphs: dict[str, fx.Graph],
         signatures: dict[str, Signature],
         aliases: dict[str, str],
+        given: frozenset[str] = frozenset(),
     ):
         super().__init__(graphs, signatures, aliases)
         self._base = (base,)  # In a tuple, so that it is no submodule.
-        self.adapters = {"default": Adapter(plan, graphs, PREFIX)}
+        self.adapters = {"default": Adapter(plan, graphs, PREFIX, given)}
         self.active = "default"
         self.penalties: dict[str, torch.Tensor] = {}
         self.without: tuple[str, ...] = ()
         self.also: tuple[str, ...] = ()
-        self.given: frozenset[str] = frozenset()
 
     @property
     def base(self) -> TracedModel:
@@ -70,14 +71,19 @@ class TunedModel(TracedModel):
         return self.adapters[self.active].root
 
     @property
+    def given(self) -> frozenset[str]:
+        """Of the active adapter."""
+        return self.adapters[self.active].given
+
+    @property
     def penalty_names(self) -> list[str]:
         """Of what a forward in training mode adds to the loss."""
         return self._penalties["train"]
 
     def _with(self, graphs: dict[str, fx.Graph]) -> Self:
         other = TunedModel(self.base, self.plan, graphs, dict(self.signatures), dict(self.aliases))
-        other.adapters = self.adapters | {self.active: Adapter(self.plan, graphs, self.root)}
-        other.active, other.without, other.also, other.given = self.active, self.without, self.also, self.given
+        other.adapters = self.adapters | {self.active: Adapter(self.plan, graphs, self.root, self.given)}
+        other.active, other.without, other.also = self.active, self.without, self.also
         other.lowered = self.lowered
         return other
 
@@ -105,7 +111,7 @@ class TunedModel(TracedModel):
         for tensor_name, tensor in adapter_tensors(other).items():
             own = nn.Parameter(tensor.detach()) if isinstance(tensor, nn.Parameter) else tensor
             self.add(root + tensor_name, own, persistent=own is not tensor)
-        self.adapters[name] = Adapter(other.plan, graphs, root)
+        self.adapters[name] = Adapter(other.plan, graphs, root, other.given)
         self.use(self.active)
 
     def use(self, name: str) -> None:

@@ -6,8 +6,12 @@ import peft
 import pytest
 import torch
 import transformers
+import typer
 from safetensors.torch import load_file, save_file
 
+from pipelines import export as exporting
+from pipelines import fit as fitting
+from pipelines import import_peft as importing
 from pipelines.validate import Consumer, Level, check
 from rewriter import Session, SubspanError
 from rewriter.exchange import export_adapter, import_peft
@@ -86,19 +90,17 @@ def test_what_is_of_another_model_is_refused_and_leaves_nothing(project, tmp_pat
         import_peft(tmp_path, tmp_path / "run", **arguments)
 
 
-class Served:
+def assert_served(folder, most=16):
     """vLLM's checks of a folder: what it reads of the configuration, the ends of keys, and the rank."""
-
-    def __init__(self, folder, most=16):
-        config = json.loads((folder / "adapter_config.json").read_text())
-        assert not config.get("modules_to_save") and not config.get("use_dora")
-        assert config.get("bias", "none") == "none" and config["r"] <= most and config["lora_alpha"] > 0
-        for key, value in load_file(folder / "adapter_model.safetensors").items():
-            root, path = key[: len("base_model.model.")], key[len("base_model.model.") :]
-            module, end = path.removesuffix(".weight").rsplit(".", 1)
-            assert root == "base_model.model." and path.endswith(".weight") and end in ("lora_A", "lora_B")
-            assert module.rsplit(".", 1)[1] in {one.rsplit(".", 1)[1] for one in config["target_modules"]}
-            assert value.shape[0 if end == "lora_A" else 1] <= most
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert not config.get("modules_to_save") and not config.get("use_dora")
+    assert config.get("bias", "none") == "none" and config["r"] <= most and config["lora_alpha"] > 0
+    for key, value in load_file(folder / "adapter_model.safetensors").items():
+        root, path = key[: len("base_model.model.")], key[len("base_model.model.") :]
+        module, end = path.removesuffix(".weight").rsplit(".", 1)
+        assert root == "base_model.model." and path.endswith(".weight") and end in ("lora_A", "lora_B")
+        assert module.rsplit(".", 1)[1] in {one.rsplit(".", 1)[1] for one in config["target_modules"]}
+        assert value.shape[0 if end == "lora_A" else 1] <= most
 
 
 @pytest.mark.parametrize("step", ["{lora: {rank: 4, alpha: 2}}", "{dora: {rank: 2}}", "ssb", "{loha: {rank: 2}}"])
@@ -122,7 +124,7 @@ def test_a_lora_of_a_decoder_passes_the_checks_of_vllm(tmp_path):
     import_peft(tmp_path / "peft", tmp_path / "run", str(base), "causal-lm")
     report = export_adapter(tmp_path / "run", low_rank=True)
     assert not report["calibrated"] and all(one["r"] <= 4 for one in report["sites"].values())
-    Served(tmp_path / "run" / "peft-lora")
+    assert_served(tmp_path / "run" / "peft-lora")
 
 
 SERVED = [
@@ -145,3 +147,57 @@ def test_who_can_serve_is_said_beforehand(project, by, step, said):
     with pytest.raises(SubspanError, match=said) as caught:
         check(session, Level.plan, Consumer(by))
     assert ".apply: " in str(caught.value)
+
+
+def data_of(project):
+    """The data section of the project's spec, as settings."""
+    files = project.parent / "data.csv"
+    return [
+        "data.format=csv", f"data.files={files}", "data.split={validation: 16, seed: 0}", "data.max_length=16",
+        "data.columns={text: text, label: label}",
+    ]  # fmt: skip
+
+
+def test_an_imported_run_with_data_has_its_metric_and_is_exported_by_command(project, tmp_path):
+    their_folder(project, tmp_path / "peft")
+    out, settings = tmp_path / "run", [*LABELS, *data_of(project)]
+    importing.import_peft(tmp_path / "peft", str(project.parent / "model"), TASK, out, settings)
+    metrics = json.loads((out / "metrics.json").read_text())["validation"]
+    assert metrics["rows"] == 16 and 0 <= metrics["accuracy"] <= 1
+    exporting.export(out, measure=False)
+    verified = json.loads((out / "verify.json").read_text())
+    assert verified["metrics"]["onnx"]["accuracy"] == metrics["accuracy"]
+    exporting.export(out, adapter=exporting.Adapter.low_rank)
+    report = json.loads((out / "peft-lora" / "subspan.json").read_text())
+    assert report["calibrated"] and report["before"] == metrics["accuracy"]
+    importing.import_peft(tmp_path / "peft", str(project.parent / "model"), TASK, out, list(LABELS), overwrite=True)
+    assert sorted(file.name for file in out.iterdir() if not file.name.startswith(".")) == [
+        "adapter", "plan.json", "spec.yaml",
+    ]  # fmt: skip
+
+
+OPTIONS = [
+    ({"swappable": True, "adapter": exporting.Adapter.peft}, "give one of them"),
+    ({"beside": ["other"]}, "--beside is of --swappable"),
+    ({"rank": 2}, "--rank is of low-rank terms: --adapter lora"),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), OPTIONS, ids=[said for _, said in OPTIONS])
+def test_options_that_would_do_nothing_are_refused(run, capsys, options, said):
+    with pytest.raises(typer.Exit):
+        exporting.export(run, **options)
+    assert said in capsys.readouterr().err
+
+
+def test_a_full_fine_tuning_is_fitted_by_command(project, tmp_path):
+    tuned, out = tmp_path / "full", tmp_path / "fitted"
+    Session(project, "rules.0.apply=[full]", "train.epochs=1", "export.onnx=null").tune(tuned)
+    Session(tuned / "spec.yaml").export(tuned)
+    fitting.fit(project, tuned / "merged", out, ["lora", "ssb", "prefix"], [2, 16], 0.01)
+    report = json.loads((out / "fit.json").read_text())
+    assert [one["method"] for one in report["methods"]] == ["lora", "lora", "ssb"]
+    assert report["left_out"] == ["prefix: stands on no weight"] and report["error"] < 1e-5
+    assert report["value"] == json.loads((tuned / "metrics.json").read_text())["validation"]["accuracy"]
+    Session(out / "spec.yaml").export(out)
+    assert json.loads((out / "verify.json").read_text())["max_abs_diff"] < 1e-5

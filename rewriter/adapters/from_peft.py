@@ -21,7 +21,7 @@ from ..graph.traced import TracedModel
 from ..plan import Site, plan
 from ..rewrite import rewrite
 from ..spec import Rule
-from ..transforms import TRANSFORMS, Leaf, Peft, Place, Transform, short_name, stored_by
+from ..transforms import TRANSFORMS, Leaf, Peft, Place, Transform, entire, short_name, stored_by
 from ..tuned import TunedModel
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -38,6 +38,13 @@ _COMMON = {
     "init_weights", "layers_pattern", "layers_to_transform", "modules_to_save", "peft_type", "peft_version", "revision",
     "save_projection", "target_modules", "task_type",
 }  # fmt: skip
+
+
+class _Config(dict):
+    """A configuration whose missing keys are said: what they would be depends on PEFT's version."""
+
+    def __missing__(self, key: str) -> Any:
+        raise SubspanError(f"{key} is missing")
 
 
 @dataclass(frozen=True)
@@ -167,8 +174,6 @@ def _found(
             if not whole or not one.peft.fits(config, tensors):
                 continue
             own = _of_module(one.peft, config, module)
-            if lacking := [key for key in one.peft.options.values() if key not in own]:
-                raise SubspanError(f"{lacking[0]} is missing")
             given = {option: own[key] for option, key in one.peft.options.items() if own[key] is not None}
             try:
                 given |= one.peft.read(own, tensors)
@@ -189,7 +194,7 @@ def _names(peft: Peft, table: bool) -> dict[str, str]:
 
 def _of_module(peft: Peft, config: Mapping[str, Any], module: str) -> dict[str, Any]:
     """The configuration with what its patterns say of a module, in the way PEFT matches them."""
-    own = dict(config)
+    own = _Config(config)
     for key, pattern in peft.patterns.items():
         for expression, value in (config.get(pattern) or {}).items():
             if re.match(rf"(.*\.)?({expression})$", module):
@@ -206,7 +211,7 @@ def _checked(found: Found, config: Mapping[str, Any]) -> Iterator[str]:
     """
     peft = found.peft
     said = _COMMON - peft.fixed.keys() | set(peft.options.values()) | peft.ignored | set(peft.patterns.values())
-    said |= {peft.listed} | {other.peft.listed for other in TRANSFORMS.values() if other.peft and other.peft.listed}
+    said |= {peft.listed}
     for key, value in config.items():
         if key in peft.fixed:
             if value not in peft.fixed[key]:
@@ -253,7 +258,7 @@ def _tuned(
     without: Collection[str],
     also: Collection[str],
 ) -> TunedModel:
-    entire = _entire()
+    whole_one = entire()
     at = {_target(model, one): one for one in found}
     weights = dict(model.named_parameters(remove_duplicate=False))
     biases = [f"{one.module}.bias" for one in found if one.peft.bias and f"{one.module}.bias" in model.aliases]
@@ -270,14 +275,14 @@ def _tuned(
         groups.setdefault(repr(step), (step, []))[1].append(place)
     rules = [Rule(target=sorted(places), apply=[step]) for step, places in groups.values()]
     if more := sorted([*whole, *biases]):
-        rules.append(Rule(target=more, apply=[entire.name]))
+        rules.append(Rule(target=more, apply=[whole_one.name]))
     planned = plan(model, rules, new)
     values: dict[str, Tensor] = {}
     for site in planned.sites:
-        if site.place in at and site.chain[0][0] is not entire:
+        if site.place in at and site.chain[0][0] is not whole_one:
             _take(at[site.place], site, weights, values)
     for site in planned.sites:
-        if site.chain[0][0] is entire:
+        if site.chain[0][0] is whole_one:
             names = model.tied.get(site.place, [site.place])
             value = next((whole[name] for name in names if name in whole), None)
             if value is None:
@@ -289,10 +294,6 @@ def _tuned(
                 )
             values[site.leaves[0].name] = site.layout.present(value).dense()
     return rewrite(model, planned, values=values, without=without, also=also)
-
-
-def _entire() -> Transform:
-    return next(one for one in TRANSFORMS.values() if one.peft and one.peft.whole)
 
 
 def _target(model: TracedModel, one: Found) -> str:

@@ -232,7 +232,10 @@ def load_adapter(
         return model
     folder = Path(folder)
     if is_peft(folder):
-        return tuned_from(model, folder, (), without, also)[0]
+        tuned, notes = tuned_from(model, folder, (), without, also)
+        for note in notes:
+            warnings.warn(note, stacklevel=2)
+        return tuned
     manifest = read_manifest(folder)
     new = tuple(manifest["new"])
     if fingerprint(model, new) != manifest["base"]:

@@ -21,7 +21,8 @@ def fingerprint(model: TracedModel, new: tuple[str, ...] = ()) -> str:
     of the statistics that are kept with them."""
     digest = hashlib.sha256()
     kept = model.state_dict()
-    others = {name for name in kept.keys() - model.aliases.keys() if not name.startswith(PREFIX)}
+    roots = tuple(one.root for one in model.adapters.values()) if isinstance(model, TunedModel) else (PREFIX,)
+    others = {name for name in kept.keys() - model.aliases.keys() if not name.startswith(roots)}
     statistics = {name for name in others if kept[name].is_floating_point()}
     for name in sorted(set(model.aliases.values()) - set(new) | statistics):
         tensor = kept[name].detach().cpu().contiguous()

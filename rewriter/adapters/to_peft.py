@@ -79,10 +79,24 @@ def _config(site: Site) -> dict[str, Any]:
         own = {key: getattr(options, option) for option, key in one.peft.options.items()} | one.peft.write(options)
     except ValueError as error:
         raise _no(site, str(error)) from None
-    return own | {key: allowed[0] for key, allowed in one.peft.fixed.items() if key not in own}
+    for key, allowed in one.peft.fixed.items():
+        if own.setdefault(key, allowed[0]) not in allowed:
+            raise _no(site, f"{key} is {own[key]!r}; PEFT is known to compute the same with {allowed[0]!r} alone")
+    return own
 
 
-CONSUMERS = ("peft", "vllm", "genai", "olive")
+def _check_name(model: TracedModel, site: Site) -> None:
+    """Refuse a weight that PEFT would change in one of several places, or with others whose names end alike.
+
+    Raises:
+        SpecError: with what else it is.
+    """
+    if len(model.tied.get(model.aliases.get(site.place, ""), [])) > 1:
+        raise _no(site, "the weight is tied; PEFT changes one of the two")
+    if longer := next((name for name in model.aliases if name.endswith(f".{site.place}")), None):
+        raise _no(site, f"PEFT would take {longer} for it too")
+
+
 _LARGEST = 16  # vLLM's rank, unless it is started with another
 
 
@@ -91,7 +105,7 @@ def check_served(model: TracedModel, found: Plan, by: str) -> list[str]:
 
     Args:
         model: the traced base; no weight is read.
-        by: of `CONSUMERS`.
+        by: peft, vllm, genai or olive.
 
     Returns:
         What is good to know.
@@ -125,8 +139,7 @@ def _check_sites(model: TracedModel, sites: list[Site]) -> None:
     shapes: dict[str, tuple[int, ...]] = {}
     for site in sites:
         peft, shape = site.chain[0][0].peft, site.shape
-        if site.layout and len(model.tied.get(model.aliases[site.place], [])) > 1:
-            raise _no(site, "the weight is tied; PEFT changes one of the two")
+        _check_name(model, site)
         if any(how.shared for how in peft.tensors.values()) and shapes.setdefault("", shape) != shape:
             raise _no(site, "PEFT has one set of frozen factors; sites of other shapes have others here")
         if peft.made:
@@ -146,8 +159,7 @@ def _written(model: TunedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for site in sites:
         one, options = site.chain[0]
         peft, module = one.peft, site.place.removesuffix(".weight")
-        if len(model.tied.get(model.aliases.get(site.place, ""), [])) > 1:
-            raise _no(site, "the weight is tied; PEFT changes one of the two")
+        _check_name(model, site)
         values = {short_name(leaf): leaves[leaf.name].detach() for leaf in site.leaves}
         weight = site.part(weights[site.place].detach()) if site.layout else None
         at = Place(*site.shape[-2:], options, values, weight)
@@ -261,8 +273,7 @@ def _saved(
         module = site.place.rpartition(".")[0]
         if module in modules:
             raise _no(site, "PEFT saves whole modules beside an adapter, not a part of one that it adapts")
-        if len(model.tied.get(site.place, [])) > 1:
-            raise _no(site, "the weight is tied; PEFT saves one of the two")
+        _check_name(model, site)
         for name in model.aliases:
             if name.rpartition(".")[0] == module:
                 saved.setdefault(name, weights[name].detach())

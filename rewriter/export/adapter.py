@@ -1,11 +1,9 @@
 """A run's adapter for others: a folder of PEFT, as it is or as low-rank terms, compared before it appears."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from ..adapters.from_peft import TASK_TYPES, tuned_from
@@ -13,7 +11,6 @@ from ..adapters.to_peft import save_peft
 from ..data import encode, load_rows
 from ..errors import SubspanError
 from ..files import aside, write_json
-from ..graph.traced import Inputs, TracedModel
 from ..pretrained import Pretrained, collator
 from ..sources import absent
 from ..spec import Spec
@@ -21,6 +18,7 @@ from ..training.evaluation import predict
 from ..tuned import TunedModel
 from .low_rank import as_low_rank, look
 from .ship import load_tuned, random_inputs
+from .verify import apart, torch_stage
 
 LOSES = 0.02  # of the metric, at most
 _ROWS = 256  # training rows that layers are seen on
@@ -60,34 +58,12 @@ def ship_adapter(
     folder = run / ("peft-lora" if low_rank else "peft")
     with aside(folder) as (place,):
         save_peft(tuned, place, spec.model.name, TASK_TYPES.get(spec.task.auto))
-        report["largest"] = _largest(
-            tuned, tuned_from(traced, place, tuple(tuned.plan.new))[0], spec, pretrained, inputs
-        )
+        stages = (torch_stage(one) for one in (tuned, tuned_from(traced, place, tuple(tuned.plan.new))[0]))
+        report["largest"], relative = apart(*stages, random_inputs(spec, pretrained, inputs, tuned))
+        if not relative <= _NEAR:
+            raise SubspanError(f"what is read back differs by {report['largest']:.2e}; nothing is written")
         write_json(place / "subspan.json", report)
     return report | {"folder": str(folder)}
-
-
-def _largest(one: TunedModel, other: TunedModel, spec: Spec, pretrained: Pretrained, inputs: Inputs) -> float:
-    """The largest difference of two models' outputs on random inputs.
-
-    Raises:
-        SubspanError: it is more than rounding.
-    """
-    largest = 0.0
-    with torch.no_grad():
-        for batch in random_inputs(spec, pretrained, inputs, one):
-            for a, b in zip(_outputs(one, batch), _outputs(other, batch), strict=True):
-                gap, scale = float((a - b).abs().max()), max(1.0, float(a.abs().max()))
-                if not gap <= _NEAR * scale:
-                    raise SubspanError(f"what is read back differs by {gap:.2e}; nothing is written")
-                largest = max(largest, gap)
-    return largest
-
-
-def _outputs(model: TracedModel, batch: Mapping[str, Tensor]) -> list[Tensor]:
-    """What a model makes of a batch in eval mode: tensors of numbers."""
-    found = pytree.tree_leaves(model.eval()(**batch))
-    return [one for one in found if isinstance(one, Tensor) and one.is_floating_point()]
 
 
 def _batches(

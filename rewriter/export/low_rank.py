@@ -12,7 +12,7 @@ from ..graph.weights import factored, uses
 from ..plan import Site, plan, transformed
 from ..rewrite import rewrite
 from ..spec import Rule
-from ..transforms import TRANSFORMS, Transform
+from ..transforms import TRANSFORMS, Transform, entire
 from ..tuned import TunedModel, adapter_tensors
 from .merge import merged_weights
 
@@ -188,10 +188,9 @@ def as_low_rank(
     if not found:
         raise SubspanError("no weight is changed")
     rules = [Rule(target=weight, apply=[{one.name: {option: how.a.shape[1]}}]) for weight, how in found.items()]
-    entire = next(other for other in TRANSFORMS.values() if other.peft and other.peft.whole)
     merged = merged_weights(model)
     whole = [weight for weight in model.plan.by_weight() if weight in model.plan.new]
-    rules += [Rule(target=weight, apply=[entire.name]) for weight in whole]
+    rules += [Rule(target=weight, apply=[entire().name]) for weight in whole]
     planned, values = plan(traced, rules, model.plan.new), {}
     for site in planned.sites:
         if site.place in found:

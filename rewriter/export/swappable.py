@@ -1,6 +1,6 @@
 """One ONNX file, many adapters: tuned tensors are optional inputs whose defaults leave the base as it is."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +15,27 @@ from ..algebra import Dense
 from ..errors import SpecError, SubspanError
 from ..files import aside, digest, read_json, write_json
 from ..graph.traced import TracedModel
-from ..plan import Plan, Site, plan
+from ..passes.base import PREFIX
+from ..plan import Site, plan
 from ..rewrite import rewrite
 from ..spec import Rule, Spec
-from ..transforms import Leaf, SvdFactor, initial_value
+from ..transforms import Leaf, SvdFactor, Transform, initial_value, named
 from ..tuned import TunedModel, adapter_tensors
 from .onnx import export_onnx
 from .ship import load_tuned, random_inputs
+from .verify import apart, torch_stage
 
 MODEL = "model.onnx"
 _NEAR = 1e-5  # of the largest output
 
 
-def ship_swappable(runs: Sequence[tuple[Spec, Path]], folder: Path, name: Callable[[Path], str]) -> dict[str, Any]:
+def ship_swappable(runs: Mapping[str, tuple[Spec, Path]], folder: Path) -> dict[str, Any]:
     """Write the base once and an adapter for each run, compared with each run and with the base before they appear.
 
     Args:
-        runs: specs and folders of runs on one base.
+        runs: name -> spec and folder of runs on one base, the first one's options of export are taken.
         folder: gets model.onnx, and for each run `<name>.onnx_adapter` with `<name>.json`: the tensors' names and
             shapes, and the base that they are for.
-        name: of a run.
 
     Returns:
         {"adapters": {name: largest difference}, "base": largest difference}.
@@ -42,38 +43,32 @@ def ship_swappable(runs: Sequence[tuple[Spec, Path]], folder: Path, name: Callab
     Raises:
         SubspanError: runs of other bases, what stands on no activation, or a difference beyond rounding.
     """
-    pretrained, _, inputs, traced, first = load_tuned(*runs[0])
-    loaded = [first, *(load_tuned(*run)[4] for run in runs[1:])]
+    (spec, run), *_ = runs.values()
+    pretrained, _, inputs, traced, first = load_tuned(spec, run)
+    models = {name: load_tuned(*one)[4] if one[1] != run else first for name, one in runs.items()}
     base = fingerprint(first, first.plan.new)
-    for (_, run), other in zip(runs, loaded, strict=True):
-        if fingerprint(other, other.plan.new) != base:
-            raise SubspanError(f"{run}: of another base than {runs[0][1]}")
-        if odd := next((site for site in other.plan.sites if site.rows), None):
-            raise SubspanError(
-                f"{run}: {odd.label}: {odd.transform} puts rows before the sequence, which no default undoes"
-            )
-    found, own = _together(traced, loaded, [str(run) for _, run in runs])
-    union = rewrite(traced, found).eval()
-    swapped = sorted({name for names in own for name in names.values()})
+    for name, model in models.items():
+        if fingerprint(model, model.plan.new) != base:
+            raise SubspanError(f"{runs[name][1]}: of another base than {run}")
+        if odd := next((site for site in model.plan.sites if site.rows), None):
+            raise SubspanError(f"{name}: {odd.label}: no default undoes rows that are put before the sequence")
+    union, own = _together(traced, models)
+    swapped = {there for names in own.values() for there in names.values()}
     with aside(folder) as (place,):
         place.mkdir()
         file = place / MODEL
-        how = (runs[0][0].export.onnx.opset, {"base": base})
-        export_onnx(union, inputs, file, *how, optional={union.root + one for one in swapped})
-        report: dict[str, Any] = {"adapters": {}}
-        session = open_swappable(file)
-        batches = list(random_inputs(runs[0][0], pretrained, inputs, first))
-        if not any(model.plan.new for model in loaded):
-            report["base"] = _compared(session, traced.eval(), batches, "the base")
-        for (_, run), model, names in zip(runs, loaded, own, strict=True):
-            one = place / f"{name(run)}.onnx_adapter"
-            values = {
-                union.root + names[leaf]: value for leaf, value in adapter_tensors(model).items() if leaf in names
-            }
+        export_onnx(union, inputs, file, spec.export.onnx.opset, {"base": base}, optional=swapped)
+        session, report = open_swappable(file), {"adapters": {}}
+        batches = list(random_inputs(spec, pretrained, inputs, first))
+        if not any(model.plan.new for model in models.values()):
+            report["base"] = _compared(session, traced, batches, "the base")
+        for name, model in models.items():
+            one, held = place / f"{name}.onnx_adapter", adapter_tensors(model)
+            values = {there: held[leaf] for leaf, there in own[name].items()}
             _save(values, one)
             shapes = {leaf: list(value.shape) for leaf, value in values.items()}
             write_json(one.with_suffix(".json"), {"base": base, "adapter": digest(one), "tensors": shapes})
-            report["adapters"][one.stem] = _compared(session, model.eval(), batches, str(run), one)
+            report["adapters"][name] = _compared(session, model, batches, name, one)
         write_json(place / "swappable.json", report)
     return report
 
@@ -103,42 +98,64 @@ def adapter_for(model: str | Path, file: str | Path) -> ort.LoraAdapter:
     return adapter
 
 
-def _together(
-    traced: TracedModel, models: Sequence[TunedModel], named: Sequence[str]
-) -> tuple[Plan, list[dict[str, str]]]:
-    """A plan with the chains of all models one after the other, equal steps once; and for each model its leaves that
-    are swapped -> theirs.
+Key = tuple[str, Any, str]  # a site's place, block and kind
+
+
+def _together(traced: TracedModel, models: Mapping[str, TunedModel]) -> tuple[TunedModel, dict[str, dict[str, str]]]:
+    """The base with the chains of all models one after the other, equal steps once; and for each model its leaves that
+    are swapped -> what they are called there.
 
     Raises:
         SubspanError: the chains can't stand together.
     """
-    tied = [i for i, model in enumerate(models) if any(_bound(model, site) for site in model.plan.sites)]
+    tied = [name for name, model in models.items() if any(_bound(model, site) for site in model.plan.sites)]
     if len(tied) > 1:
         raise SubspanError(
-            f"{named[tied[0]]} and {named[tied[1]]} can't stand in one graph: each has a method that starts from the "
-            "frozen weight itself"
+            f"{tied[0]} and {tied[1]} can't stand in one graph: each has a method that starts from the frozen weight"
         )
-    order = sorted(range(len(models)), key=lambda i: i not in tied)
-    chains: dict[tuple[str, Any, str], list[Any]] = {}
-    for model in (models[i] for i in order):
+    chains: dict[Key, list[Any]] = {}
+    for name in sorted(models, key=lambda name: name not in tied):
+        for site in models[name].plan.sites:
+            steps = chains.setdefault(_key(site), [])
+            for step in site.chain:
+                steps += [step] * (site.chain.count(step) - steps.count(step))
+    own, sizes, values = {}, {}, {}
+    for name, model in models.items():
+        own[name], held = {}, adapter_tensors(model)
         for site in model.plan.sites:
-            steps = chains.setdefault((site.place, site.block, site.kind), [])
-            steps += [step for step in site.chain if step not in steps]
-    try:
-        found = plan(traced, _rules(chains), models[0].plan.new)
-    except SpecError as error:
-        raise SubspanError(f"{', '.join(named)} can't stand in one graph: {error.message}") from None
-    sites = {(site.place, site.block, site.kind): site for site in found.sites}
-    own = []
-    for model in models:
-        names = {}
-        for site in model.plan.sites:
-            there = sites[site.place, site.block, site.kind]
+            heads = _heads(site.chain, site.name)
+            there = _heads(chains[_key(site)], site.name)
+            for use, head in heads.items():
+                given = site.given.get(head, {})
+                if sizes.setdefault(there[use], given) != given:
+                    raise SubspanError(f"{name}: {site.label}: a schedule left other sizes there in another run")
             for leaf in site.leaves:
-                if leaf.role != "constant" or leaf.name in model.given:
-                    names[leaf.name] = _renamed(site, there, leaf.name)
-        own.append(names)
-    return found, own
+                if leaf.role == "constant" and leaf.name not in model.given:
+                    continue
+                head, short = leaf.name.rpartition(".")[::2]
+                use = next((use for use, one in heads.items() if one == head), None)
+                called = leaf.name if use is None else f"{there[use]}.{short}"
+                own[name][leaf.name] = PREFIX + called
+                if leaf.role != "tuned":
+                    values[called] = held[leaf.name]
+    try:
+        found = plan(traced, _rules(chains), next(iter(models.values())).plan.new, given=sizes)
+        return rewrite(traced, found, values=values).eval(), own
+    except SpecError as error:
+        raise SubspanError(f"{', '.join(models)} can't stand in one graph: {error.message}") from None
+
+
+def _key(site: Site) -> Key:
+    return site.place, site.block, site.kind
+
+
+def _heads(chain: Sequence[tuple[Transform, Any]], site: str) -> dict[tuple[Any, int], str]:
+    """(step, which of its equals) -> what its leaves begin with, in the order of the chain."""
+    found: dict[tuple[Any, int], str] = {}
+    for name, one, options in named(chain, site):
+        step = (one, options)
+        found[step, sum(other == step for other, _ in found)] = name
+    return found
 
 
 @torch.no_grad()
@@ -171,20 +188,6 @@ def _rules(chains: Mapping[tuple, Sequence[tuple[Any, Any]]]) -> list[Rule]:
     return rules
 
 
-def _renamed(site: Any, there: Any, leaf: str) -> str:
-    """A leaf's name in a chain where its step may be the second of its name."""
-    if not leaf.startswith(f"{site.name}."):
-        return leaf
-    for i, step in enumerate(site.chain):
-        own = sum(other.name == step[0].name for other, _ in site.chain[: i + 1])
-        head = f"{site.name}.{step[0].name}" + (f"_{own}" if own > 1 else "")
-        if leaf.startswith(f"{head}."):
-            at = there.chain.index(step)
-            uses = sum(other.name == step[0].name for other, _ in there.chain[: at + 1])
-            return f"{site.name}.{step[0].name}" + (f"_{uses}" if uses > 1 else "") + leaf.removeprefix(head)
-    return leaf
-
-
 def _save(values: Mapping[str, Tensor], file: Path) -> None:
     made = ort.AdapterFormat()
     made.set_adapter_version(1)
@@ -197,7 +200,7 @@ def _save(values: Mapping[str, Tensor], file: Path) -> None:
 def _compared(
     session: ort.InferenceSession,
     model: TracedModel,
-    batches: Sequence[Mapping[str, Tensor]],
+    batches: Sequence[dict[str, Tensor]],
     what: str,
     file: Path | None = None,
 ) -> float:
@@ -206,20 +209,15 @@ def _compared(
     Raises:
         SubspanError: it is more than rounding.
     """
-    options, largest = ort.RunOptions(), 0.0
-    adapter = ort.LoraAdapter()
+    options, adapter = ort.RunOptions(), ort.LoraAdapter()
     if file is not None:
         adapter.Load(str(file))
         options.add_active_adapter(adapter)
-    for batch in batches:
-        found = session.run(None, {name: value.numpy() for name, value in batch.items()}, options)
-        with torch.no_grad():
-            expected = torch.utils._pytree.tree_leaves(model(**batch))
-        for a, b in zip(found, (one.numpy() for one in expected if isinstance(one, Tensor)), strict=True):
-            gap = float(np.abs(a - b).max())
-            if not gap <= _NEAR * max(1.0, float(np.abs(b).max())):
-                raise SubspanError(
-                    f"{what} differs by {gap:.2e} from what it is in one graph with others; nothing is written"
-                )
-            largest = max(largest, gap)
+
+    def stage(batch: dict[str, Tensor]) -> list[np.ndarray]:
+        return session.run(None, {name: value.numpy() for name, value in batch.items()}, options)
+
+    largest, relative = apart(torch_stage(model), stage, batches)
+    if not relative <= _NEAR:
+        raise SubspanError(f"{what} differs by {largest:.2e} in one graph with others; nothing is written")
     return largest

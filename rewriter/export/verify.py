@@ -223,6 +223,22 @@ def differences(
     return worst
 
 
+def apart(reference: Stage, stage: Stage, batches: Iterable[dict[str, Tensor]]) -> tuple[float, float]:
+    """The largest absolute difference of any output, and the largest over its output's own size: the largest value of
+    the reference, 1 at least. Infinite where an output is not finite.
+
+    Raises:
+        ValueError: one has other outputs than the other.
+    """
+    largest = relative = 0.0
+    for batch in batches:
+        for one, other in zip(stage(batch), reference(batch), strict=True):
+            distance = gap(one, other).largest
+            largest = max(largest, distance)
+            relative = max(relative, distance / max(1.0, float(np.abs(other).max())))
+    return largest, relative
+
+
 class Gap(NamedTuple):
     """Absolute differences of two arrays: the largest and the row it is in, and the sum of how many there are."""
 

@@ -8,7 +8,7 @@ from rewriter.transforms import RANKS, Alpha, Peft, Rank, Scope, kaiming_uniform
 
 
 def _alpha(config, _) -> dict[str, float]:
-    alpha = config.get("lora_alpha", 8)
+    alpha = config["lora_alpha"]
     return {"alpha": alpha * math.sqrt(config["r"]) if config.get("use_rslora") else alpha}
 
 

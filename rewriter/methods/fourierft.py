@@ -7,10 +7,10 @@ from rewriter.algebra import Dense, Operator
 from rewriter.transforms import Count, Peft, Place, Positive, Scope, choice, same, transform
 
 
-def drawn(config, at: Place, count: str) -> Tensor:
+def drawn(config, at: Place) -> Tensor:
     """Row-major places in W (n, m) that PEFT draws in a stored weight (m, n) from its seed."""
-    generator = torch.Generator().manual_seed(config.get("random_loc_seed", 777))
-    places = torch.randperm(at.n * at.m, generator=generator)[: config[count]]
+    generator = torch.Generator().manual_seed(config["random_loc_seed"])
+    places = torch.randperm(at.n * at.m, generator=generator)[: config["n_frequency"]]
     return places % at.n * at.m + places // at.n
 
 
@@ -20,7 +20,8 @@ def drawn(config, at: Place, count: str) -> Tensor:
         "FOURIERFT",
         {"d": same("fourierft_spectrum")},
         {"frequencies": "n_frequency", "scale": "scaling"},
-        made={"indices": lambda config, at: drawn(config, at, "n_frequency")},
+        made={"indices": drawn},
+        write=lambda _: {"random_loc_seed": 777},
         ignored=frozenset({"random_loc_seed"}),
         patterns={"n_frequency": "n_frequency_pattern"},
     ),

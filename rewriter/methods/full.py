@@ -1,13 +1,13 @@
 """Every entry of a weight."""
 
 from rewriter.algebra import Dense, Operator
-from rewriter.transforms import Peft, Scope, Stored, transform
+from rewriter.transforms import Peft, Scope, same, transform
 
 
 @transform(
     "reconstruction",
     on=("matrix", "vector"),
-    peft=Peft("", {"weight": Stored("", lambda value, _: value, lambda value, _: value)}, whole=True),
+    peft=Peft("", {"weight": same("")}, whole=True),
 )
 def full(w: Operator, site: Scope) -> Operator:
     """Every entry is tuned, from W itself: the baseline "Fully FT", and newly made heads."""

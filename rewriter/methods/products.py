@@ -62,7 +62,7 @@ def _scale(at: Place) -> float:
             ),
         },
         {"rank": "r", "alpha": "alpha"},
-        read=lambda config, _: {} if config.get("decompose_factor", -1) < 1 else {"factor": config["decompose_factor"]},
+        read=lambda config, _: {} if config["decompose_factor"] < 1 else {"factor": config["decompose_factor"]},
         write=lambda options: {"decompose_factor": options.factor or -1, "alpha": options.alpha or options.rank},
         ignored=frozenset({"decompose_factor", "rank_dropout_scale"}),
         patterns={"r": "rank_pattern", "alpha": "alpha_pattern"},

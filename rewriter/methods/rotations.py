@@ -47,6 +47,13 @@ def cayley(site: Scope, count: int, size: int, terms: int | None = None) -> Tens
     return torch.linalg.solve(unit + skew, unit - skew, left=False).to(q.dtype)
 
 
+def _terms(config, _) -> dict[str, int]:
+    count = config["num_cayley_neumann_terms"] if config["use_cayley_neumann"] else None
+    if count is not None and count < 3:
+        raise ValueError(f"num_cayley_neumann_terms: {count} is fewer than 3")
+    return {} if count is None else {"terms": max(4, count)}  # PEFT's 3 are 4.
+
+
 def _series(skew: Tensor, unit: Tensor, terms: int) -> Tensor:
     power, total = skew, unit + 2 * skew
     for _ in range(terms - 3):
@@ -61,11 +68,7 @@ def _series(skew: Tensor, unit: Tensor, terms: int) -> Tensor:
         "OFT",
         {"q": same("oft_R.weight")},
         {"block": "oft_block_size"},
-        read=lambda config, _: (
-            {"terms": max(4, config.get("num_cayley_neumann_terms", 5))}
-            if config.get("use_cayley_neumann", True)
-            else {}
-        ),
+        read=_terms,
         write=lambda options: (
             {"r": 0, "use_cayley_neumann": bool(options.terms)}
             | ({"num_cayley_neumann_terms": options.terms} if options.terms else {})
@@ -102,6 +105,7 @@ def _skews(value: Tensor, at: Place) -> Tensor:
         "BOFT",
         {"q": Stored("boft_R", _uppers, _skews), "l": reshaped("boft_s", lambda at: (at.m,), lambda at: (at.m, 1))},
         {"block": "boft_block_size", "factors": "boft_n_butterfly_factor"},
+        fixed={"boft_n_butterfly_factor": (1,)},  # More of them PEFT has on CUDA alone: not compared.
         ignored=frozenset({"boft_block_num"}),
     ),
 )

@@ -17,7 +17,7 @@ def _haar(x: Tensor) -> Tensor:
 
 def _drawn(config, at: Place) -> Tensor:
     """PEFT's top right quarter holds the rows' details, ours the columns'."""
-    places = drawn(config, at, "n_frequency")
+    places = drawn(config, at)
     columns, rows = places // at.m, places % at.m
     other = (rows < at.m // 2) != (columns < at.n // 2)
     return (columns + other * (at.n // 2)) % at.n * at.m + (rows + other * (at.m // 2)) % at.m
@@ -31,6 +31,7 @@ def _drawn(config, at: Place) -> Tensor:
         {"coefficients": "n_frequency", "scale": "scaling"},
         made={"indices": _drawn},
         fixed={"wavelet_family": ("db1", "haar"), "use_idwt": (True,)},
+        write=lambda _: {"random_loc_seed": 777},
         ignored=frozenset({"random_loc_seed"}),
         patterns={"n_frequency": "n_frequency_pattern"},
     ),

@@ -28,7 +28,7 @@ from .options import (
     Width,
 )
 from .peft import RANKS, Peft, Place, Stored, reshaped, same, short_name, stored_by, transposed
-from .registry import CLASSES, TRANSFORMS, Transform, compose, named, transform
+from .registry import CLASSES, TRANSFORMS, Transform, compose, entire, named, transform
 from .schedule import Member, Pool, Schedule, largest
 from .scope import KINDS, Scope
 from .start import choice, eye, he_uniform, kaiming_uniform, normal
@@ -71,6 +71,7 @@ __all__ = [
     "choice",
     "compose",
     "decompose",
+    "entire",
     "eye",
     "he_uniform",
     "initial_value",

@@ -190,6 +190,11 @@ class Registry(Mapping[str, Transform]):
 TRANSFORMS = Registry()
 
 
+def entire() -> Transform:
+    """The transform that stands for a parameter itself: each entry is tuned."""
+    return next(one for one in TRANSFORMS.values() if one.peft and one.peft.whole)
+
+
 def _version(package: str) -> str:
     try:
         return version(package)

@@ -225,6 +225,50 @@ def test_what_no_transform_says_is_refused_by_its_key(changes, said, tmp_path):
         load_adapter(frozen("bert")[1], tmp_path)
 
 
+def without(folder, key):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({name: value for name, value in json.loads(file.read_text()).items() if name != key}))
+
+
+LACKING = [
+    ("oft", "use_cayley_neumann"), ("fourierft", "random_loc_seed"), ("lora", "r"), ("dora", "lora_alpha"),
+    ("lokr", "decompose_factor"), ("super_tuning", "sparsity"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "key"), LACKING)
+def test_a_missing_key_is_no_default(name, key, tmp_path):
+    _, their = theirs(name, "bert")
+    their.save_pretrained(tmp_path)
+    without(tmp_path, key)
+    with pytest.raises(SubspanError, match=f"{key} is missing"):
+        load_adapter(frozen("bert")[1], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"), [("oft, series", "num_cayley_neumann_terms", 2), ("boft", "boft_n_butterfly_factor", 2)]
+)
+def test_what_was_not_compared_is_refused(name, key, value, tmp_path):
+    _, their = theirs(name, "bert")
+    their.save_pretrained(tmp_path)
+    edited(tmp_path, **{key: value})
+    with pytest.raises(SubspanError, match=f"{key}: {value} is"):
+        load_adapter(frozen("bert")[1], tmp_path)
+
+
+def test_given_constants_go_with_their_own_adapter(tmp_path):
+    """PEFT's frozen factors of VeRA are in the adapter that has them, whichever a model holds first."""
+    inputs, model = frozen("bert")
+    _, their = theirs("vera", "bert")
+    their.save_pretrained(tmp_path / "peft")
+    one = rewrite(model, plan(model, [Rule(target=QUERY, apply=[LOW])])).eval()
+    load_adapter(one, tmp_path / "peft", "other")
+    save_adapter(one, tmp_path / "ours")
+    batch = inputs_of("bert", inputs, 3, 9)
+    again = load_adapter(model, tmp_path / "ours").eval()
+    torch.testing.assert_close(again(**batch).logits, their.double()(**batch).logits, **CLOSE)
+
+
 def test_dropout_is_taken_over_or_noted(tmp_path):
     _, their = theirs("lora", "bert")
     their.save_pretrained(tmp_path)
@@ -286,6 +330,7 @@ NOT_THEIRS = [
     ([(QUERY, [{"waveft": {"coefficients": 4}}])], "PEFT draws indices from a seed"),
     ([(QUERY, [LOW]), (KEY, [{"hira": {"rank": 2}}])], "PEFT has one kind in a folder, here are HIRA, LORA"),
     ([(QUERY, [LOW]), (QUERY.replace("weight", "bias"), ["full"])], "not a part of one that it adapts"),
+    ([(QUERY, [{"boft": {"block": 2, "factors": 2}}])], "boft_n_butterfly_factor is 2"),
     ([(QUERY, [{"hra": {"rank": 2}}]), (KEY, [{"hra": {"rank": 4}}])], "r is 4 there and 2 elsewhere; PEFT has one"),
     ([(QUERY, [{"vera": {"rank": 2}}]), (WIDE, [{"vera": {"rank": 2}}])], "PEFT has one vera_B"),
 ]

@@ -106,7 +106,8 @@ def test_another_base_a_changed_file_and_rows_are_refused(project, tmp_path):
 def test_a_run_with_a_head(tmp_path):
     spec = tiny.project(tmp_path)
     runs = []
-    for name, step in (("a", "{lora: {rank: 4}}"), ("b", "{hira: {rank: 2}}")):
+    steps = ("{lora: {rank: 4}}", "{hira: {rank: 2}}", "{adalora: {rank: 4}}", "{fish_mask: {density: 0.1}}")
+    for name, step in zip("abcd", steps, strict=True):
         Session(spec, f"rules.0.apply=[{step}]", "train.epochs=1").tune(tmp_path / name)
         runs.append(tmp_path / name)
     report = export_swappable(runs[0], runs[1:])
