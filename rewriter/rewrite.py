@@ -24,6 +24,7 @@ def rewrite(
     without: Collection[str] = (),
     also: Collection[str] = (),
     changed: dict[str, int] | None = None,
+    given: frozenset[str] | None = None,
 ) -> TunedModel:
     """A new module with every site transformed; the frozen weights are shared with `model`, not copied.
 
@@ -36,13 +37,14 @@ def rewrite(
         values: leaf name -> value, instead of the start value; what `allocate` chose, for example.
         without, also, changed: passes to leave out, passes that change numerics to run all the same, and how many nodes
             each pass changed, counted up; see `passes.manager.run`.
+        given: names of constants in `values` that can't be computed again; default: all of them.
 
     Raises:
         SpecError: a transform needs a choice that `values` lacks, or a name is no pass.
     """
     graphs = {mode: copy_graph(graph) for mode, graph in model.graphs.items()}
     constants = {leaf.name for site in plan.sites for leaf in site.leaves if leaf.role == "constant"}
-    given = frozenset(constants & (values or {}).keys())
+    given = frozenset(constants & (values or {}).keys()) if given is None else given
     out = TunedModel(model, plan, graphs, dict(model.signatures), dict(model.aliases), given)
     out.share(model)
     out.requires_grad_(False)

@@ -245,4 +245,5 @@ def settle(model: TunedModel, budget: Budget | None = None) -> TunedModel:
         raise SubspanError("settle an adapter before it is held together with others")
     found = plan(model.base, list(model.plan.rules), model.plan.new, given={**model.plan.given, **sizes})
     leaves = {name: value.detach() for name, value in adapter_tensors(model).items()}
-    return rewrite(model.base, found, values=leaves | values, without=model.without, also=model.also)
+    values = leaves | values
+    return rewrite(model.base, found, values=values, without=model.without, also=model.also, given=model.given)
