@@ -2,6 +2,7 @@
 
 import typer
 
+from pipelines.combine import combine
 from pipelines.data import data
 from pipelines.export import export
 from pipelines.fit import fit
@@ -26,7 +27,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the installed command."""
-    for command in (validate, plan, data, passes, show, train, export, run, push, import_peft, fit, schema):
+    for command in (validate, plan, data, passes, show, train, export, run, push, import_peft, fit, combine, schema):
         app.command()(command)
     app()
 

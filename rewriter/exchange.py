@@ -6,24 +6,30 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from . import fit as fitting
 from .adapters.from_peft import CONFIG, TASK_TYPES, modules_of, tuned_from
 from .adapters.store import check_tied, save_adapter
+from .adapters.ties import fingerprint
 from .data import encode, load_rows
 from .errors import SubspanError
 from .files import read_json, write_json, write_text
 from .folder import LOCK, MARKER, check_folder, claimed, clear, spec_of
 from .gguf import files_of
-from .graph.traced import TracedModel
+from .graph.traced import TracedModel, assign
 from .plan import Plan
 from .pretrained import Pretrained, collator, load_model
 from .session import example_inputs
+from .sources import absent
 from .spec import Spec, dump_spec, load_spec
 from .trace import trace
 from .training.checkpoint import save_predictions
-from .training.evaluation import predict
+from .training.evaluation import Rows, predict
 from .transforms import TRANSFORMS
 from .tuned import TunedModel
+
+FITTED, COMBINED = "fit.json", "combine.json"
 
 
 def import_peft(
@@ -129,7 +135,7 @@ def fit_to(
     }
     report |= {"error": fitting.total_error(errors, changed), "not_fitted": changed.left}
     loaded = loaded.model_copy(update={"rules": list(model.plan.rules)})
-    _write(loaded, model, out, overwrite, pretrained, report)
+    _write(loaded, model, out, overwrite, pretrained, report, FITTED)
     return report
 
 
@@ -161,31 +167,155 @@ def _tried(
 
 
 def _write(
-    spec: Spec, model: TunedModel, out: Path, overwrite: bool, pretrained: Pretrained, fit: dict[str, Any] | None = None
+    spec: Spec,
+    model: TunedModel,
+    out: Path,
+    overwrite: bool,
+    pretrained: Pretrained,
+    report: dict[str, Any] | None = None,
+    name: str = "",
 ) -> None:
     """The folder of a run that was not tuned here, with its metric on the validation rows where the spec has data.
 
     Args:
-        fit: content of fit.json, if there is to be one; gets `metric` and `value`.
+        report: content of the file `name`, if there is to be one; gets `metric` and `value`.
     """
-    measured = None
-    if spec.data is not None:
-        rows = encode(spec, load_rows(spec, pretrained.labels).validation, pretrained.processor, pretrained.labels)
+    measured, rows = None, _validation(spec, pretrained)
+    if rows is not None:
         measured = predict(model, spec, rows, collator(spec, pretrained, model.input_names))
-        if fit is not None:
-            fit |= {"metric": spec.compared, "value": measured[0][spec.compared]}
+        if report is not None:
+            report |= {"metric": spec.compared, "value": measured[0][spec.compared]}
     with claimed(out):
         if overwrite:
             clear(out, (MARKER, LOCK))
         write_text(out / "spec.yaml", dump_spec(spec))
         save_adapter(model, out / "adapter", spec, {}, files_of(spec.model))
         write_json(out / "plan.json", model.plan.to_dict())
-        if fit is not None:
-            write_json(out / "fit.json", fit)
+        if report is not None:
+            write_json(out / name, report)
         if measured is not None:
             write_json(out / "metrics.json", {"validation": {**measured[0], "rows": len(rows)}})
             if measured[1] is not None:
                 save_predictions(measured[1], out)
+
+
+def _validation(spec: Spec, pretrained: Pretrained) -> Rows | None:
+    """The validation rows of a spec that has data, and has it here."""
+    if spec.data is None or absent(spec.data):
+        return None
+    return encode(spec, load_rows(spec, pretrained.labels).validation, pretrained.processor, pretrained.labels)
+
+
+def combine_runs(
+    runs: Sequence[str | Path],
+    weights: Sequence[float],
+    out: str | Path,
+    how: str = "linear",
+    density: float | None = None,
+    rank: int | None = None,
+    error: float | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    tell: Callable[[str], None] = lambda note: None,
+) -> dict[str, Any]:
+    """Make a run of the changes of several runs on one base, whatever their methods: see `export.combine.combined`.
+
+    Newly made parameters are the first run's, as are task, labels and data.
+
+    Args:
+        runs: their folders.
+        weights: one for each run, or one for all.
+        out: folder of the run; combine.json has what is returned.
+        how: `linear`, `ties`, `dare_linear` or `dare_ties`.
+        density: of all but `linear`, in (0, 1].
+        rank, error: the result as low-rank terms, as of `export_adapter`; without both every entry of what changed.
+        seed: of what is kept at random.
+        overwrite, tell: as of `import_peft`.
+
+    Returns:
+        {"how", "density", "seed", "runs": [{"run", "weight", with data "metric", "alone", "combined"}]}, with low-rank
+        terms "sites" as of `export_adapter`. `combined` is measured under a run's own head.
+
+    Raises:
+        SubspanError: a run's change is none of weights, the bases differ, or the settings do not fit.
+    """
+    from .export import combine  # onnx and ONNX Runtime come with what loads a run.
+    from .export.adapter import seen_by
+    from .export.low_rank import as_low_rank, said_of
+    from .export.merge import merged_weights
+
+    folders, out = [Path(run) for run in runs], Path(out)
+    weights = _each(weights, len(folders), how, density)
+    specs = [spec_of(folder) for folder in folders]
+    spec = specs[0]
+    check_folder(spec, out, False, overwrite)
+    pretrained, traced, new, read, entries = _read_runs(folders, specs, weights, tell)
+    report: dict[str, Any] = {"how": how, "density": density, "seed": seed, "runs": entries}
+    made = combine.combined([change for change, _ in read], weights, how, density or 1.0, seed)
+    model = combine.as_whole(traced, made, read[0][1], new)
+    if rank is not None or error is not None:
+        tell("looking for low-rank terms")
+        seen = seen_by(model, spec, pretrained, traced)
+        model, terms = as_low_rank(model, traced, rank, 0.01 if error is None else error, seen, made)
+        report |= {"calibrated": bool(seen), "sites": said_of(terms)}
+    shared = {name: value for name, value in merged_weights(model).items() if name not in new}
+    for one, (_, heads), entry in zip(specs, read, entries, strict=True):
+        if "metric" in entry:
+            tell(f"measuring what {entry['run']} tells of")
+            entry["combined"] = _with_weights(one, shared | heads)
+    spec = spec.model_copy(update={"rules": list(model.plan.rules)})
+    _write(spec, model, out, overwrite, pretrained, report, COMBINED)
+    return report
+
+
+def _each(weights: Sequence[float], runs: int, how: str, density: float | None) -> list[float]:
+    """A weight for each run.
+
+    Raises:
+        SubspanError: the settings of `combine_runs` do not fit.
+    """
+    from .export.combine import HOWS
+
+    if how not in HOWS:
+        raise SubspanError(f"--how {how}: one of {', '.join(HOWS)}")
+    if (density is None) != (how == HOWS[0]) or not 0 < (1 if density is None else density) <= 1:
+        raise SubspanError(f"--density, in (0, 1], is of {', '.join(HOWS[1:])}, and needed there")
+    weights = [*weights] * (runs if len(weights) == 1 else 1)
+    if len(weights) != runs:
+        raise SubspanError(f"{len(weights)} weights for {runs} runs: give one for each, or one for all")
+    return weights
+
+
+def _read_runs(
+    folders: Sequence[Path], specs: Sequence[Spec], weights: Sequence[float], tell: Callable[[str], None]
+) -> tuple[Pretrained, TracedModel, tuple[str, ...], list[tuple[dict[str, Tensor], dict[str, Tensor]]], list[dict]]:
+    """The first run's base, and of each run the changes, the newly made parameters, and its entry in the report."""
+    from .export.combine import changes_of, heads_of
+    from .export.ship import load_tuned
+
+    first, base, read, entries = None, None, [], []
+    for folder, spec, weight in zip(folders, specs, weights, strict=True):
+        tell(f"reading {folder}")
+        check_tied(folder / "adapter", spec, files_of(spec.model))
+        pretrained, _, _, traced, tuned = load_tuned(spec, folder)
+        found, base = fingerprint(traced, tuple(tuned.plan.new)), base or fingerprint(traced, tuple(tuned.plan.new))
+        if found != base:
+            raise SubspanError(f"{folder}: of another base than {folders[0]}")
+        read.append((changes_of(tuned), heads_of(tuned)))
+        entries.append({"run": str(folder), "weight": weight})
+        if (rows := _validation(spec, pretrained)) is not None:
+            alone = predict(tuned, spec, rows, collator(spec, pretrained, tuned.input_names))[0][spec.compared]
+            entries[-1] |= {"metric": spec.compared, "alone": alone}
+        first = first or (pretrained, traced, tuple(tuned.plan.new))
+    return *first, read, entries
+
+
+def _with_weights(spec: Spec, values: dict[str, Tensor]) -> float:
+    """The metric of a run's base with other weights, on the run's validation rows."""
+    pretrained, traced, _ = _base(spec)
+    assign(traced, values)
+    rows = _validation(spec, pretrained)
+    return predict(traced, spec, rows, collator(spec, pretrained, traced.input_names))[0][spec.compared]
 
 
 def export_adapter(

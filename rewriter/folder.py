@@ -24,7 +24,7 @@ _NOTE = "This folder is a run of subspan. --overwrite removes what a run writes,
 # What training and export write, file by file: nothing else in these folders is touched.
 WRITTEN = (
     "spec.yaml", "plan.json", "log.jsonl", "metrics.json", PREDICTIONS, "verify.json", "export.json", MARKER, LOCK,
-    "fit.json", "swappable/model.onnx*", "swappable/*.onnx_adapter", "swappable/*.json",
+    "fit.json", "combine.json", "swappable/model.onnx*", "swappable/*.onnx_adapter", "swappable/*.json",
     "adapter/adapter.json", "adapter/adapter.safetensors",
     *(f"{one}/{name}" for one in ("peft", "peft-lora") for name in (CONFIG, TENSORS, "subspan.json")),
     "trackers/**/events.out.tfevents.*", "trackers/**/hparams.yml",

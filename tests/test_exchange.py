@@ -9,12 +9,14 @@ import transformers
 import typer
 from safetensors.torch import load_file, save_file
 
+from pipelines import combine as combining
 from pipelines import export as exporting
 from pipelines import fit as fitting
 from pipelines import import_peft as importing
 from pipelines.validate import Consumer, Level, check
 from rewriter import Session, SubspanError
-from rewriter.exchange import export_adapter, import_peft
+from rewriter.exchange import combine_runs, export_adapter, import_peft
+from rewriter.spec import load_spec
 from tests import tiny
 
 TASK = "sequence-classification"
@@ -201,3 +203,92 @@ def test_a_full_fine_tuning_is_fitted_by_command(project, tmp_path):
     assert report["value"] == json.loads((tuned / "metrics.json").read_text())["validation"]["accuracy"]
     Session(out / "spec.yaml").export(out)
     assert json.loads((out / "verify.json").read_text())["max_abs_diff"] < 1e-5
+
+
+@pytest.fixture(scope="module")
+def pair(project):
+    """Two runs of different methods, and of different heads."""
+    out = [project.parent / "one", project.parent / "other"]
+    less = ("train.epochs=1", "export.onnx=null")
+    Session(project, "rules.0.apply=[{lora: {rank: 2}}]", *less).tune(out[0])
+    Session(project, "rules.0.apply=[{loha: {rank: 2}}]", *less, "train.seed=1").tune(out[1])
+    return out
+
+
+def merged(folder):
+    if not (folder / "merged").exists():
+        Session(folder / "spec.yaml").export(folder)
+    return load_file(folder / "merged" / "model.safetensors")
+
+
+def base_of(project):
+    tensors = load_file(project.parent / "model" / "model.safetensors")
+    return {f"bert.{name}": value for name, value in tensors.items()}
+
+
+def test_runs_are_added_and_taken_away(project, pair, tmp_path):
+    report = combine_runs(pair, [0.5, -2.0], tmp_path / "sum")
+    base = base_of(project)
+    one, other, found = merged(pair[0]), merged(pair[1]), merged(tmp_path / "sum")
+    assert any(not one[name].equal(value) for name, value in base.items()) and found["classifier.weight"].equal(
+        one["classifier.weight"]
+    )
+    for name in base:
+        expected = base[name] + 0.5 * (one[name] - base[name]) - 2.0 * (other[name] - base[name])
+        # float32 rounds each of three weights by 6e-8 of entries below 1.
+        torch.testing.assert_close(found[name], expected, rtol=0, atol=5e-7)
+    assert [entry["weight"] for entry in report["runs"]] == [0.5, -2.0]
+    for entry, run in zip(report["runs"], pair, strict=True):
+        assert entry["alone"] == json.loads((run / "metrics.json").read_text())["validation"]["accuracy"]
+        assert 0 <= entry["combined"] <= 1
+    assert report["value"] == report["runs"][0]["combined"]
+
+
+def test_one_run_alone_is_that_run_and_its_negation_cancels_it(project, pair, tmp_path):
+    report = combine_runs(pair[:1], [1.0], tmp_path / "same")
+    assert report["runs"][0]["alone"] == report["runs"][0]["combined"]
+    combine_runs([pair[1], pair[1]], [1.0, -1.0], tmp_path / "none")
+    base, found = base_of(project), merged(tmp_path / "none")
+    assert all(found[name].equal(value) for name, value in base.items())
+
+
+def test_a_combination_as_low_rank_terms_by_command(pair, tmp_path):
+    out = tmp_path / "out"
+    combining.combine(pair, [1.0], out, "ties", 0.3, rank=4)
+    report = json.loads((out / "combine.json").read_text())
+    assert report["calibrated"] and {one["r"] for one in report["sites"].values()} == {4}
+    rules = load_spec(out / "spec.yaml").rules
+    assert {one.name for rule in rules for one, _ in rule.chain} == {"lora", "full"}
+    exporting.export(out, measure=False)
+    assert json.loads((out / "verify.json").read_text())["max_abs_diff"] < 1e-5
+    combining.combine(pair[:1], [1.0], out, error=1e-6, overwrite=True)
+    report = json.loads((out / "combine.json").read_text())
+    assert all(one["exact"] and one["r"] == 2 for one in report["sites"].values())
+
+
+COMBINATIONS = [
+    ({"weights": [1.0, 2.0, 3.0]}, "3 weights for 2 runs"),
+    ({"how": "ties"}, "--density, in"),
+    ({"density": 0.5}, "--density, in"),
+    ({"how": "dare_linear", "density": 0.0}, "--density, in"),
+    ({"how": "slerp"}, "--how slerp: one of linear, ties"),
+    ({"runs": ["here", "prompt"]}, "can't merge, so it is no change of a weight"),
+    ({"runs": ["here", "elsewhere"]}, "of another base than"),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), COMBINATIONS, ids=[said for _, said in COMBINATIONS])
+def test_what_can_t_be_combined_is_refused_and_leaves_nothing(project, pair, tmp_path, given, said):
+    runs = {"here": pair[0], "prompt": tmp_path / "prompt", "elsewhere": tmp_path / "there" / "run"}
+    if "prompt" in given.get("runs", ()):
+        rule = "rules=[{target: bert.embeddings, apply: [{prompt: {length: 2}}]}]"
+        Session(project, rule, "train.epochs=0.2").tune(runs["prompt"])
+    if "elsewhere" in given.get("runs", ()):
+        (tmp_path / "there").mkdir()
+        there = tiny.project(tmp_path / "there")
+        tiny.save_model(tmp_path / "there" / "model", seed=1)
+        Session(there, "train.epochs=0.2").tune(runs["elsewhere"])
+    arguments = {"weights": [1.0]} | given | {"runs": [runs[one] for one in given["runs"]] if "runs" in given else pair}
+    with pytest.raises(SubspanError, match=said):
+        combine_runs(out=tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()

@@ -22,6 +22,7 @@ FOREIGN = {
     ("training/reports.py", "samples"),  # of what was written
     ("training/loop.py", "samples"),
     ("adapters/from_peft.py", "dropout"),  # the end of keys of PEFT
+    ("exchange.py", "density"),  # of TIES and DARE
     ("export.py", "lora"),  # a kind of adapter for others
     ("report/picture.py", "dropout"),  # an op
     ("report/picture.py", "start"),  # of SVG's text-anchor

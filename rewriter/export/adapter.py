@@ -11,12 +11,13 @@ from ..adapters.to_peft import save_peft
 from ..data import encode, load_rows
 from ..errors import SubspanError
 from ..files import aside, write_json
+from ..graph.traced import TracedModel
 from ..pretrained import Pretrained, collator
 from ..sources import absent
 from ..spec import Spec
 from ..training.evaluation import predict
 from ..tuned import TunedModel
-from .low_rank import as_low_rank, look
+from .low_rank import Seen, as_low_rank, look, said_of
 from .ship import load_tuned, random_inputs
 from .verify import apart, torch_stage
 
@@ -46,15 +47,11 @@ def ship_adapter(
     report: dict[str, Any] = {}
     if low_rank:
         given = tuned
-        parts = None if spec.data is None or absent(spec.data) else load_rows(spec, pretrained.labels)
-        seen = look(tuned, traced, _batches(spec, pretrained, parts.train, tuned, _ROWS)) if parts else {}
+        seen = seen_by(tuned, spec, pretrained, traced)
         tuned, found = as_low_rank(given, traced, rank, error, seen)
         report["calibrated"] = bool(seen)
-        report["sites"] = {
-            weight: {"r": one.a.shape[1], "exact": one.exact, "error": one.error, "norm": one.norm}
-            for weight, one in found.items()
-        }
-        report |= _measured(spec, pretrained, parts, given, tuned) if parts else {}
+        report["sites"] = said_of(found)
+        report |= _measured(spec, pretrained, given, tuned) if seen else {}
     folder = run / ("peft-lora" if low_rank else "peft")
     with aside(folder) as (place,):
         save_peft(tuned, place, spec.model.name, TASK_TYPES.get(spec.task.auto))
@@ -66,23 +63,34 @@ def ship_adapter(
     return report | {"folder": str(folder)}
 
 
-def _batches(
-    spec: Spec, pretrained: Pretrained, rows: Any, tuned: TunedModel, most: int
-) -> Iterator[dict[str, Tensor]]:
-    encoded = encode(spec, rows.select(range(min(most, len(rows)))), pretrained.processor, pretrained.labels)
-    collate, size = collator(spec, pretrained, tuned.input_names), spec.train.batch_size
-    for first in range(0, len(encoded), size):
-        batch = collate([encoded[i] for i in range(first, min(first + size, len(encoded)))])
-        yield {name: batch[name] for name in tuned.input_names}
+def seen_by(model: TunedModel, spec: Spec, pretrained: Pretrained, traced: TracedModel) -> dict[str, Seen]:
+    """What layers see of the spec's first training rows: `low_rank.look`; of a spec without data, nothing.
+
+    Args:
+        traced: the base of the model.
+    """
+    if spec.data is None or absent(spec.data):
+        return {}
+    rows = load_rows(spec, pretrained.labels).train
+    encoded = encode(spec, rows.select(range(min(_ROWS, len(rows)))), pretrained.processor, pretrained.labels)
+    collate, size = collator(spec, pretrained, model.input_names), spec.train.batch_size
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        for first in range(0, len(encoded), size):
+            batch = collate([encoded[i] for i in range(first, min(first + size, len(encoded)))])
+            yield {name: batch[name] for name in model.input_names}
+
+    return look(model, traced, batches())
 
 
-def _measured(spec: Spec, pretrained: Pretrained, parts: Any, before: TunedModel, after: TunedModel) -> dict[str, Any]:
+def _measured(spec: Spec, pretrained: Pretrained, before: TunedModel, after: TunedModel) -> dict[str, Any]:
     """The metric on the validation rows as tuned and as written.
 
     Raises:
         SubspanError: it falls by more than `LOSES`.
     """
-    encoded = encode(spec, parts.validation, pretrained.processor, pretrained.labels)
+    rows = load_rows(spec, pretrained.labels).validation
+    encoded = encode(spec, rows, pretrained.processor, pretrained.labels)
     collate = collator(spec, pretrained, before.input_names)
     name = spec.compared
     one, other = (predict(model, spec, encoded, collate)[0][name] for model in (before, after))

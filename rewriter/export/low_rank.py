@@ -1,7 +1,8 @@
 """Any change of weights as a low-rank one: exact where its rank is bounded, else nearest by what layers see."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -9,12 +10,12 @@ from torch import Tensor, fx
 from ..errors import SubspanError
 from ..graph.traced import TracedModel, assign, copy_graph
 from ..graph.weights import factored, uses
-from ..plan import Site, plan, transformed
+from ..plan import plan
 from ..rewrite import rewrite
 from ..spec import Rule
 from ..transforms import TRANSFORMS, Transform, entire
-from ..tuned import TunedModel, adapter_tensors
-from .merge import merged_weights
+from ..tuned import TunedModel
+from .merge import changes, merged_weights
 
 EXACT = 1e-7  # of the change's norm: what is left over is rounding of float32
 _RIDGE = 1e-2  # of the mean square: directions that no row has still count a little
@@ -90,32 +91,6 @@ def _root(gram: Tensor) -> Tensor:
     return torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=gram.dtype))
 
 
-@torch.no_grad()
-def changes(model: TunedModel) -> Iterator[tuple[str, list[Site], Tensor, Tensor]]:
-    """Weight, its sites, W (n, m) and phi(W) - W, in float64, of all that are no newly made parameters.
-
-    Raises:
-        SubspanError: something can't merge, or is no matrix.
-    """
-    leaves = adapter_tensors(model)
-    for site in model.plan.sites:
-        if not site.merges:
-            raise SubspanError(f"{site.label}: {site.transform} can't merge, so it is no change of a weight")
-    for weight, sites in model.plan.by_weight().items():
-        if weight in model.plan.new:
-            continue
-        stored = model.get_parameter(weight).detach().double()
-        w = sites[0].layout.present(stored).dense()
-        if sites[0].layout.vector or w.ndim > 2:
-            raise SubspanError(f"{sites[0].label}: it is no matrix, a low-rank term can't change it")
-        made = transformed(sites, stored, lambda _, leaf: _wide(leaves[leaf.name].detach())).dense()
-        yield weight, sites, w, made - w
-
-
-def _wide(value: Tensor) -> Tensor:
-    return value.double() if value.is_floating_point() else value
-
-
 def look(model: TunedModel, traced: TracedModel, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Seen]:
     """Weight -> what its linear ops see where the merged weights stand.
 
@@ -165,7 +140,12 @@ def _real(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def as_low_rank(
-    model: TunedModel, traced: TracedModel, rank: int | None, error: float, seen: Mapping[str, Seen]
+    model: TunedModel,
+    traced: TracedModel,
+    rank: int | None,
+    error: float,
+    seen: Mapping[str, Seen],
+    exact: Mapping[str, Tensor] | None = None,
 ) -> tuple[TunedModel, dict[str, LowRank]]:
     """A model whose changes of weights are low-rank terms, with newly made parameters as they are tuned.
 
@@ -174,14 +154,19 @@ def as_low_rank(
         traced: its base.
         rank, error: as of `nearest`.
         seen: from `look`; weights that it lacks take the unweighted norm.
+        exact: weight -> its change in its own shape, where that is known better than from the model's tensors.
 
     Raises:
-        SubspanError: as `changes`.
+        SubspanError: something can't merge, or is no matrix.
     """
     one = _factored()
     (option,) = (name for name, key in one.peft.options.items() if key == "r")
     found: dict[str, LowRank] = {}
     for weight, sites, w, change in changes(model):
+        if sites[0].layout.vector or w.ndim > 2:
+            raise SubspanError(f"{sites[0].label}: it is no matrix, a low-rank term can't change it")
+        if exact is not None:
+            change = sites[0].layout.present(exact[weight]).dense()
         if change.any():
             made = nearest(change, seen.get(weight) if sites[0].linear else None, rank, error)
             found[weight] = LowRank(*made, float(change.norm() / w.norm()))
@@ -201,6 +186,14 @@ def as_low_rank(
         else:
             values[site.leaves[0].name] = site.layout.present(merged[site.place]).dense()
     return rewrite(traced, planned, values=values), found
+
+
+def said_of(terms: Mapping[str, LowRank]) -> dict[str, dict[str, Any]]:
+    """Weight -> r, exact, error and norm."""
+    return {
+        weight: {"r": one.a.shape[1], "exact": one.exact, "error": one.error, "norm": one.norm}
+        for weight, one in terms.items()
+    }
 
 
 def _factored() -> Transform:

@@ -90,6 +90,30 @@ def merge(model: TunedModel, *into: nn.Module, partly: bool = False) -> float:
     return stored
 
 
+@torch.no_grad()
+def changes(model: TunedModel) -> Iterator[tuple[str, list[Site], Tensor, Tensor]]:
+    """Weight, its sites, W and phi(W) - W as sites see them, in float64, of all that are no newly made parameters.
+
+    Raises:
+        SubspanError: something can't merge.
+    """
+    leaves = adapter_tensors(model)
+    for site in model.plan.sites:
+        if not site.merges:
+            raise SubspanError(f"{site.label}: {site.transform} can't merge, so it is no change of a weight")
+    for weight, sites in model.plan.by_weight().items():
+        if weight in model.plan.new:
+            continue
+        stored = model.get_parameter(weight).detach().double()
+        w = sites[0].layout.present(stored).dense()
+        made = transformed(sites, stored, lambda _, leaf: _wide(leaves[leaf.name].detach())).dense()
+        yield weight, sites, w, made - w
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.double() if value.is_floating_point() else value
+
+
 def staying(model: TunedModel, without: Collection[str] = (), merged: bool = True) -> tuple[Site, ...]:
     """The sites of a tuned model that stay in a graph; arguments as of `rest`."""
     return tuple(site for site in model.plan.sites if not (merged and site.merges) and site.kind not in without)
