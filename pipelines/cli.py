@@ -10,6 +10,7 @@ from pipelines.import_peft import import_peft
 from pipelines.passes import passes
 from pipelines.plan import plan
 from pipelines.push import push
+from pipelines.report import report
 from pipelines.run import run
 from pipelines.schema import schema
 from pipelines.show import show
@@ -27,7 +28,22 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the installed command."""
-    for command in (validate, plan, data, passes, show, train, export, run, push, import_peft, fit, combine, schema):
+    for command in (
+        validate,
+        plan,
+        data,
+        passes,
+        show,
+        train,
+        export,
+        run,
+        report,
+        push,
+        import_peft,
+        fit,
+        combine,
+        schema,
+    ):
         app.command()(command)
     app()
 

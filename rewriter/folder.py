@@ -15,7 +15,7 @@ from .files import UNFINISHED, recover, remove, write_text
 from .spec import Spec, differing, is_dump, load_spec
 from .training.checkpoint import BUDGET, EARLIER, OPTIMISER, PREDICTIONS, STATE, TUNED, checkpoints
 
-MARKER, LOCK = ".subspan-run", ".subspan-lock"
+MARKER, LOCK, PAGE = ".subspan-run", ".subspan-lock", "report.html"
 FOLDERS = (
     "checkpoints", "adapter", "merged/1_Pooling", "merged/2_Normalize", "merged/onnx", "merged", "onnx", "peft",
     "peft-lora", "swappable",
@@ -24,7 +24,7 @@ _NOTE = "This folder is a run of subspan. --overwrite removes what a run writes,
 # What training and export write, file by file: nothing else in these folders is touched.
 WRITTEN = (
     "spec.yaml", "plan.json", "log.jsonl", "metrics.json", PREDICTIONS, "verify.json", "export.json", MARKER, LOCK,
-    "fit.json", "combine.json", "swappable/model.onnx*", "swappable/*.onnx_adapter", "swappable/*.json",
+    "fit.json", "combine.json", PAGE, "swappable/model.onnx*", "swappable/*.onnx_adapter", "swappable/*.json",
     "adapter/adapter.json", "adapter/adapter.safetensors",
     *(f"{one}/{name}" for one in ("peft", "peft-lora") for name in (CONFIG, TENSORS, "subspan.json")),
     "trackers/**/events.out.tfevents.*", "trackers/**/hparams.yml",
@@ -154,6 +154,17 @@ def claimed(out: Path, main: bool = True, made: bool = True) -> Iterator[None]:
             if new:
                 with contextlib.suppress(OSError):
                     out.rmdir()
+
+
+def busy(out: Path) -> bool:
+    """Whether another process works in the folder of a run."""
+    if not (out / LOCK).exists():
+        return False
+    try:
+        with filelock.FileLock(out / LOCK, timeout=0):
+            return False
+    except filelock.Timeout:
+        return True
 
 
 def _holder(out: Path) -> str:

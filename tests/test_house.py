@@ -24,6 +24,8 @@ FOREIGN = {
     ("adapters/from_peft.py", "dropout"),  # the end of keys of PEFT
     ("exchange.py", "density"),  # of TIES and DARE
     ("export.py", "lora"),  # a kind of adapter for others
+    ("report/page.py", "prompt"),  # of what was written
+    ("report/page.py", "samples"),
     ("report/picture.py", "dropout"),  # an op
     ("report/picture.py", "start"),  # of SVG's text-anchor
 }

@@ -91,18 +91,22 @@ def merge(model: TunedModel, *into: nn.Module, partly: bool = False) -> float:
 
 
 @torch.no_grad()
-def changes(model: TunedModel) -> Iterator[tuple[str, list[Site], Tensor, Tensor]]:
+def changes(model: TunedModel, partly: bool = False) -> Iterator[tuple[str, list[Site], Tensor, Tensor]]:
     """Weight, its sites, W and phi(W) - W as sites see them, in float64, of all that are no newly made parameters.
+
+    Args:
+        partly: leave out weights that can't merge.
 
     Raises:
         SubspanError: something can't merge.
     """
     leaves = adapter_tensors(model)
-    for site in model.plan.sites:
-        if not site.merges:
+    stay = [site for site in model.plan.sites if not site.merges]
+    for site in stay:
+        if not partly:
             raise SubspanError(f"{site.label}: {site.transform} can't merge, so it is no change of a weight")
     for weight, sites in model.plan.by_weight().items():
-        if weight in model.plan.new:
+        if weight in model.plan.new or any(site.place == weight for site in stay):
             continue
         stored = model.get_parameter(weight).detach().double()
         w = sites[0].layout.present(stored).dense()
