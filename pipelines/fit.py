@@ -30,7 +30,8 @@ def fit(
     """Fit methods to what full fine-tuning changed, weight by weight, and make a run of the cheapest within --error.
 
     Prints parameters and error of every method, which is the smallest ||phi(W) - W*|| over ||W* - W|| of all weights
-    together; fit.json in the run has the table. Export, run and load_adapter take the run.
+    together, and with data the metric with that method everywhere; fit.json in the run has the table. Export, run and
+    load_adapter take the run.
     """
     with failures(out):
         from rewriter import print_summary
@@ -41,10 +42,11 @@ def fit(
                 spec, tuned, out, method or (), rank or (2, 8), error, settings or [], overwrite,
                 lambda said: status.update(escape(said)),
             )  # fmt: skip
-        table = Table("method", "options", "parameters", "error")
+        table = Table("method", "options", "parameters", "error", report.get("metric", ""))
         for one in sorted(report["methods"], key=lambda one: one["error"]):
             options = ", ".join(f"{key}={value}" for key, value in one["options"].items())
-            table.add_row(one["method"], options, f"{one['parameters']:,}", f"{one['error']:.4f}")
+            value = f"{one['value']:.4f}" if "value" in one else ""
+            table.add_row(one["method"], options, f"{one['parameters']:,}", f"{one['error']:.4f}", value)
         console.print(table)
         facts = {"weights": len(report["weights"]), "error of all": f"{report['error']:.4f}"}
         if "metric" in report:

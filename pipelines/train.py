@@ -25,6 +25,12 @@ def train(
         bool, typer.Option("--resume", help="Continue the run in --out from its newest checkpoint.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="First delete the run that is in --out.")] = False,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", help="Folder of a run with the same rules: start from what it tuned.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Tune a model and write the run folder: spec.yaml, plan.json, metrics.json, log.jsonl, checkpoints/, adapter/.
 
@@ -41,7 +47,8 @@ def train(
             check_folder(session.spec, out, resume, overwrite)
             cost = session.cost() if session.spec.limits.of_a_step else None
             print_plan(session.plan(), console, session.tokens, cost)
-        metrics = session.tune(out, resume, overwrite, lambda note: console.print(f"[yellow]note:[/] {escape(note)}"))
+        say = lambda note: console.print(f"[yellow]note:[/] {escape(note)}")  # noqa: E731
+        metrics = session.tune(out, resume, overwrite, say, start)
         if not MAIN:
             return
         name = session.spec.metric

@@ -109,9 +109,9 @@ def fit_to(
         settings, overwrite, tell: as of `import_peft`.
 
     Returns:
-        The content of fit.json: {"methods": [{"method", "options", "parameters", "error"}], "left_out": [reason],
-        "weights": {weight: {"method", "options", "error"}}, "not_fitted": {parameter: relative change}, "error",
-        "metric", "value"}; the last two with data.
+        The content of fit.json: {"methods": [{"method", "options", "parameters", "error", "value"}], "left_out":
+        [reason], "weights": {weight: {"method", "options", "error"}}, "not_fitted": {parameter: relative change},
+        "error", "metric", "value"}; `metric` and `value`, on the validation rows, with data.
 
     Raises:
         SubspanError: the checkpoint is of another base, or nothing changed or fits.
@@ -126,6 +126,12 @@ def fit_to(
     if not changed.matrices:
         raise SubspanError(f"{tuned}: no weight of a linear layer differs from {loaded.model.name}")
     found, report = _tried(traced, changed, methods or list(TRANSFORMS), ranks, tell)
+    if (rows := _validation(loaded, pretrained)) is not None:
+        for i, entry in enumerate(report["methods"]):
+            tell(f"measuring {entry['method']}")
+            one = fitting.as_tuned(traced, changed, found, dict.fromkeys(changed.matrices, i), new)
+            collate = collator(loaded, pretrained, one.input_names)
+            entry["value"] = predict(one, loaded, rows, collate)[0][loaded.compared]
     chosen = fitting.cheapest(found, changed, error)
     model = fitting.as_tuned(traced, changed, found, chosen, new)
     errors = {weight: found[i][1].errors[weight] for weight, i in chosen.items()}

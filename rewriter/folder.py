@@ -14,18 +14,19 @@ from .errors import SubspanError
 from .files import UNFINISHED, recover, remove, write_text
 from .spec import Spec, differing, is_dump, load_spec
 from .training.checkpoint import BUDGET, EARLIER, OPTIMISER, PREDICTIONS, STATE, TUNED, checkpoints
+from .training.start import STARTED
 
 MARKER, LOCK, PAGE = ".subspan-run", ".subspan-lock", "report.html"
 FOLDERS = (
-    "checkpoints", "adapter", "merged/1_Pooling", "merged/2_Normalize", "merged/onnx", "merged", "onnx", "peft",
-    "peft-lora", "swappable",
+    "checkpoints", "adapter", STARTED, "merged/1_Pooling", "merged/2_Normalize", "merged/onnx", "merged", "onnx",
+    "peft", "peft-lora", "swappable",
 )  # fmt: skip
 _NOTE = "This folder is a run of subspan. --overwrite removes what a run writes, and nothing else.\n"
 # What training and export write, file by file: nothing else in these folders is touched.
 WRITTEN = (
     "spec.yaml", "plan.json", "log.jsonl", "metrics.json", PREDICTIONS, "verify.json", "export.json", MARKER, LOCK,
     "fit.json", "combine.json", PAGE, "swappable/model.onnx*", "swappable/*.onnx_adapter", "swappable/*.json",
-    "adapter/adapter.json", "adapter/adapter.safetensors",
+    *(f"{one}/adapter.{kind}" for one in ("adapter", STARTED) for kind in ("json", "safetensors")),
     *(f"{one}/{name}" for one in ("peft", "peft-lora") for name in (CONFIG, TENSORS, "subspan.json")),
     "trackers/**/events.out.tfevents.*", "trackers/**/hparams.yml",
     *(f"checkpoints/checkpoint-*/{name}" for name in (TUNED, OPTIMISER, BUDGET, STATE, EARLIER)),

@@ -19,7 +19,7 @@ from .adapters.store import check_tied, save_adapter
 from .adapters.ties import fingerprint
 from .data import Rows, check_length, encode, load_rows, questions_of, short_enough, tie, unseen
 from .errors import SpecError, SubspanError, raise_all
-from .files import read_json, write_json, write_text
+from .files import write_json, write_text
 from .folder import LOCK, MARKER, check_folder, claimed, clear, spec_of
 from .gguf import files_of, location_of
 from .graph.traced import Inputs, TracedModel
@@ -34,18 +34,17 @@ from .smoke import hidden, small_model, small_spec
 from .spec import Spec, differing, dump_spec, load_spec, located
 from .tasks import Question
 from .trace import capture, trace
-from .training.checkpoint import checkpoints, resumed_choices
+from .training.checkpoint import checkpoints
+from .training.checks import check_training
 from .training.evaluation import for_training, objective
-from .training.generation import Asked, check_libraries
+from .training.generation import Asked
 from .training.loop import device_of, label_weights, tune
-from .training.optimisers import OPTIMISERS, check_schedule
-from .training.packing import PATH as PACKING
+from .training.optimisers import OPTIMISERS
 from .training.packing import check_packing, packed_inputs
 from .training.parallel import processes
 from .training.recompute import by_layer, fewest
-from .training.reports import check_trackers
 from .training.schedules import allocate
-from .transforms import Schedule
+from .training.start import STARTED, check_start, choices_of, keep_start, start_values
 from .tuned import TunedModel
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -161,7 +160,7 @@ class Session:
             check_length(spec, min((most for most in bounds if most is not None), default=None), found.rows)
             _check_sizes(spec, traced, pretrained)
         raise_all(exceeded(spec.limits, found))
-        _check_training(spec, found, pretrained.labels)
+        check_training(spec, found, pretrained.labels)
         return found
 
     @_placed
@@ -197,9 +196,15 @@ class Session:
         """The traced model with the plan's nodes, on the meta device."""
         return self._rewritten(self.shapes(whole=True)[0], self.plan(whole=True))
 
-    def _rewritten(self, traced: TracedModel, found: Plan, chosen: dict[str, Tensor] | None = None) -> TunedModel:
+    def _rewritten(
+        self,
+        traced: TracedModel,
+        found: Plan,
+        values: dict[str, Tensor] | None = None,
+        given: frozenset[str] | None = None,
+    ) -> TunedModel:
         passes = self.spec.train.passes
-        return rewrite(traced, found, self.spec.train.seed, chosen, passes.off, passes.on)
+        return rewrite(traced, found, self.spec.train.seed, values, passes.off, passes.on, given=given)
 
     @_placed
     def changes(self) -> dict[str, int]:
@@ -316,6 +321,7 @@ class Session:
         resume: bool = False,
         overwrite: bool = False,
         tell: Callable[[str], None] | None = None,
+        start: str | Path | None = None,
     ) -> dict[str, Any]:
         """Tune into the folder `out`: spec.yaml, plan.json, metrics.json, log.jsonl, checkpoints/, adapter/.
 
@@ -324,6 +330,7 @@ class Session:
             resume: continue the run in it from its newest checkpoint.
             overwrite: first delete the run that is in it.
             tell: gets a sentence for everything there is to say of the rows: what is cut, what is left out.
+            start: folder of a run with the same rules, whose tuned tensors this one starts from.
 
         Returns:
             The metrics, as `training.loop.tune` has them.
@@ -333,23 +340,36 @@ class Session:
             Interrupted: stopped by Ctrl-C or SIGTERM; a checkpoint is written.
         """
         out, main = Path(out), processes().is_main_process
+        if start is not None and (resume or Path(start).resolve() == out.resolve()):
+            raise SubspanError("--from is for a new run, in another folder than that of the run it starts from")
         if main:
             check_folder(self.spec, out, resume, overwrite)
         with claimed(out, main):
             if main:  # Once more: it may have been another's until now.
                 check_folder(self.spec, out, resume, overwrite)
             processes().wait_for_everyone()
-            metrics = self._tuned(out, resume, overwrite, tell or (lambda note: None))
+            metrics = self._tuned(out, resume, overwrite, tell or (lambda note: None), start)
         processes().wait_for_everyone()
         self.run = out
         return metrics
 
-    def _tuned(self, out: Path, resume: bool, overwrite: bool, tell: Callable[[str], None]) -> dict[str, Any]:
+    def _tuned(
+        self, out: Path, resume: bool, overwrite: bool, tell: Callable[[str], None], start: str | Path | None
+    ) -> dict[str, Any]:
         spec, main = self.spec, processes().is_main_process
         device_of(spec)
         checked = spec.limits.of_a_step or spec.train.gradient_checkpointing
         layers = self.cost().layers if checked else 0
-        planned, job = self.plan(), self.prepare()
+        planned = self.plan()
+        if (
+            adapter := Path(start) / "adapter"
+            if start
+            else out / STARTED
+            if (resume and (out / STARTED).is_dir())
+            else None
+        ):
+            check_start(self.shapes()[0], planned, adapter)
+        job = self.prepare()
         for note in job.notes if main else ():
             tell(note)
         if main and resume and (last := checkpoints(out / "checkpoints")[-1:]):
@@ -357,11 +377,16 @@ class Session:
         traced = trace(job.pretrained.module, job.inputs, without=spec.train.passes.off, keep=spec.model.kept)
         if spec.train.packing:
             check_packing(traced, job.train)
-        planned, chosen = self._choose(job, traced, planned, out if resume else None)
-        model = self._rewritten(traced, planned, chosen)
+        if adapter:
+            model = self._rewritten(traced, planned, *start_values(traced, adapter))
+        else:
+            planned, chosen = self._choose(job, traced, planned, out if resume else None)
+            model = self._rewritten(traced, planned, chosen)
         if main:
             if overwrite:
                 clear(out, (MARKER, LOCK))
+            if start:
+                keep_start(adapter, out)
             write_text(out / "spec.yaml", dump_spec(spec))
             write_json(out / "plan.json", planned.to_dict())
         processes().wait_for_everyone()
@@ -389,14 +414,8 @@ class Session:
         self, job: Job, traced: TracedModel, found: Plan, resumed: Path | None
     ) -> tuple[Plan, dict[str, Tensor]]:
         """What schedules choose by the training data, or what the run to resume chose."""
-        if resumed and (choices := resumed_choices(resumed / "checkpoints")) is not None:
+        if resumed and (choices := choices_of(resumed, found)) is not None:
             given, chosen = choices
-            if given is None:
-                # A checkpoint of a version that kept the sizes in plan.json alone.
-                pairs = (pair for site in found.sites for pair in site.schedules)
-                choosing = {name for name, one in pairs if type(one).choose is not Schedule.choose}
-                sites = read_json(resumed / "plan.json")["sites"]
-                given = {step: sizes for site in sites for step, sizes in site["settled"].items() if step in choosing}
             return plan(traced, self.spec.rules, job.pretrained.new, self.spec.strict, given), chosen
         return allocate(traced, found, job.train, job.collate, objective(self.spec.task))
 
@@ -460,35 +479,3 @@ def _check_sizes(spec: Spec, traced: TracedModel, pretrained: Pretrained) -> Non
                 traced.check_valid(name, leaves)
             except SubspanError as error:
                 raise SpecError(str(error), ("data", "max_length")) from None
-
-
-def _check_training(spec: Spec, found: Plan, labels: list[str]) -> None:
-    """What a `train` section says that can be known without weights.
-
-    Raises:
-        SpecError: at its place.
-    """
-    settings = spec.train
-    if settings.packing and found.rows:
-        rule = next(site.rule for site in found.sites if site.kind == "embeddings" and site.rows)
-        said = f"rules[{rule}] puts rows before each sequence, where only the first packed row would see them"
-        raise SpecError(said, PACKING)
-    check_schedule(settings, spec.task.lower(spec.metric))
-    check_trackers(spec)
-    check_libraries(spec)
-    if isinstance(settings.class_weights, dict):
-        label_weights(spec, labels, [])
-    if spec.strict and spec.export.checkpoint and not found.merges:
-        stays = next(site.transform for site in found.sites if not site.merges)
-        said = f"{stays} can't merge into plain weights, so there is no checkpoint; set export.checkpoint: false"
-        raise SpecError(said, ("export", "checkpoint") if "checkpoint" in spec.export.model_fields_set else ())
-    moving = [
-        (site.rule, name)
-        for site in found.sites
-        for name, one in site.schedules
-        if type(one).after_step is not Schedule.after_step
-    ]
-    if settings.keep == "best" and moving:
-        where = f"rules[{moving[0][0]}]"
-        said = f"{where} moves its budget from step to step, and only the last state has what it asks for; keep: last"
-        raise SpecError(said, ("train", "keep"))

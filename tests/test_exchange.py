@@ -169,6 +169,8 @@ def test_an_imported_run_with_data_has_its_metric_and_is_exported_by_command(pro
     exporting.export(out, measure=False)
     verified = json.loads((out / "verify.json").read_text())
     assert verified["metrics"]["onnx"]["accuracy"] == metrics["accuracy"]
+    still = Session(out / "spec.yaml", "train.learning_rate=1e-30", "train.weight_decay=0", "train.epochs=0.2")
+    assert still.tune(tmp_path / "more", start=out)["validation"]["accuracy"] == metrics["accuracy"]
     exporting.export(out, adapter=exporting.Adapter.low_rank)
     report = json.loads((out / "peft-lora" / "subspan.json").read_text())
     assert report["calibrated"] and report["before"] == metrics["accuracy"]
@@ -199,6 +201,7 @@ def test_a_full_fine_tuning_is_fitted_by_command(project, tmp_path):
     fitting.fit(project, tuned / "merged", out, ["lora", "ssb", "prefix"], [2, 16], 0.01)
     report = json.loads((out / "fit.json").read_text())
     assert [one["method"] for one in report["methods"]] == ["lora", "lora", "ssb"]
+    assert [one["value"] for one in report["methods"]][1] == report["value"]  # rank 16 is all of it
     assert report["left_out"] == ["prefix: stands on no weight"] and report["error"] < 1e-5
     assert report["value"] == json.loads((tuned / "metrics.json").read_text())["validation"]["accuracy"]
     Session(out / "spec.yaml").export(out)

@@ -27,7 +27,7 @@ TENSORS, MANIFEST = "adapter.safetensors", "adapter.json"
 BASE = "base."
 
 
-def _random(plan: Plan) -> list[str]:
+def newly_made(plan: Plan) -> list[str]:
     """Newly made parameters whose start value is still part of the result."""
     replaced = {site.place for site in plan.sites if site.layout and site.replaces}
     return [name for name in plan.new if name not in replaced]
@@ -40,7 +40,7 @@ def _tensors(model: TunedModel) -> dict[str, torch.Tensor]:
         tuned_parameters(model)
         | chosen_tensors(model)
         | given
-        | {BASE + name: base[name] for name in _random(model.plan)}
+        | {BASE + name: base[name] for name in newly_made(model.plan)}
     )
 
 
@@ -247,7 +247,7 @@ def load_adapter(
     except SpecError as error:
         raise SubspanError(f"{folder / MANIFEST}: its rules do not fit this model: {error.message}") from None
     stored = load_tensors(folder / TENSORS)
-    if random := _random(found):
+    if random := newly_made(found):
         model = model.clone()
         assign(model, {name: stored[BASE + name] for name in random if BASE + name in stored})
     # Only so that nothing has to be chosen again; what the file holds is checked and loaded below.

@@ -142,13 +142,14 @@ def _plan(run: Path) -> list[Part]:
 
 
 def _fitted(run: Path) -> list[Part]:
-    methods = sorted(_read(run, "fit.json").get("methods", []), key=lambda one: one["error"])
+    found = _read(run, "fit.json")
+    methods = sorted(found.get("methods", []), key=lambda one: one["error"])
     rows = [
         (one["method"], ", ".join(f"{key}={value}" for key, value in one["options"].items()), f"{one['parameters']:,}",
-         f"{one['error']:.4f}") for one in methods
+         f"{one['error']:.4f}", figure(one["value"]) if "value" in one else "") for one in methods
     ]  # fmt: skip
     note = "What a method leaves of the change W* - W: ||phi(W) - W*|| over ||W* - W||, of all weights."
-    table = Cells(("method", "options", "parameters", "error"), rows, (2, 3))
+    table = Cells(("method", "options", "parameters", "error", found.get("metric", "")), rows, (2, 3, 4))
     return [Part("fitted", "Fitted", note, [("", fits(methods))], table=table)] if rows else []
 
 

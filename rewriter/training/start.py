@@ -1,0 +1,82 @@
+"""A run that starts where another one ended: its adapter's tensors in the place of start values."""
+
+import shutil
+from pathlib import Path
+
+from torch import Tensor
+
+from ..adapters.store import MANIFEST, TENSORS, load_adapter, newly_made, read_manifest
+from ..errors import SubspanError
+from ..files import aside, read_json
+from ..graph.traced import TracedModel, assign
+from ..plan import Plan, plan
+from ..transforms import Schedule
+from ..tuned import adapter_tensors
+from .checkpoint import resumed_choices
+from .schedules import Sizes
+
+STARTED = "started"  # A copy, in the folder of the run: the other run may change, or go.
+
+
+def keep_start(adapter: Path, out: Path) -> None:
+    """Copy an adapter into the folder of the run that starts from it.
+
+    Raises:
+        SubspanError: there is none.
+    """
+    for name in (MANIFEST, TENSORS):
+        if not (adapter / name).is_file():
+            raise SubspanError(f"{adapter / name}: no such file; --from takes the folder of a finished run")
+    with aside(out / STARTED) as (place,):
+        place.mkdir()
+        for name in (MANIFEST, TENSORS):
+            shutil.copyfile(adapter / name, place / name)
+
+
+def check_start(traced: TracedModel, planned: Plan, adapter: Path) -> None:
+    """Refuse to start from a run of other sites, methods or options, or one that a schedule decided on.
+
+    Args:
+        traced: the base, on the meta device too.
+        planned: what is to be tuned.
+        adapter: folder of the run's adapter.
+
+    Raises:
+        SubspanError: naming the site.
+    """
+    manifest = read_manifest(adapter)
+    start = plan(traced, manifest["rules"], tuple(manifest["new"]), given=manifest["given"])
+    here, there = ({site.label: site.transform for site in one.sites} for one in (planned, start))
+    for label in dict.fromkeys([*there, *here]):
+        if here.get(label) != there.get(label):
+            was, now = there.get(label, "not tuned"), here.get(label, "not tuned")
+            raise SubspanError(f"--from: {label} is {was} in that run and {now} in the spec: rules have to be the same")
+    if scheduled := next((site for site in planned.sites if site.schedules), None):
+        raise SubspanError(f"--from: a schedule decided on {scheduled.label}, {scheduled.transform}, in that run")
+    if tuple(start.new) != tuple(planned.new):
+        raise SubspanError("--from: newly made parameters of that run are others than the spec's")
+
+
+def start_values(traced: TracedModel, adapter: Path) -> tuple[dict[str, Tensor], frozenset[str]]:
+    """The value of every leaf by an adapter, and which constants among them can't be computed again. Newly made
+    parameters that no site replaces get the adapter's values in `traced`.
+
+    Raises:
+        SubspanError: as `load_adapter`.
+    """
+    start = load_adapter(traced, adapter)
+    assign(traced, {name: start.get_parameter(name).detach() for name in newly_made(start.plan)})
+    return {name: value.detach() for name, value in adapter_tensors(start).items()}, start.given
+
+
+def choices_of(run: Path, found: Plan) -> tuple[Sizes, dict[str, Tensor]] | None:
+    """The sizes and places that schedules chose in a run that is to be resumed; None where it has no checkpoint."""
+    choices = resumed_choices(run / "checkpoints")
+    if choices is None or choices[0] is not None:
+        return choices
+    # A checkpoint of a version that kept the sizes in plan.json alone.
+    pairs = (pair for site in found.sites for pair in site.schedules)
+    choosing = {name for name, one in pairs if type(one).choose is not Schedule.choose}
+    sites = read_json(run / "plan.json")["sites"]
+    given = {step: sizes for site in sites for step, sizes in site["settled"].items() if step in choosing}
+    return given, choices[1]
