@@ -79,7 +79,8 @@ class Found:
         dtype = None if weight is None else weight.dtype
         wide = {name: value.to(dtype) for name, value in self.further.items()}
         values = {name: value.to(dtype) if value.is_floating_point() else value for name, value in values.items()}
-        return Place(*site.shape[-2:], site.chain[0][1], values, weight, wide)
+        batch = site.shape[0] if len(site.shape) == 3 else None
+        return Place(*site.shape[-2:], site.chain[0][1], values, weight, wide, batch)
 
     def value(self, leaf: Leaf, site: Site, weight: Tensor | None) -> Tensor | None:
         """A leaf's value, or None where the folder has none.
@@ -212,6 +213,10 @@ def _checked(found: Found, config: Mapping[str, Any]) -> Iterator[str]:
     peft = found.peft
     said = _COMMON - peft.fixed.keys() | set(peft.options.values()) | peft.ignored | set(peft.patterns.values())
     said |= {peft.listed}
+    if peft.batched and config.get("target_parameters"):
+        if patterns := [key for key in peft.patterns.values() if config.get(key)]:
+            raise SubspanError(f"{patterns[0]} with target_parameters is not read")
+        said.add("target_parameters")
     for key, value in config.items():
         if key in peft.fixed:
             if value not in peft.fixed[key]:
@@ -302,12 +307,32 @@ def _target(model: TracedModel, one: Found) -> str:
         return _before_embeddings(model)
     name = f"{one.module}.weight"
     if name not in model.aliases:
+        name = _parameter(model, one) or name
+    if name not in model.aliases:
         raise SubspanError(f"{name} is nothing that the model has")
     if len(same := model.tied.get(model.aliases[name], [])) > 1:
         raise SubspanError(
             f"{one.module}: its weight is tied to {next(x for x in same if x != name)}; PEFT changes one"
         )
     return model.aliases[name]
+
+
+def _parameter(model: TracedModel, one: Found) -> str | None:
+    """The batch of weights, among `target_parameters`, that a module's tensors fit; of several of one module PEFT nests
+    them, and shapes tell which is which.
+
+    Raises:
+        SubspanError: they do not.
+    """
+    listed, module = one.config.get("target_parameters") or (), one.module.replace(".base_layer", "")
+    ends = {name.rpartition(".")[2] for name in listed}
+    names = [name for end in sorted(ends) if (name := f"{module}.{end}") in model.aliases]
+    names = [name for name in names if any(f".{name}".endswith(f".{target}") for target in listed)]
+    shapes = {name: tuple(model.get_parameter(name).shape) for name in names}
+    fitting = [name for name, shape in shapes.items() if len(shape) == 3 and one.peft.batched(one.tensors, shape)]
+    if len(fitting) > 1 or (names and not fitting):
+        raise SubspanError(f"{one.module}: its tensors fit {' and '.join(fitting) or 'none'} of {', '.join(names)}")
+    return fitting[0] if fitting else None
 
 
 def _before_embeddings(model: TracedModel) -> str:

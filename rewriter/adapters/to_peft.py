@@ -54,6 +54,8 @@ def parts_of(found: Plan) -> tuple[list[Site], list[Site]]:
             raise _no(site, f"PEFT has no chains ({site.transform})")
         if site.chain[0][0].peft is None:
             raise _no(site, f"PEFT has no {site.chain[0][0].name}")
+        if _batched(site):
+            continue
         if site.block or len(site.shape) > 2 or (site.layout and not site.place.endswith(".weight")):
             raise _no(site, "PEFT tunes whole weights of layers")
         if site.layout and not site.linear and not site.chain[0][0].peft.tables:
@@ -62,6 +64,27 @@ def parts_of(found: Plan) -> tuple[list[Site], list[Site]]:
     if len(kinds) > 1:
         raise SubspanError(f"PEFT has one kind in a folder, here are {', '.join(kinds)}")
     return sites, whole
+
+
+def _batched(site: Site) -> bool:
+    """Whether it is a batch of weights (experts), that PEFT has as a parameter."""
+    one = site.chain[0][0].peft
+    return bool(site.layout and not site.block and len(site.shape) == 3 and one.batched)
+
+
+def _path(site: Site, sites: list[Site], names: list[str]) -> str:
+    """What the keys of its tensors begin with; of several parameters of one module PEFT nests the first inmost.
+
+    Args:
+        names: of the model's parameters, in the order that modules have them.
+    """
+    if not _batched(site):
+        return site.place.removesuffix(".weight")
+    module = site.place.rpartition(".")[0]
+    beside = sorted(
+        (one.place for one in sites if _batched(one) and one.place.rpartition(".")[0] == module), key=names.index
+    )
+    return module + ".base_layer" * (len(beside) - 1 - beside.index(site.place))
 
 
 def _no(site: Site, why: str) -> SpecError:
@@ -79,6 +102,8 @@ def _config(site: Site) -> dict[str, Any]:
         own = {key: getattr(options, option) for option, key in one.peft.options.items()} | one.peft.write(options)
     except ValueError as error:
         raise _no(site, str(error)) from None
+    if _batched(site) and (key := next((key for key in own if key.endswith("dropout") and own[key]), None)):
+        raise _no(site, f"PEFT has no {key} on a batch of weights")
     for key, allowed in one.peft.fixed.items():
         if own.setdefault(key, allowed[0]) not in allowed:
             raise _no(site, f"{key} is {own[key]!r}; PEFT is known to compute the same with {allowed[0]!r} alone")
@@ -120,7 +145,7 @@ def check_served(model: TracedModel, found: Plan, by: str) -> list[str]:
     if by == "peft":
         return []
     for site in sites:
-        if not site.chain[0][0].peft.factors or not site.linear:
+        if not site.chain[0][0].peft.factors or not site.linear or _batched(site):
             raise _no(site, f"{by} reads low-rank terms of linear layers alone; export --adapter makes such")
     if by != "vllm":
         return []
@@ -151,7 +176,7 @@ def _check_sites(model: TracedModel, sites: list[Site]) -> None:
 def _written(model: TunedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
     sites, whole = parts_of(model.plan)
     weights = dict(model.named_parameters(remove_duplicate=False))
-    leaves = adapter_tensors(model)
+    leaves, names = adapter_tensors(model), list(weights)
     configs: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
     shared: dict[str, list[tuple[Site, Stored, Tensor, Place]]] = {}
@@ -162,16 +187,16 @@ def _written(model: TunedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
         _check_name(model, site)
         values = {short_name(leaf): leaves[leaf.name].detach() for leaf in site.leaves}
         weight = site.part(weights[site.place].detach()) if site.layout else None
-        at = Place(*site.shape[-2:], options, values, weight)
+        at = Place(*site.shape[-2:], options, values, weight, batch=site.shape[0] if _batched(site) else None)
         configs[module] = own = _config(site)
         for name, make in peft.made.items():
             if not torch.equal(make(own, at).to(values[name].device), values[name]):
                 raise _no(site, f"PEFT draws {name} from a seed, and draws others than are tuned here")
-        for name, stored in stored_by(peft, bool(site.layout) and not site.linear).items():
+        for name, stored in stored_by(peft, bool(site.layout) and not (site.linear or _batched(site))).items():
             if stored.shared:
                 shared.setdefault(stored.name, []).append((site, stored, values[name], at))
             elif stored.theirs and name in values:
-                key = f"{PATH}{module}.{stored.name}" if not peft.rows else stored.name
+                key = f"{PATH}{_path(site, sites, names)}.{stored.name}" if not peft.rows else stored.name
                 tensors[key] = stored.theirs(values[name], at)
         parts = _bias(model, site, peft, at, weights, leaves)
         if parts is not None:
@@ -182,8 +207,10 @@ def _written(model: TunedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
     peft = sites[0].chain[0][0].peft
     config = _joined(sites, configs, leaves) | {"peft_type": peft.kind}
     if not peft.rows:
-        config["target_modules"] = sorted(configs)
-    if any(site.layout and site.linear and not site.layout.transposed for site in sites):
+        batched = {site.place for site in sites if _batched(site)}
+        config["target_modules"] = sorted(configs.keys() - batched)
+        config |= {"target_parameters": sorted(batched)} if batched else {}
+    if any(site.layout and site.linear and not site.layout.transposed for site in sites if not _batched(site)):
         config["fan_in_fan_out"] = True
     saved = _saved(model, [site for site in whole if site.place not in spoken], configs, weights, leaves)
     if saved:
@@ -248,6 +275,8 @@ def _joined(
                 raise SubspanError(
                     f"{module}: {key} is {own.get(key)!r} there and {config[key]!r} elsewhere; PEFT has one"
                 )
+            if any(map(_batched, sites)):
+                raise SubspanError(f"{module}: {key} is another than elsewhere; beside batches of weights PEFT has one")
             config.setdefault(peft.patterns[key], {})[re.escape(module)] = own[key]
     for site in sites:
         one, module = site.chain[0][0].peft, site.place.removesuffix(".weight")

@@ -1,6 +1,7 @@
 """A low-rank term beside the weight, (15): LoRA and its kin."""
 
 import math
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -60,8 +61,28 @@ INERT = frozenset({
 })  # fmt: skip
 
 
-def _scaled_b(value: Tensor, at: Place) -> Tensor:
-    return (value * at.values["s"] if "s" in at.values else value).mT
+def _a(value: Tensor, at: Place) -> Tensor:
+    """Of experts (b, n, r) from (b r, n)."""
+    return value.mT if at.batch is None else value.reshape(at.batch, -1, value.shape[-1]).mT
+
+
+def _their_a(value: Tensor, at: Place) -> Tensor:
+    return value.mT if at.batch is None else value.mT.flatten(0, 1)
+
+
+def _b(value: Tensor, at: Place) -> Tensor:
+    """Of experts (b, r, m) from (m, r b)."""
+    return value.mT if at.batch is None else value.reshape(value.shape[0], -1, at.batch).permute(2, 1, 0)
+
+
+def _their_b(value: Tensor, at: Place) -> Tensor:
+    value = value * at.values["s"] if "s" in at.values else value
+    return value.mT if at.batch is None else value.permute(2, 1, 0).flatten(1, 2)
+
+
+def _of_experts(tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> bool:
+    a, b = tensors["a"].shape, tensors["b"].shape
+    return a[0] == b[1] and a[0] % shape[0] == 0 and {a[1], b[0]} == set(shape[1:])
 
 
 def _peft(options) -> dict[str, bool | float]:
@@ -76,7 +97,7 @@ def _peft(options) -> dict[str, bool | float]:
     "extension",
     peft=Peft(
         "LORA",
-        {"a": transposed("lora_A.weight"), "b": Stored("lora_B.weight", lambda value, _: value.mT, _scaled_b)},
+        {"a": Stored("lora_A.weight", _a, _their_a), "b": Stored("lora_B.weight", _b, _their_b)},
         {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"},
         fits=lambda config, tensors: not config.get("use_dora") and config.get("init_lora_weights") != "pissa",
         read=lambda config, _: {"scale": "rslora" if config.get("use_rslora") else "fixed"},
@@ -85,6 +106,7 @@ def _peft(options) -> dict[str, bool | float]:
         ignored=INERT,
         patterns=RANKS,
         factors=("a", "b"),
+        batched=_of_experts,
         tables={"a": transposed("lora_embedding_A"), "b": transposed("lora_embedding_B")},
     ),
 )

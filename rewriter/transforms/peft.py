@@ -20,6 +20,7 @@ class Place:
         values: leaf -> value.
         weight: W itself, where it is at hand.
         further: the module's other tensors in the folder, by their names there.
+        batch: how many of them there are, of a parameter that is a batch of weights (experts).
     """
 
     n: int
@@ -28,6 +29,7 @@ class Place:
     values: Tensors = field(default_factory=dict)
     weight: Tensor | None = None
     further: Tensors = field(default_factory=dict)
+    batch: int | None = None
 
 
 View = Callable[[Tensor, Place], Tensor]
@@ -96,6 +98,8 @@ class Peft:
         listed: the key that lists the modules of this transform beside all.
         by_module: leaf's value -> (pattern's key, the end of the module's key, what stands there).
         factors: leaves A and B, where it is W + A B with its other options as by default.
+        batched: whether a module's tensors can be those of a batch of weights of a shape (b, n, m) or (b, m, n); None:
+            PEFT has none of a batch.
         whole: it stands for the parameter itself, which is stored by its own name.
         rows: it stands before the embeddings, its tensors have no path.
     """
@@ -117,6 +121,7 @@ class Peft:
     listed: str | None = None
     by_module: Callable[[Tensors], tuple[str, str, Any]] | None = None
     factors: tuple[str, str] | None = None
+    batched: Callable[[Tensors, tuple[int, ...]], bool] | None = None
     whole: bool = False
     rows: bool = False
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from rewriter import Rule, SubspanError, load_adapter, plan, rewrite, save_adapter, trace, tuned_parameters
 from rewriter.adapters.from_peft import tuned_from
 from rewriter.adapters.to_peft import save_peft
-from rewriter.transforms import TRANSFORMS
+from rewriter.transforms import TRANSFORMS, Place
 from tests.architectures import build, inputs_of
 
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
@@ -193,7 +193,7 @@ def test_gradients_go_on_as_theirs(name, tmp_path):
             continue
         end = f"{place.removesuffix('.weight')}.{stored[leaf].name}".replace(".weight", "")
         (grad,) = [g for n, g in there.items() if end in n.replace(".default", "").replace(".weight", "")]
-        expected = stored[leaf].ours(grad, None).reshape(value.shape)
+        expected = stored[leaf].ours(grad, Place(0, 0, None)).reshape(value.shape)
         assert float((value.grad - expected).norm()) <= close * float(expected.norm())
         checked += 1
     assert checked >= 4
@@ -315,6 +315,47 @@ def test_a_tied_weight_is_not_changed_in_both_places(tmp_path):
     their.save_pretrained(tmp_path)
     with pytest.raises(SubspanError, match=r"its weight is tied to transformer.wte.weight; PEFT changes one"):
         load_adapter(model, tmp_path)
+
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+@pytest.mark.parametrize("parameters", [EXPERTS, EXPERTS[:1], EXPERTS[1:]], ids=["both", "first", "second"])
+def test_experts_there_and_back(parameters, tmp_path):
+    """LoRA of a batch of weights, beside LoRA of a layer: PEFT nests the parameters of one module."""
+    torch.manual_seed(0)
+    base = build("mixtral")[0].float()
+    base.set_experts_implementation("eager")  # The grouped products take no float64.
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj"], target_parameters=parameters)
+    their = peft.get_peft_model(copy.deepcopy(base), config)
+    for p in their.parameters():
+        if p.requires_grad:
+            p.data += 0.1 * torch.randn_like(p)
+    their.save_pretrained(tmp_path / "peft")
+    inputs, model = frozen("mixtral")
+    tuned = load_adapter(model, tmp_path / "peft").eval()
+    assert len([site for site in tuned.plan.sites if len(site.shape) == 3]) == 2 * len(parameters)
+    batch = inputs_of("mixtral", inputs, 3, 9)
+    expected = their.eval().double()(**batch).logits
+    torch.testing.assert_close(tuned(**batch).logits, expected, **CLOSE)
+    assert float((expected - model.eval()(**batch).logits).abs().max()) > 0.01
+    save_peft(tuned, tmp_path / "again")
+    back = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "again").eval().double()
+    torch.testing.assert_close(back(**batch).logits, expected, **CLOSE)
+
+
+def test_experts_that_can_t_be_told_apart_or_have_patterns_are_refused(tmp_path):
+    config = peft.LoraConfig(r=3, target_modules=[], target_parameters=EXPERTS)
+    peft.get_peft_model(build("mixtral")[0].float(), config).save_pretrained(tmp_path)
+    edited(tmp_path, rank_pattern={"gate_up_proj": 4})
+    with pytest.raises(SubspanError, match="rank_pattern with target_parameters is not read"):
+        load_adapter(frozen("mixtral")[1], tmp_path)
+    edited(tmp_path, rank_pattern={}, r=2)
+    with pytest.raises(SubspanError, match="does not fit a weight of"):
+        load_adapter(frozen("mixtral")[1], tmp_path)
+    edited(tmp_path, r=3, target_parameters=EXPERTS[:1])
+    with pytest.raises(SubspanError, match="its tensors fit none of"):
+        load_adapter(frozen("mixtral")[1], tmp_path)
 
 
 QUERY, KEY = (f"bert.encoder.layer.*.attention.self.{name}.weight" for name in ("query", "key"))
