@@ -225,7 +225,6 @@ def combine_runs(
     tell: Callable[[str], None] = lambda note: None,
 ) -> dict[str, Any]:
     """Make a run of the changes of several runs on one base, whatever their methods: see `export.combine.combined`.
-
     Newly made parameters are the first run's, as are task, labels and data.
 
     Args:
@@ -254,6 +253,8 @@ def combine_runs(
     weights = _each(weights, len(folders), how, density)
     specs = [spec_of(folder) for folder in folders]
     spec = specs[0]
+    if out.resolve() in {folder.resolve() for folder in folders}:
+        raise SubspanError(f"--out {out}: is one of the runs that are combined")
     check_folder(spec, out, False, overwrite)
     pretrained, traced, new, read, entries = _read_runs(folders, specs, weights, tell)
     report: dict[str, Any] = {"how": how, "density": density, "seed": seed, "runs": entries}
@@ -304,8 +305,8 @@ def _read_runs(
         tell(f"reading {folder}")
         check_tied(folder / "adapter", spec, files_of(spec.model))
         pretrained, _, _, traced, tuned = load_tuned(spec, folder)
-        found, base = fingerprint(traced, tuple(tuned.plan.new)), base or fingerprint(traced, tuple(tuned.plan.new))
-        if found != base:
+        found = fingerprint(traced, tuple(tuned.plan.new))
+        if found != (base := base or found):
             raise SubspanError(f"{folder}: of another base than {folders[0]}")
         read.append((changes_of(tuned), heads_of(tuned)))
         entries.append({"run": str(folder), "weight": weight})

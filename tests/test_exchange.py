@@ -295,3 +295,5 @@ def test_what_can_t_be_combined_is_refused_and_leaves_nothing(project, pair, tmp
     with pytest.raises(SubspanError, match=said):
         combine_runs(out=tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
+    with pytest.raises(SubspanError, match="is one of the runs that are combined"):
+        combine_runs(pair, [1.0], pair[1], overwrite=True)
