@@ -38,9 +38,10 @@ def fit(
         from rewriter.exchange import fit_to
 
         with console.status("fitting") as status:
+            say = status.update if console.is_terminal else console.print  # In a log, a line for each method.
             report = fit_to(
                 spec, tuned, out, method or (), rank or (2, 8), error, settings or [], overwrite,
-                lambda said: status.update(escape(said)),
+                lambda said: say(escape(said)),
             )  # fmt: skip
         table = Table("method", "options", "parameters", "error", report.get("metric", ""))
         for one in sorted(report["methods"], key=lambda one: one["error"]):
