@@ -32,7 +32,7 @@ def combine(
         float | None,
         typer.Option(min=0, max=1, help="The same, of the rank that leaves this much of a change.", show_default=False),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of what DARE keeps.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of what DARE keeps.")] = 0,
     transforms: Transforms = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="First delete the run that is in --out.")] = False,
 ) -> None:

@@ -1,6 +1,7 @@
 """Adapters from others and for others: a folder of PEFT becomes a run, a run's adapter a folder of PEFT."""
 
 import json
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -234,8 +235,7 @@ def combine_runs(
         how: `linear`, `ties`, `dare_linear` or `dare_ties`.
         density: of all but `linear`, in (0, 1].
         rank, error: the result as low-rank terms, as of `export_adapter`; without both every entry of what changed.
-        seed: of what is kept at random.
-        overwrite, tell: as of `import_peft`.
+        seed, overwrite, tell: of what is kept at random; as of `import_peft`.
 
     Returns:
         {"how", "density", "seed", "runs": [{"run", "weight", with data "metric", "alone", "combined"}]}, with low-rank
@@ -251,10 +251,12 @@ def combine_runs(
 
     folders, out = [Path(run) for run in runs], Path(out)
     weights = _each(weights, len(folders), how, density)
+    if out.resolve() in [folder.resolve() for folder in folders]:
+        raise SubspanError(f"--out {out}: is one of the runs that are combined")
+    if (rank is not None and rank < 1) or not 0 <= (error or 0) <= 1:
+        raise SubspanError("--rank is 1 or more, --error in [0, 1]")
     specs = [spec_of(folder) for folder in folders]
     spec = specs[0]
-    if out.resolve() in {folder.resolve() for folder in folders}:
-        raise SubspanError(f"--out {out}: is one of the runs that are combined")
     check_folder(spec, out, False, overwrite)
     pretrained, traced, new, read, entries = _read_runs(folders, specs, weights, tell)
     report: dict[str, Any] = {"how": how, "density": density, "seed": seed, "runs": entries}
@@ -288,7 +290,9 @@ def _each(weights: Sequence[float], runs: int, how: str, density: float | None) 
     if (density is None) != (how == HOWS[0]) or not 0 < (1 if density is None else density) <= 1:
         raise SubspanError(f"--density, in (0, 1], is of {', '.join(HOWS[1:])}, and needed there")
     weights = [*weights] * (runs if len(weights) == 1 else 1)
-    if len(weights) != runs:
+    if not all(map(math.isfinite, weights)):
+        raise SubspanError(f"--weight {next(one for one in weights if not math.isfinite(one))}: is no number")
+    if not runs or len(weights) != runs:
         raise SubspanError(f"{len(weights)} weights for {runs} runs: give one for each, or one for all")
     return weights
 

@@ -368,7 +368,7 @@ class Session:
             if (resume and (out / STARTED).is_dir())
             else None
         ):
-            check_start(self.shapes()[0], planned, adapter)
+            check_start(spec, self.shapes()[0], planned, adapter)
         job = self.prepare()
         for note in job.notes if main else ():
             tell(note)

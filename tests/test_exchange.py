@@ -15,7 +15,7 @@ from pipelines import fit as fitting
 from pipelines import import_peft as importing
 from pipelines.validate import Consumer, Level, check
 from rewriter import Session, SubspanError
-from rewriter.exchange import combine_runs, export_adapter, import_peft
+from rewriter.exchange import combine_runs, export_adapter, export_swappable, import_peft
 from rewriter.spec import load_spec
 from tests import tiny
 
@@ -269,11 +269,25 @@ def test_a_combination_as_low_rank_terms_by_command(pair, tmp_path):
     assert all(one["exact"] and one["r"] == 2 for one in report["sites"].values())
 
 
+def test_what_is_no_matrix_stays_whole_beside_low_rank_terms(project, pair, tmp_path):
+    Session(project, "rules.0.target=bert.encoder.layer.*.attention.self.query.bias", "rules.0.apply=[full]",
+            "train.epochs=1", "export.onnx=null").tune(tmp_path / "bias")  # fmt: skip
+    combine_runs([pair[0], tmp_path / "bias"], [1.0, 1.0], tmp_path / "out", rank=2)
+    one, other, found = merged(pair[0]), merged(tmp_path / "bias"), merged(tmp_path / "out")
+    name = "bert.encoder.layer.0.attention.self.query"
+    torch.testing.assert_close(found[f"{name}.weight"], one[f"{name}.weight"], rtol=0, atol=1e-6)
+    assert found[f"{name}.bias"].equal(other[f"{name}.bias"]) and not found[f"{name}.bias"].equal(one[f"{name}.bias"])
+    export_swappable(tmp_path / "out")  # Though its spec has no ONNX of its own.
+
+
 COMBINATIONS = [
     ({"weights": [1.0, 2.0, 3.0]}, "3 weights for 2 runs"),
     ({"how": "ties"}, "--density, in"),
     ({"density": 0.5}, "--density, in"),
     ({"how": "dare_linear", "density": 0.0}, "--density, in"),
+    ({"weights": [float("nan")]}, "--weight nan: is no number"),
+    ({"rank": 0}, "--rank is 1 or more"),
+    ({"runs": []}, "0 weights for 0 runs"),
     ({"how": "slerp"}, "--how slerp: one of linear, ties"),
     ({"runs": ["here", "prompt"]}, "can't merge, so it is no change of a weight"),
     ({"runs": ["here", "elsewhere"]}, "of another base than"),

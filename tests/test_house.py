@@ -22,6 +22,7 @@ FOREIGN = {
     ("training/reports.py", "samples"),  # of what was written
     ("training/loop.py", "samples"),
     ("adapters/from_peft.py", "dropout"),  # the end of keys of PEFT
+    ("adapters/to_peft.py", "dropout"),
     ("exchange.py", "density"),  # of TIES and DARE
     ("export.py", "lora"),  # a kind of adapter for others
     ("report/page.py", "prompt"),  # of what was written

@@ -154,7 +154,8 @@ def as_low_rank(
         traced: its base.
         rank, error: as of `nearest`.
         seen: from `look`; weights that it lacks take the unweighted norm.
-        exact: weight -> its change in its own shape, where that is known better than from the model's tensors.
+        exact: weight -> its change in its own shape, where that is known better than from the model's tensors; what is
+            no matrix is whole then.
 
     Raises:
         SubspanError: something can't merge, or is no matrix.
@@ -162,8 +163,12 @@ def as_low_rank(
     one = _factored()
     (option,) = (name for name, key in one.peft.options.items() if key == "r")
     found: dict[str, LowRank] = {}
+    whole = [weight for weight in model.plan.by_weight() if weight in model.plan.new]
     for weight, sites, w, change in changes(model):
         if sites[0].layout.vector or w.ndim > 2:
+            if exact is not None:
+                whole.append(weight)
+                continue
             raise SubspanError(f"{sites[0].label}: it is no matrix, a low-rank term can't change it")
         if exact is not None:
             change = sites[0].layout.present(exact[weight]).dense()
@@ -174,7 +179,6 @@ def as_low_rank(
         raise SubspanError("no weight is changed")
     rules = [Rule(target=weight, apply=[{one.name: {option: how.a.shape[1]}}]) for weight, how in found.items()]
     merged = merged_weights(model)
-    whole = [weight for weight in model.plan.by_weight() if weight in model.plan.new]
     rules += [Rule(target=weight, apply=[entire().name]) for weight in whole]
     planned, values = plan(traced, rules, model.plan.new), {}
     for site in planned.sites:

@@ -18,7 +18,7 @@ from ..graph.traced import TracedModel
 from ..passes.base import PREFIX
 from ..plan import Site, plan
 from ..rewrite import rewrite
-from ..spec import Rule, Spec
+from ..spec import Onnx, Rule, Spec
 from ..transforms import Leaf, SvdFactor, Transform, initial_value, named
 from ..tuned import TunedModel, adapter_tensors
 from .onnx import export_onnx
@@ -57,7 +57,7 @@ def ship_swappable(runs: Mapping[str, tuple[Spec, Path]], folder: Path) -> dict[
     with aside(folder) as (place,):
         place.mkdir()
         file = place / MODEL
-        export_onnx(union, inputs, file, spec.export.onnx.opset, {"base": base}, optional=swapped)
+        export_onnx(union, inputs, file, (spec.export.onnx or Onnx()).opset, {"base": base}, optional=swapped)
         session, report = open_swappable(file), {"adapters": {}}
         batches = list(random_inputs(spec, pretrained, inputs, first))
         if not any(model.plan.new for model in models.values()):

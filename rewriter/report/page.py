@@ -9,6 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
+from ..errors import SubspanError
 from ..export.listing import heads_of, listing, where
 from ..files import read_json
 from ..spec import Spec
@@ -71,7 +72,7 @@ def page(
         *_compared(run),
         *_files(run),
     ]
-    state = _state(log, running, bool(done) or not log)
+    state = _state(log, running, bool(done) or (not log and (run / "adapter").is_dir()))
     environment = Environment(loader=PackageLoader("rewriter", "report"), autoescape=True, trim_blocks=True)
     return environment.get_template("page.html").render(
         title=run.resolve().name, state=state, running=running, facts=_facts(spec, run, done), parts=parts
@@ -83,9 +84,22 @@ def _read(run: Path, name: str) -> dict[str, Any]:
 
 
 def _log(run: Path) -> list[dict[str, Any]]:
-    """Entries of the log; its last line may be half written."""
-    lines = (run / LOG).read_text(encoding="utf-8").splitlines(keepends=True) if (run / LOG).is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """Entries of the log; its last line may be half written.
+
+    Raises:
+        SubspanError: another line is no entry.
+    """
+    lines = (run / LOG).read_bytes().splitlines(keepends=True) if (run / LOG).is_file() else []
+    entries = []
+    for number, line in enumerate((line for line in lines if line.endswith(b"\n")), 1):
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry, dict) or not {"step", "epoch"} <= entry.keys():
+                raise ValueError("no step")
+        except ValueError as error:
+            raise SubspanError(f"{run / LOG}:{number}: no entry of a log ({error})") from None
+        entries.append(entry)
+    return entries
 
 
 def _state(log: Sequence[Mapping[str, Any]], running: bool, finished: bool) -> str:

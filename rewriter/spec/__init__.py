@@ -2,13 +2,14 @@
 
 from .data import Data, Turns, filled
 from .limits import Limits
-from .models import Model, Passes, Rule, Spec, Train, link_model
+from .models import Model, Onnx, Passes, Rule, Spec, Train, link_model
 from .read import decisive, differing, dump_spec, is_dump, load_spec, load_specs, located, warned
 
 __all__ = [
     "Data",
     "Limits",
     "Model",
+    "Onnx",
     "Passes",
     "Rule",
     "Spec",

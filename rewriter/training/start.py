@@ -10,6 +10,7 @@ from ..errors import SubspanError
 from ..files import aside, read_json
 from ..graph.traced import TracedModel, assign
 from ..plan import Plan, plan
+from ..spec import Spec
 from ..transforms import Schedule
 from ..tuned import adapter_tensors
 from .checkpoint import resumed_choices
@@ -33,18 +34,24 @@ def keep_start(adapter: Path, out: Path) -> None:
             shutil.copyfile(adapter / name, place / name)
 
 
-def check_start(traced: TracedModel, planned: Plan, adapter: Path) -> None:
-    """Refuse to start from a run of other sites, methods or options, or one that a schedule decided on.
+def check_start(spec: Spec, traced: TracedModel, planned: Plan, adapter: Path) -> None:
+    """Refuse to start from a run of another task, other labels, sites, methods or options, or one that a schedule
+    decided on.
 
     Args:
+        spec: of what is to be tuned.
         traced: the base, on the meta device too.
         planned: what is to be tuned.
         adapter: folder of the run's adapter.
 
     Raises:
-        SubspanError: naming the site.
+        SubspanError: naming the site, or the key of the spec.
     """
     manifest = read_manifest(adapter)
+    if (then := manifest["spec"]) is not None:
+        for key in ("task", "labels"):
+            if (was := getattr(then.model, key)) != (now := getattr(spec.model, key)):
+                raise SubspanError(f"--from: model.{key} is {was} in that run and {now} in the spec")
     start = plan(traced, manifest["rules"], tuple(manifest["new"]), given=manifest["given"])
     here, there = ({site.label: site.transform for site in one.sites} for one in (planned, start))
     for label in dict.fromkeys([*there, *here]):

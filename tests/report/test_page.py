@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from pipelines import report as reporting
-from rewriter import Session
+from rewriter import Session, SubspanError
 from rewriter.folder import LOCK, spec_of
 from rewriter.report.curves import curves
 from rewriter.report.page import page
@@ -75,6 +75,25 @@ def test_a_run_in_work_is_followed_until_it_ends(run, tmp_path, monkeypatch):
     assert 'http-equiv="refresh"' in seen[0] and "in work: step 12, epoch 2.00" in seen[0]
     assert parts(seen[0]) == ["curves", "plan"]
     assert "stopped at step 12, epoch 2.00; train --resume goes on" in seen[1] and "spans" in parts(seen[1])
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [(b'{"step": 1, "lo', "1: no entry"), (b"{}", "no step"), (b"3", "no step"), (b"\xff", "1: no entry")],
+)
+def test_a_damaged_log_is_named_and_a_run_that_died_early_is_not_finished(run, tmp_path, line, said):
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    log = (out / "log.jsonl").read_bytes()
+    (out / "log.jsonl").write_bytes(line + b"\n" + log)
+    with pytest.raises(SubspanError, match=said):
+        page(spec_of(out), out)
+    (out / "log.jsonl").write_bytes(log + line)
+    assert "finished" in page(spec_of(out), out)
+    for name in ("log.jsonl", "metrics.json", "adapter/adapter.json"):
+        (out / name).unlink()
+    shutil.rmtree(out / "adapter")
+    assert "stopped at no step yet" in page(spec_of(out), out)
 
 
 def test_what_is_written_is_text_and_no_page(run, tmp_path):

@@ -47,7 +47,10 @@ REFUSED = [
         "value.weight is lora(rank=4, alpha=8, dropout=0.1) in that run and not tuned",
     ),
     ("rules.0.apply=[{adalora: {rank: 2}}]", "in that run and adalora"),
-    ("model.labels=[a,b,c]", ""),
+    (
+        "model.labels=[positive,negative]",
+        "model.labels is ['negative', 'positive'] in that run and ['positive', 'negative'] in",
+    ),
 ]
 
 
