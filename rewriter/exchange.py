@@ -247,34 +247,37 @@ def combine_runs(
     from .export import combine  # onnx and ONNX Runtime come with what loads a run.
     from .export.adapter import seen_by
     from .export.low_rank import as_low_rank, said_of
-    from .export.merge import merged_weights
 
     folders, out = [Path(run) for run in runs], Path(out)
     weights = _each(weights, len(folders), how, density)
     if out.resolve() in [folder.resolve() for folder in folders]:
         raise SubspanError(f"--out {out}: is one of the runs that are combined")
-    if (rank is not None and rank < 1) or not 0 <= (error or 0) <= 1:
-        raise SubspanError("--rank is 1 or more, --error in [0, 1]")
+    _check_terms(rank, error)
     specs = [spec_of(folder) for folder in folders]
     spec = specs[0]
     check_folder(spec, out, False, overwrite)
     pretrained, traced, new, read, entries = _read_runs(folders, specs, weights, tell)
-    report: dict[str, Any] = {"how": how, "density": density, "seed": seed, "runs": entries}
+    report = {"how": how, "density": density, "seed": seed, "runs": entries}
     made = combine.combined([change for change, _ in read], weights, how, density or 1.0, seed)
     model = combine.as_whole(traced, made, read[0][1], new)
     if rank is not None or error is not None:
         tell("looking for low-rank terms")
-        seen = seen_by(model, spec, pretrained, traced)
-        model, terms = as_low_rank(model, traced, rank, 0.01 if error is None else error, seen, made)
+        seen, left = seen_by(model, spec, pretrained, traced), 0.01 if error is None else error
+        model, terms = as_low_rank(model, traced, rank, left, seen, made)
         report |= {"calibrated": bool(seen), "sites": said_of(terms)}
-    shared = {name: value for name, value in merged_weights(model).items() if name not in new}
+    shared = combine.shared_of(model)
     for one, (_, heads), entry in zip(specs, read, entries, strict=True):
         if "metric" in entry:
             tell(f"measuring what {entry['run']} tells of")
             entry["combined"] = _with_weights(one, shared | heads)
-    spec = spec.model_copy(update={"rules": list(model.plan.rules)})
-    _write(spec, model, out, overwrite, pretrained, report, COMBINED)
+    made_by = {"rules": list(model.plan.rules)}
+    _write(spec.model_copy(update=made_by), model, out, overwrite, pretrained, report, COMBINED)
     return report
+
+
+def _check_terms(rank: int | None, error: float | None) -> None:
+    if (rank is not None and rank < 1) or not 0 <= (error or 0) <= 1:
+        raise SubspanError("--rank is 1 or more, --error in [0, 1]")
 
 
 def _each(weights: Sequence[float], runs: int, how: str, density: float | None) -> list[float]:
@@ -350,6 +353,7 @@ def export_adapter(
     """
     from .export.adapter import ship_adapter  # onnx and ONNX Runtime come with it.
 
+    _check_terms(rank, error)
     run = Path(run)
     spec = spec_of(run)
     with claimed(run, made=False):

@@ -36,6 +36,11 @@ def heads_of(model: TunedModel) -> dict[str, Tensor]:
     return {name: merged.get(name, model.get_parameter(name).detach()) for name in model.plan.new}
 
 
+def shared_of(model: TunedModel) -> dict[str, Tensor]:
+    """Tuned weights of the base, merged."""
+    return {name: value for name, value in merged_weights(model).items() if name not in model.plan.new}
+
+
 def combined(
     runs: Sequence[Changes], weights: Sequence[float], how: How = "linear", density: float = 1.0, seed: int = 0
 ) -> dict[str, Tensor]:
