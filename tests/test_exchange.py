@@ -70,6 +70,42 @@ def test_a_folder_of_peft_is_a_run_that_is_exported(project, tmp_path):
     torch.testing.assert_close(logits(back, project), logits(their, project), rtol=1e-6, atol=1e-6)
 
 
+TRAINED = {
+    "lora": peft.LoraConfig(r=2, target_modules=["query", "value"], task_type="SEQ_CLS"),
+    "vera": peft.VeraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINED)
+def test_trained_by_peft_tuned_on_here_and_back(project, tmp_path, name):
+    torch.manual_seed(0)
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(project.parent / "model")
+    their = peft.get_peft_model(base, TRAINED[name])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(project.parent / "model")
+    batch = tokenizer([TEXT, "bad film"], return_tensors="pt", padding=True)
+    optimiser = torch.optim.AdamW([p for p in their.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(5):
+        their(**batch, labels=torch.tensor([1, 0])).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    their.eval().save_pretrained(tmp_path / "peft")
+    out, more = tmp_path / "run", tmp_path / "more"
+    settings = [*LABELS, *data_of(project), "export.onnx=null"]
+    import_peft(tmp_path / "peft", out, str(project.parent / "model"), TASK, settings)
+    Session(out / "spec.yaml").export(out)
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(out / "merged").eval()
+    torch.testing.assert_close(logits(merged, project), logits(their, project), rtol=1e-6, atol=1e-6)
+    Session(out / "spec.yaml", "train.epochs=1", "train.learning_rate=1e-2").tune(more, start=out)
+    Session(more / "spec.yaml").export(more)
+    export_adapter(more)
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(project.parent / "model")
+    back = peft.PeftModel.from_pretrained(base, more / "peft").eval()
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(more / "merged").eval()
+    torch.testing.assert_close(logits(back, project), logits(merged, project), rtol=1e-6, atol=1e-6)
+    assert float((logits(back, project) - logits(their, project)).abs().max()) > 1e-3
+
+
 IMPORTS = [
     ({"task": "causal-lm", "settings": ()}, {}, "task_type SEQ_CLS, and --task causal-lm is CAUSAL_LM"),
     ({"base": "nowhere/at-all"}, {}, "nowhere/at-all"),
