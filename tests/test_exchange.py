@@ -15,10 +15,11 @@ from pipelines import fit as fitting
 from pipelines import import_peft as importing
 from pipelines.validate import Consumer, Level, check
 from rewriter import Session, SubspanError
-from rewriter.exchange import combine_runs, export_adapter, export_swappable, import_peft
+from rewriter.exchange import combine_runs, export_adapter, import_peft
 from rewriter.spec import load_spec
 from tests import tiny
 
+pytestmark = pytest.mark.xdist_group("exchange")  # Its runs are tuned once.
 TASK = "sequence-classification"
 LABELS = ("model.labels=[negative,positive]",)
 TEXT = "good film"
@@ -313,7 +314,6 @@ def test_what_is_no_matrix_stays_whole_beside_low_rank_terms(project, pair, tmp_
     name = "bert.encoder.layer.0.attention.self.query"
     torch.testing.assert_close(found[f"{name}.weight"], one[f"{name}.weight"], rtol=0, atol=1e-6)
     assert found[f"{name}.bias"].equal(other[f"{name}.bias"]) and not found[f"{name}.bias"].equal(one[f"{name}.bias"])
-    export_swappable(tmp_path / "out")  # Though its spec has no ONNX of its own.
 
 
 COMBINATIONS = [

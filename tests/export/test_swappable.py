@@ -33,7 +33,7 @@ def make(folder, base, name, seed=0):
     file = folder / f"{name}.yaml"
     file.write_text(json.dumps({
         "version": 1, "model": {"name": str(base), "task": "causal-lm"},
-        "rules": [{"target": TARGET, "apply": CHAINS[name]}],
+        "rules": [{"target": TARGET, "apply": CHAINS[name]}], "export": {"onnx": None},
     }))  # fmt: skip
     spec, out = load_spec(file), folder / name
     pretrained = load_model(spec)

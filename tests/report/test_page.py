@@ -17,6 +17,7 @@ from rewriter.report.curves import curves
 from rewriter.report.page import page
 from tests import tiny
 
+pytestmark = pytest.mark.xdist_group("page")  # Its run is tuned once.
 CHROMIUM = shutil.which("chromium")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
 
