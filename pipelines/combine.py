@@ -45,15 +45,16 @@ def combine(
     with failures(out):
         from rewriter import print_summary
         from rewriter.exchange import combine_runs
+        from rewriter.report.table import combined_table
 
         with console.status("combining") as status:
             report = combine_runs(
                 runs, weight, out, how, density, rank, error, seed, overwrite, lambda said: status.update(escape(said))
             )
-        table = Table("run", "weight", "metric", "alone", "combined")
-        for one in report["runs"]:
-            measured = [f"{one[key]:.4f}" for key in ("alone", "combined") if key in one]
-            table.add_row(escape(one["run"]), f"{one['weight']:g}", one.get("metric", "no data"), *measured)
+        heads, rows = combined_table(report)
+        table = Table(*heads)
+        for row in rows:
+            table.add_row(*map(escape, row))
         console.print(table)
         facts = {"how": how if density is None else f"{how}, density {density:g}"}
         if terms := report.get("sites"):

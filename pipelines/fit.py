@@ -36,6 +36,7 @@ def fit(
     with failures(out):
         from rewriter import print_summary
         from rewriter.exchange import fit_to
+        from rewriter.report.table import fitted_table
 
         with console.status("fitting") as status:
             say = status.update if console.is_terminal else console.print  # In a log, a line for each method.
@@ -43,11 +44,10 @@ def fit(
                 spec, tuned, out, method or (), rank or (2, 8), error, settings or [], overwrite,
                 lambda said: say(escape(said)),
             )  # fmt: skip
-        table = Table("method", "options", "parameters", "error", report.get("metric", ""))
-        for one in sorted(report["methods"], key=lambda one: one["error"]):
-            options = ", ".join(f"{key}={value}" for key, value in one["options"].items())
-            value = f"{one['value']:.4f}" if "value" in one else ""
-            table.add_row(one["method"], options, f"{one['parameters']:,}", f"{one['error']:.4f}", value)
+        heads, rows = fitted_table(report)
+        table = Table(*heads)
+        for row in rows:
+            table.add_row(*row)
         console.print(table)
         facts = {"weights": len(report["weights"]), "error of all": f"{report['error']:.4f}"}
         if "metric" in report:

@@ -2,11 +2,15 @@
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipelines.console import Transforms, console, failures
+from pipelines.show import pictures
+
+if TYPE_CHECKING:
+    from rewriter import Spec
 
 _AGAIN = 5  # seconds
 
@@ -37,41 +41,36 @@ def report(
                 write_text(run / PAGE, page(spec, run, running=True))
                 time.sleep(_AGAIN)
             status.update("looking at the tuned weights")
-            drawing, why = _drawn(run, layer)
-            spanned, reason = _spanned(run)
+            drawing, why = _drawn(spec, layer)
+            spanned, reason = _spanned(spec, run)
             write_text(run / PAGE, page(spec, run, False, drawing, spanned, {"drawing": why, "spanned": reason}))
         print(run / PAGE)
 
 
-def _drawn(run: Path, layer: int) -> tuple[str, str]:
+def _drawn(spec: "Spec", layer: int) -> tuple[str, str]:
     """A layer's graph before and after the rewrite, SVG; or why there is none."""
     from rewriter import Session, SubspanError
 
     try:
-        from rewriter.report.picture import layer_of, picture, to_svg
+        from rewriter.report.picture import to_svg
     except ModuleNotFoundError as error:
         return "", f"not drawn: it needs {error.name}: pip install 'subspan[pictures]'"
     try:
-        session = Session(run / "spec.yaml")
-        plan, (traced, _) = session.plan(whole=True), session.shapes(whole=True)
-        module = layer_of(traced.graphs["eval"], plan, layer)
-        titles = {f"{module}: frozen": traced, f"{module}: rewritten": session.rewritten()}
-        return to_svg(picture(one, plan, module, title) for title, one in titles.items()), ""
+        return to_svg(pictures(Session(spec), layer)), ""
     except SubspanError as error:
         return "", f"not drawn: {str(error).splitlines()[0]}"
 
 
-def _spanned(run: Path) -> tuple[list, str]:
+def _spanned(spec: "Spec", run: Path) -> tuple[list, str]:
     """What every tuned weight spans; or why that is not known."""
     from rewriter import SubspanError
     from rewriter.export.ship import load_tuned
-    from rewriter.folder import spec_of
     from rewriter.report.subspaces import subspaces
 
     if not (run / "adapter").is_dir():
         return [], "There is no adapter yet."
     try:
-        *_, tuned = load_tuned(spec_of(run), run)
+        *_, tuned = load_tuned(spec, run)
         found = list(subspaces(tuned))
         return found, "" if found else "No matrix of the base is tuned that merges."
     except SubspanError as error:

@@ -2,11 +2,15 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipelines.console import Settings, Transforms, Without, failures, overrides
+
+if TYPE_CHECKING:
+    from rewriter import Session
+    from rewriter.report.picture import Picture
 
 
 class Form(StrEnum):
@@ -38,18 +42,27 @@ def show(
         from rewriter.files import write_text
 
         try:
-            from rewriter.report.picture import WRITERS, layer_of, picture
+            from rewriter.report.picture import WRITERS
         except ModuleNotFoundError as error:
             raise SubspanError(f"pictures need {error.name}: pip install 'subspan[pictures]'") from None
-        session = Session(spec, *overrides(settings, without))
-        plan, (traced, _) = session.plan(whole=True), session.shapes(whole=True)
-        module = layer_of(traced.graphs["eval"], plan, layer)
-        pictures = [
-            picture(traced, plan, module, f"{module}: frozen"),
-            picture(session.rewritten(), plan, module, f"{module}: rewritten"),
-        ]
-        write_text(file, WRITERS[format.value](pictures))
+        write_text(file, WRITERS[format.value](pictures(Session(spec, *overrides(settings, without)), layer)))
         print(file)
+
+
+def pictures(session: "Session", layer: int) -> "list[Picture]":
+    """A layer's graph before and after the rewrite.
+
+    Raises:
+        SubspanError: there is no such layer, or the spec does not fit its model.
+    """
+    from rewriter.report.picture import layer_of, picture
+
+    plan, (traced, _) = session.plan(whole=True), session.shapes(whole=True)
+    module = layer_of(traced.graphs["eval"], plan, layer)
+    return [
+        picture(traced, plan, module, f"{module}: frozen"),
+        picture(session.rewritten(), plan, module, f"{module}: rewritten"),
+    ]
 
 
 if __name__ == "__main__":

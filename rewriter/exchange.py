@@ -5,8 +5,9 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from . import fit as fitting
@@ -75,7 +76,7 @@ def import_peft(
     spec = spec.model_copy(update={"rules": list(tuned.plan.rules)})
     for note in notes:
         tell(note)
-    _write(spec, tuned, out, overwrite, pretrained)
+    _write(spec, tuned, out, overwrite, _measured(spec, pretrained, tuned, _validation(spec, pretrained)))
     return tuned.plan
 
 
@@ -127,12 +128,11 @@ def fit_to(
     if not changed.matrices:
         raise SubspanError(f"{tuned}: no weight of a linear layer differs from {loaded.model.name}")
     found, report = _tried(traced, changed, methods or list(TRANSFORMS), ranks, tell)
-    if (rows := _validation(loaded, pretrained)) is not None:
-        for i, entry in enumerate(report["methods"]):
-            tell(f"measuring {entry['method']}")
-            one = fitting.as_tuned(traced, changed, found, dict.fromkeys(changed.matrices, i), new)
-            collate = collator(loaded, pretrained, one.input_names)
-            entry["value"] = predict(one, loaded, rows, collate)[0][loaded.compared]
+    rows = _validation(loaded, pretrained)
+    for i, entry in enumerate(report["methods"] if rows is not None else ()):
+        tell(f"measuring {entry['method']}")
+        one = fitting.as_tuned(traced, changed, found, dict.fromkeys(changed.matrices, i), new)
+        entry["value"] = _measured(loaded, pretrained, one, rows).metrics[loaded.compared]
     chosen = fitting.cheapest(found, changed, error)
     model = fitting.as_tuned(traced, changed, found, chosen, new)
     errors = {weight: found[i][1].errors[weight] for weight, i in chosen.items()}
@@ -141,8 +141,10 @@ def fit_to(
         for weight, i in chosen.items()
     }
     report |= {"error": fitting.total_error(errors, changed), "not_fitted": changed.left}
+    if measured := _measured(loaded, pretrained, model, rows):
+        report |= {"metric": loaded.compared, "value": measured.metrics[loaded.compared]}
     loaded = loaded.model_copy(update={"rules": list(model.plan.rules)})
-    _write(loaded, model, out, overwrite, pretrained, report, FITTED)
+    _write(loaded, model, out, overwrite, measured, report, FITTED)
     return report
 
 
@@ -173,25 +175,35 @@ def _tried(
     return found, report
 
 
+class _Measured(NamedTuple):
+    """What validation rows say of a model: metrics by name, what they were measured by, and how many rows."""
+
+    metrics: dict[str, float]
+    predictions: np.ndarray | None
+    rows: int
+
+
+def _measured(spec: Spec, pretrained: Pretrained, model: TracedModel, rows: Rows | None) -> _Measured | None:
+    """None where there are no rows."""
+    if rows is None:
+        return None
+    return _Measured(*predict(model, spec, rows, collator(spec, pretrained, model.input_names)), len(rows))
+
+
 def _write(
     spec: Spec,
     model: TunedModel,
     out: Path,
     overwrite: bool,
-    pretrained: Pretrained,
+    measured: _Measured | None,
     report: dict[str, Any] | None = None,
     name: str = "",
 ) -> None:
-    """The folder of a run that was not tuned here, with its metric on the validation rows where the spec has data.
+    """The folder of a run that was not tuned here.
 
     Args:
-        report: content of the file `name`, if there is to be one; gets `metric` and `value`.
+        report: content of the file `name`, if there is to be one.
     """
-    measured, rows = None, _validation(spec, pretrained)
-    if rows is not None:
-        measured = predict(model, spec, rows, collator(spec, pretrained, model.input_names))
-        if report is not None:
-            report |= {"metric": spec.compared, "value": measured[0][spec.compared]}
     with claimed(out):
         if overwrite:
             clear(out, (MARKER, LOCK))
@@ -201,9 +213,9 @@ def _write(
         if report is not None:
             write_json(out / name, report)
         if measured is not None:
-            write_json(out / "metrics.json", {"validation": {**measured[0], "rows": len(rows)}})
-            if measured[1] is not None:
-                save_predictions(measured[1], out)
+            write_json(out / "metrics.json", {"validation": {**measured.metrics, "rows": measured.rows}})
+            if measured.predictions is not None:
+                save_predictions(measured.predictions, out)
 
 
 def _validation(spec: Spec, pretrained: Pretrained) -> Rows | None:
@@ -245,7 +257,6 @@ def combine_runs(
         SubspanError: a run's change is none of weights, the bases differ, or the settings do not fit.
     """
     from .export import combine  # onnx and ONNX Runtime come with what loads a run.
-    from .export.adapter import seen_by
     from .export.low_rank import as_low_rank, said_of
 
     folders, out = [Path(run) for run in runs], Path(out)
@@ -262,17 +273,25 @@ def combine_runs(
     model = combine.as_whole(traced, made, read[0][1], new)
     if rank is not None or error is not None:
         tell("looking for low-rank terms")
-        seen, left = seen_by(model, spec, pretrained, traced), 0.01 if error is None else error
-        model, terms = as_low_rank(model, traced, rank, left, seen, made)
+        seen = _seen(spec, pretrained, traced, model)
+        model, terms = as_low_rank(model, traced, rank, 0.01 if error is None else error, seen, made)
         report |= {"calibrated": bool(seen), "sites": said_of(terms)}
-    shared = combine.shared_of(model)
-    for one, (_, heads), entry in zip(specs, read, entries, strict=True):
-        if "metric" in entry:
-            tell(f"measuring what {entry['run']} tells of")
-            entry["combined"] = _with_weights(one, shared | heads)
-    made_by = {"rules": list(model.plan.rules)}
-    _write(spec.model_copy(update=made_by), model, out, overwrite, pretrained, report, COMBINED)
+    if measured := _measured(spec, pretrained, model, _validation(spec, pretrained)):
+        entries[0]["combined"] = measured.metrics[spec.compared]
+        report |= {"metric": spec.compared, "value": entries[0]["combined"]}
+    _measure_others(specs[1:], [heads for _, heads in read[1:]], entries[1:], combine.shared_of(model), tell)
+    spec = spec.model_copy(update={"rules": list(model.plan.rules)})
+    _write(spec, model, out, overwrite, measured, report, COMBINED)
     return report
+
+
+def _seen(spec: Spec, pretrained: Pretrained, traced: TracedModel, model: TunedModel) -> dict[str, Any]:
+    """What layers see of the spec's training rows; of a spec without data, nothing."""
+    from .export.adapter import seen_by
+
+    if spec.data is None or absent(spec.data):
+        return {}
+    return seen_by(model, spec, pretrained, traced, load_rows(spec, pretrained.labels).train)
 
 
 def _check_terms(rank: int | None, error: float | None) -> None:
@@ -317,19 +336,27 @@ def _read_runs(
             raise SubspanError(f"{folder}: of another base than {folders[0]}")
         read.append((changes_of(tuned), heads_of(tuned)))
         entries.append({"run": str(folder), "weight": weight})
-        if (rows := _validation(spec, pretrained)) is not None:
-            alone = predict(tuned, spec, rows, collator(spec, pretrained, tuned.input_names))[0][spec.compared]
-            entries[-1] |= {"metric": spec.compared, "alone": alone}
+        if measured := _measured(spec, pretrained, tuned, _validation(spec, pretrained)):
+            entries[-1] |= {"metric": spec.compared, "alone": measured.metrics[spec.compared]}
         first = first or (pretrained, traced, tuple(tuned.plan.new))
     return *first, read, entries
 
 
-def _with_weights(spec: Spec, values: dict[str, Tensor]) -> float:
-    """The metric of a run's base with other weights, on the run's validation rows."""
-    pretrained, traced, _ = _base(spec)
-    assign(traced, values)
-    rows = _validation(spec, pretrained)
-    return predict(traced, spec, rows, collator(spec, pretrained, traced.input_names))[0][spec.compared]
+def _measure_others(
+    specs: Sequence[Spec],
+    heads: Sequence[dict[str, Tensor]],
+    entries: Sequence[dict[str, Any]],
+    shared: dict[str, Tensor],
+    tell: Callable[[str], None],
+) -> None:
+    """Give the entries of runs with data the metric of the combined weights under their own heads."""
+    for spec, own, entry in zip(specs, heads, entries, strict=True):
+        if "metric" in entry:
+            tell(f"measuring what {entry['run']} tells of")
+            pretrained, traced, _ = _base(spec)
+            assign(traced, shared | own)
+            measured = _measured(spec, pretrained, traced, _validation(spec, pretrained))
+            entry["combined"] = measured.metrics[spec.compared]
 
 
 def export_adapter(

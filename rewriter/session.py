@@ -44,7 +44,7 @@ from .training.packing import check_packing, packed_inputs
 from .training.parallel import processes
 from .training.recompute import by_layer, fewest
 from .training.schedules import allocate
-from .training.start import STARTED, check_start, choices_of, keep_start, start_values
+from .training.start import check_start, choices_of, keep_start, start_values, started_from
 from .tuned import TunedModel
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -361,13 +361,7 @@ class Session:
         checked = spec.limits.of_a_step or spec.train.gradient_checkpointing
         layers = self.cost().layers if checked else 0
         planned = self.plan()
-        if (
-            adapter := Path(start) / "adapter"
-            if start
-            else out / STARTED
-            if (resume and (out / STARTED).is_dir())
-            else None
-        ):
+        if adapter := started_from(out, resume, start):
             check_start(spec, self.shapes()[0], planned, adapter)
         job = self.prepare()
         for note in job.notes if main else ():
@@ -385,7 +379,7 @@ class Session:
         if main:
             if overwrite:
                 clear(out, (MARKER, LOCK))
-            if start:
+            if start is not None:
                 keep_start(adapter, out)
             write_text(out / "spec.yaml", dump_spec(spec))
             write_json(out / "plan.json", planned.to_dict())

@@ -79,8 +79,7 @@ class Found:
         dtype = None if weight is None else weight.dtype
         wide = {name: value.to(dtype) for name, value in self.further.items()}
         values = {name: value.to(dtype) if value.is_floating_point() else value for name, value in values.items()}
-        batch = site.shape[0] if len(site.shape) == 3 else None
-        return Place(*site.shape[-2:], site.chain[0][1], values, weight, wide, batch)
+        return place_of(site, values, weight, wide)
 
     def value(self, leaf: Leaf, site: Site, weight: Tensor | None) -> Tensor | None:
         """A leaf's value, or None where the folder has none.
@@ -105,6 +104,14 @@ class Found:
                 f"{at.m} outputs"
             )
         return value.clone()  # What is shared may be a view of it.
+
+
+def place_of(
+    site: Site, values: Mapping[str, Tensor], weight: Tensor | None, further: Mapping[str, Tensor] | None = None
+) -> Place:
+    """A site as PEFT's counterparts see it; arguments as of `Place`."""
+    batch = site.shape[0] if len(site.shape) == 3 else None
+    return Place(*site.shape[-2:], site.chain[0][1], values, weight, further or {}, batch)
 
 
 def is_peft(folder: Path) -> bool:

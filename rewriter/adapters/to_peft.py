@@ -16,7 +16,7 @@ from ..graph.traced import TracedModel
 from ..plan import Plan, Site
 from ..transforms import TRANSFORMS, Peft, Place, Stored, short_name, stored_by
 from ..tuned import TunedModel, adapter_tensors
-from .from_peft import CONFIG, PATH, ROOT, TENSORS
+from .from_peft import CONFIG, PATH, ROOT, TENSORS, place_of
 
 
 def save_peft(model: TunedModel, folder: str | Path, base: str | None = None, task_type: str | None = None) -> None:
@@ -182,12 +182,11 @@ def _written(model: TunedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
     shared: dict[str, list[tuple[Site, Stored, Tensor, Place]]] = {}
     spoken: set[str] = set()  # biases that follow from what stands at their weights
     for site in sites:
-        one, options = site.chain[0]
-        peft, module = one.peft, site.place.removesuffix(".weight")
+        peft, module = site.chain[0][0].peft, site.place.removesuffix(".weight")
         _check_name(model, site)
         values = {short_name(leaf): leaves[leaf.name].detach() for leaf in site.leaves}
         weight = site.part(weights[site.place].detach()) if site.layout else None
-        at = Place(*site.shape[-2:], options, values, weight, batch=site.shape[0] if _batched(site) else None)
+        at = place_of(site, values, weight)
         configs[module] = own = _config(site)
         for name, make in peft.made.items():
             if not torch.equal(make(own, at).to(values[name].device), values[name]):

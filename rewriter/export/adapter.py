@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from torch import Tensor
 
 from ..adapters.from_peft import TASK_TYPES, tuned_from
@@ -47,11 +48,12 @@ def ship_adapter(
     report: dict[str, Any] = {}
     if low_rank:
         given = tuned
-        seen = seen_by(tuned, spec, pretrained, traced)
+        parts = None if spec.data is None or absent(spec.data) else load_rows(spec, pretrained.labels)
+        seen = seen_by(tuned, spec, pretrained, traced, parts.train) if parts else {}
         tuned, found = as_low_rank(given, traced, rank, error, seen)
         report["calibrated"] = bool(seen)
         report["sites"] = said_of(found)
-        report |= _measured(spec, pretrained, given, tuned) if seen else {}
+        report |= _measured(spec, pretrained, parts.validation, given, tuned) if parts else {}
     folder = run / ("peft-lora" if low_rank else "peft")
     with aside(folder) as (place,):
         save_peft(tuned, place, spec.model.name, TASK_TYPES.get(spec.task.auto))
@@ -63,15 +65,15 @@ def ship_adapter(
     return report | {"folder": str(folder)}
 
 
-def seen_by(model: TunedModel, spec: Spec, pretrained: Pretrained, traced: TracedModel) -> dict[str, Seen]:
-    """What layers see of the spec's first training rows: `low_rank.look`; of a spec without data, nothing.
+def seen_by(
+    model: TunedModel, spec: Spec, pretrained: Pretrained, traced: TracedModel, rows: Dataset
+) -> dict[str, Seen]:
+    """What layers see of the first training rows: `low_rank.look`.
 
     Args:
         traced: the base of the model.
+        rows: of the training data.
     """
-    if spec.data is None or absent(spec.data):
-        return {}
-    rows = load_rows(spec, pretrained.labels).train
     encoded = encode(spec, rows.select(range(min(_ROWS, len(rows)))), pretrained.processor, pretrained.labels)
     collate, size = collator(spec, pretrained, model.input_names), spec.train.batch_size
 
@@ -83,13 +85,14 @@ def seen_by(model: TunedModel, spec: Spec, pretrained: Pretrained, traced: Trace
     return look(model, traced, batches())
 
 
-def _measured(spec: Spec, pretrained: Pretrained, before: TunedModel, after: TunedModel) -> dict[str, Any]:
+def _measured(
+    spec: Spec, pretrained: Pretrained, rows: Dataset, before: TunedModel, after: TunedModel
+) -> dict[str, Any]:
     """The metric on the validation rows as tuned and as written.
 
     Raises:
         SubspanError: it falls by more than `LOSES`.
     """
-    rows = load_rows(spec, pretrained.labels).validation
     encoded = encode(spec, rows, pretrained.processor, pretrained.labels)
     collate = collator(spec, pretrained, before.input_names)
     name = spec.compared

@@ -32,13 +32,13 @@ def changes_of(model: TunedModel) -> dict[str, Tensor]:
 
 def heads_of(model: TunedModel) -> dict[str, Tensor]:
     """Newly made parameters as they are tuned."""
-    merged = merged_weights(model)
+    merged = merged_weights(model, names=model.plan.new)
     return {name: merged.get(name, model.get_parameter(name).detach()) for name in model.plan.new}
 
 
 def shared_of(model: TunedModel) -> dict[str, Tensor]:
     """Tuned weights of the base, merged."""
-    return {name: value for name, value in merged_weights(model).items() if name not in model.plan.new}
+    return merged_weights(model, names=model.plan.by_weight().keys() - set(model.plan.new))
 
 
 def combined(

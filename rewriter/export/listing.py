@@ -34,6 +34,15 @@ def listing(found: Mapping[str, Any]) -> tuple[list[str], list[dict[str, str]], 
     return shapes, rows, [{"name": called(name), **times_of(times)} for name, times in others.items()]
 
 
+def table_of(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]], int | None]:
+    """What export.json says as a table: heads, rows, and which row is shipped."""
+    shapes, files, others = listing(found)
+    columns = ("name", "holds", "MB", "metric", "same decisions", "largest difference", *shapes)
+    rows = [[row.get(column, "") for column in columns] for row in (*files, *others)]
+    shipped = next((i for i, row in enumerate(files) if row["name"] == found["chosen"]), None)
+    return ["variant", *heads_of(found, columns[1:], shapes)], rows, shipped
+
+
 def heads_of(found: Mapping[str, Any], columns: Sequence[str], shapes: Sequence[str]) -> list[str]:
     """What columns of a listing are called: the metric by its name, batches with the unit of their times."""
     names = {"metric": found.get("metric", "metric")} | {shape: f"{shape}, ms" for shape in shapes}

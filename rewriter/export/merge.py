@@ -15,33 +15,48 @@ from ..transforms import Leaf
 from ..tuned import TunedModel, adapter_tensors
 
 
-def merged_weights(model: TunedModel, partly: bool = False) -> dict[str, Tensor]:
+def merged_weights(model: TunedModel, partly: bool = False, names: Collection[str] | None = None) -> dict[str, Tensor]:
     """phi(W) of every transformed weight, in the weight's own shape, computed in float32 or wider.
 
     Args:
         model: from `rewrite` or `load_adapter`.
         partly: leave out weights that can't merge.
+        names: of the weights that are wanted; default: all.
 
     Raises:
         SubspanError: a transform can't merge, or a merged weight is not finite.
     """
-    return dict(_merged(model, partly))
+    return dict(_merged(model, partly, names))
+
+
+def _merging(model: TunedModel, partly: bool, so: str) -> Iterator[tuple[str, list[Site]]]:
+    """Weights that merge, with their sites.
+
+    Args:
+        so: what is said of a site that can't, after that.
+
+    Raises:
+        SubspanError: one can't, and `partly` does not leave it out.
+    """
+    stay = [site for site in model.plan.sites if not site.merges]
+    for site in stay:
+        if not partly:
+            raise SubspanError(f"{site.label}: {site.transform} can't merge{so}")
+    for weight, sites in model.plan.by_weight().items():
+        if not any(site.place == weight for site in stay):
+            yield weight, sites
 
 
 @torch.no_grad()
-def _merged(model: TunedModel, partly: bool) -> Iterator[tuple[str, Tensor]]:
+def _merged(model: TunedModel, partly: bool, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
     """`merged_weights`, one at a time; when the next one is asked for the base of the last is read no more."""
     leaves = adapter_tensors(model)
 
     def lookup(site: Site, leaf: Leaf) -> Tensor:
         return leaves[leaf.name].detach()
 
-    stay = [site for site in model.plan.sites if not site.merges]
-    for site in stay:
-        if not partly:
-            raise SubspanError(f"{site.label}: {site.transform} can't merge into a plain weight")
-    for weight, sites in model.plan.by_weight().items():
-        if any(site.place == weight for site in stay):
+    for weight, sites in _merging(model, partly, " into a plain weight"):
+        if names is not None and weight not in names:
             continue
         stored = model.get_parameter(weight).detach()
         wide = stored.to(torch.promote_types(stored.dtype, torch.float32))
@@ -101,12 +116,8 @@ def changes(model: TunedModel, partly: bool = False) -> Iterator[tuple[str, list
         SubspanError: something can't merge.
     """
     leaves = adapter_tensors(model)
-    stay = [site for site in model.plan.sites if not site.merges]
-    for site in stay:
-        if not partly:
-            raise SubspanError(f"{site.label}: {site.transform} can't merge, so it is no change of a weight")
-    for weight, sites in model.plan.by_weight().items():
-        if weight in model.plan.new or any(site.place == weight for site in stay):
+    for weight, sites in _merging(model, partly, ", so it is no change of a weight"):
+        if weight in model.plan.new:
             continue
         stored = model.get_parameter(weight).detach().double()
         w = sites[0].layout.present(stored).dense()

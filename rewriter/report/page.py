@@ -1,7 +1,6 @@
 """A run as one page that needs nothing else: curves, plan, rewrite, subspaces, comparisons and files."""
 
 import json
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,15 +9,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from ..errors import SubspanError
-from ..export.listing import heads_of, listing, where
+from ..export.listing import table_of, where
 from ..files import read_json
 from ..spec import Spec
 from ..training.reports import LOG
 from .curves import angles, curves, fits
 from .subspaces import ENERGY, Subspace
-from .table import figure
-
-_NUMBER = re.compile(r"(?<=\.)\d+(?=[.\[])")
+from .table import any_layer, combined_table, figure, fitted_table, tuned_of
 
 
 @dataclass(frozen=True)
@@ -113,8 +110,7 @@ def _facts(spec: Spec, run: Path, done: Mapping[str, Any]) -> list[tuple[str, st
     plan, manifest = _read(run, "plan.json"), _read(run / "adapter", "adapter.json")
     facts = [("base", spec.model.name), ("task", spec.model.task)]
     if plan:
-        share = f"{plan['trainable_thousandths']:.3f} thousandths of {plan['total_parameters']:,}"
-        facts.append(("tuned", f"{plan['trainable_parameters']:,} ({share})"))
+        facts.append(("tuned", tuned_of(plan)))
         facts.append(("in new heads", f"{plan['head_parameters']:,}"))
     facts += [
         (f"validation {name}", figure(value))
@@ -144,7 +140,7 @@ def _plan(run: Path) -> list[Part]:
     sites = _read(run, "plan.json").get("sites", [])
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for site in sites:
-        label = _NUMBER.sub("*", site["site"], count=1)
+        label = any_layer(site["site"])
         mark = "head" if site["head"] else "" if site["merges"] else "does not merge"
         key = label, site["transform"], site["class"], " x ".join(map(str, site["shape"])), mark
         groups.setdefault(key, []).append(site)
@@ -157,25 +153,18 @@ def _plan(run: Path) -> list[Part]:
 
 def _fitted(run: Path) -> list[Part]:
     found = _read(run, "fit.json")
-    methods = sorted(found.get("methods", []), key=lambda one: one["error"])
-    rows = [
-        (one["method"], ", ".join(f"{key}={value}" for key, value in one["options"].items()), f"{one['parameters']:,}",
-         f"{one['error']:.4f}", figure(one["value"]) if "value" in one else "") for one in methods
-    ]  # fmt: skip
+    if not found:
+        return []
     note = "What a method leaves of the change W* - W: ||phi(W) - W*|| over ||W* - W||, of all weights."
-    table = Cells(("method", "options", "parameters", "error", found.get("metric", "")), rows, (2, 3, 4))
-    return [Part("fitted", "Fitted", note, [("", fits(methods))], table=table)] if rows else []
+    table = Cells(*fitted_table(found), (2, 3, 4))
+    return [Part("fitted", "Fitted", note, [("", fits(found["methods"]))], table=table)]
 
 
 def _combined(run: Path) -> list[Part]:
     found = _read(run, "combine.json")
-    rows = [
-        (one["run"], f"{one['weight']:g}", one.get("metric", ""), *(figure(one[key]) for key in ("alone", "combined")))
-        if "metric" in one else (one["run"], f"{one['weight']:g}")
-        for one in found.get("runs", [])
-    ]  # fmt: skip
-    table = Cells(("run", "weight", "metric", "alone", "combined"), rows, (1, 3, 4))
-    return [Part("combined", f"Combined: {found['how']}", table=table)] if rows else []
+    if not found:
+        return []
+    return [Part("combined", f"Combined: {found['how']}", table=Cells(*combined_table(found), (1, 3, 4)))]
 
 
 def _rewrite(drawing: str, why: str) -> list[Part]:
@@ -223,14 +212,8 @@ def _files(run: Path) -> list[Part]:
     found = _read(run, "export.json")
     if not found:
         return []
-    shapes, files, others = listing(found)
-    columns = ("holds", "MB", "metric", "same decisions", "largest difference", *shapes)
-    rows = [
-        (f"{row['name']} -> model.onnx" if row["name"] == found["chosen"] else row["name"],
-         *(row[column] for column in columns)) for row in files
-    ]  # fmt: skip
-    rows += [(row["name"], *(row.get(column, "") for column in columns)) for row in others]
-    heads = ("variant", *heads_of(found, columns, shapes))
+    heads, rows, shipped = table_of(found)
+    rows = [[f"{name} -> model.onnx" if i == shipped else name, *cells] for i, (name, *cells) in enumerate(rows)]
     said = where(found)
     table = Cells(heads, rows, range(2, len(heads)))
     return [Part("files", "Files", "" if said is None else f"On {said}.", table=table)]

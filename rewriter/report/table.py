@@ -19,11 +19,16 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=[.\[])")
 Alike = tuple[str, str, tuple[int, ...], bool, bool]
 
 
+def any_layer(label: str) -> str:
+    """A site's label with * for the number of its layer."""
+    return _NUMBER.sub("*", label, count=1)
+
+
 def layers_together(plan: Plan) -> dict[Alike, list[Site]]:
     """Equal sites of several layers together: (label with * for the layer, transform, shape, head, merges) -> sites."""
     groups: dict[Alike, list[Site]] = {}
     for site in plan.sites:
-        key = _NUMBER.sub("*", site.label, count=1), site.transform, site.shape, site.head, site.merges
+        key = any_layer(site.label), site.transform, site.shape, site.head, site.merges
         groups.setdefault(key, []).append(site)
     return groups
 
@@ -95,6 +100,39 @@ def figure(value: float | None) -> str:
     return "no number" if value is None else f"{value:.4f}"
 
 
+def tuned_of(plan: Mapping[str, Any]) -> str:
+    """How much is tuned, by plan.json."""
+    share = f"{plan['trainable_thousandths']:.3f} thousandths of {plan['total_parameters']:,}"
+    return f"{plan['trainable_parameters']:,} ({share})"
+
+
+Rows = tuple[list[str], list[list[str]]]
+
+
+def fitted_table(report: Mapping[str, Any]) -> Rows:
+    """Heads and rows of what fit.json says of each method, the nearest first."""
+    rows = [
+        [
+            one["method"], ", ".join(f"{key}={value}" for key, value in one["options"].items()),
+            f"{one['parameters']:,}", f"{one['error']:.4f}", figure(one["value"]) if "value" in one else "",
+        ]
+        for one in sorted(report["methods"], key=lambda one: one["error"])
+    ]  # fmt: skip
+    return ["method", "options", "parameters", "error", report.get("metric", "")], rows
+
+
+def combined_table(report: Mapping[str, Any]) -> Rows:
+    """Heads and rows of what combine.json says of each run."""
+    rows = [
+        [
+            one["run"], f"{one['weight']:g}", one.get("metric", "no data"),
+            *(figure(one[key]) if key in one else "" for key in ("alone", "combined")),
+        ]
+        for one in report["runs"]
+    ]  # fmt: skip
+    return ["run", "weight", "metric", "alone", "combined"], rows
+
+
 def kept(metrics: Mapping[str, Any], metric: str) -> dict[str, str]:
     """Which state of a run is shipped, where that needs saying: another one than the last, or the last though an
     earlier one was better."""
@@ -150,12 +188,11 @@ def shipped(spec: Spec, run: Path, report: Mapping[str, Any]) -> dict[str, Any]:
     """
     plan = read_json(run / "plan.json")
     metrics = read_json(run / "metrics.json") if spec.data else {}  # An imported run has none.
-    share = f"{plan['trainable_thousandths']:.3f} thousandths of {plan['total_parameters']:,}"
     heads = f"{plan['head_parameters']:,} in new heads"
     facts = {
         **({f"validation {spec.metric}": figure(metrics["validation"][spec.metric])} if metrics else {}),
         **(kept(metrics, spec.metric) if "train" in metrics else {}),
-        "tuned parameters": f"{plan['trainable_parameters']:,} ({share}), and {heads}",
+        "tuned parameters": f"{tuned_of(plan)}, and {heads}",
         "largest difference": f"{report['max_abs_diff']:.2e} ({_allowed(report)}): {', '.join(report['stages'])}",
         "compared on": _compared(report),
     }

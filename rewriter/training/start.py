@@ -19,15 +19,20 @@ from .schedules import Sizes
 STARTED = "started"  # A copy, in the folder of the run: the other run may change, or go.
 
 
-def keep_start(adapter: Path, out: Path) -> None:
-    """Copy an adapter into the folder of the run that starts from it.
+def started_from(out: Path, resume: bool, start: str | Path | None) -> Path | None:
+    """Folder of the adapter that a run starts from, or that the run which is resumed started from; None: of none.
 
-    Raises:
-        SubspanError: there is none.
+    Args:
+        out: folder of the run.
+        start: folder of the run it starts from.
     """
-    for name in (MANIFEST, TENSORS):
-        if not (adapter / name).is_file():
-            raise SubspanError(f"{adapter / name}: no such file; --from takes the folder of a finished run")
+    if start is not None:
+        return Path(start) / "adapter"
+    return out / STARTED if resume and (out / STARTED).is_dir() else None
+
+
+def keep_start(adapter: Path, out: Path) -> None:
+    """Copy an adapter into the folder of the run that starts from it."""
     with aside(out / STARTED) as (place,):
         place.mkdir()
         for name in (MANIFEST, TENSORS):

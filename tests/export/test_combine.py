@@ -1,11 +1,14 @@
 """Arithmetic on changes: sums are linear, TIES is PEFT's, DARE keeps its expectation."""
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils.merge_utils import ties
 
+from pipelines import combine as combining
 from rewriter.export.combine import HOWS, combined
 
 
@@ -58,6 +61,10 @@ def test_dare_keeps_a_share_and_its_expectation(how):
     assert abs(float(made.mean()) - 1.0) < 0.02  # 5 standard errors of 200,000 draws are 0.019
     assert combined([change], [1.0], how, 0.25, seed=3)["a"].equal(made)
     assert not combined([change], [1.0], how, 0.25, seed=4)["a"].equal(made)
+
+
+def test_the_command_offers_what_there_is():
+    assert get_args(combining.How) == HOWS
 
 
 @pytest.mark.parametrize("how", HOWS)
