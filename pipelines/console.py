@@ -1,6 +1,7 @@
 """What all commands share: options, the console, and failures as one line with a status of 1."""
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from rich.console import Console
 
 from rewriter.errors import SubspanError, reason
 
+# It says that it can't fetch a kernel from a hub, on every start; transformers imports it where it is installed.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 console = Console(width=None if sys.stdout.isatty() else 160)
 STOPPED = 130  # As a shell says of Ctrl-C: no error.
 MAIN = os.environ.get("RANK", "0") == "0"  # Of several processes, the one that speaks.

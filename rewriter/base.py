@@ -15,11 +15,13 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
 from transformers.utils import logging as hf_logging
 
+from .algebra.quantised import NF4, Format
 from .errors import SpecError, SubspanError
 from .files import read_json
 from .resources import is_local
 
 NAME = ("model", "name")
+BITSANDBYTES = "bitsandbytes"
 _INDEX = "model.safetensors.index.json"
 GGUF = ".gguf"
 _OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", GGUF, ".pkl", ".npz")
@@ -49,8 +51,9 @@ def check_config(config: Mapping[str, Any], path: tuple[str, ...]) -> None:
         key = keys[-1]
         if key == "quantization_config" and value:
             method = value.get("quant_method") if isinstance(value, Mapping) else None
-            said = f"the base model is quantised ({method or 'quantization_config'}), which is not supported yet"
-            raise SpecError(f"{said}; give it in float32, bfloat16 or float16", path)
+            if method != BITSANDBYTES or path != NAME:
+                said = f"the base model is quantised ({method or 'quantization_config'}), which is not supported"
+                raise SpecError(f"{said}; give it in float32, bfloat16, float16, or as {BITSANDBYTES} stores it", path)
         if key.endswith("_implementation") and "/" in str(value):
             said = f"{'.'.join(keys)}: {value!r} asks for code of a hub, which is not run; take the key out"
             raise SpecError(said, path)
@@ -90,12 +93,15 @@ def config_of(location: str, revision: str) -> dict[str, Any]:
     return transformers.PreTrainedConfig.get_config_dict(location, revision=revision)[0]
 
 
-def stored(location: str, revision: str) -> dict[str, tuple[str, int]] | None:
+def stored(location: str, revision: str, quantised: bool = False) -> dict[str, tuple[str, int]] | None:
     """Name -> type, as safetensors calls it, and number of entries of a base model's weights; empty where its folder
     holds a config alone, None for a hub id.
 
+    Args:
+        quantised: its config says that they are in few bits.
+
     Raises:
-        SpecError: its weights are no safetensors, lie elsewhere, are broken or quantised.
+        SpecError: its weights are no safetensors, lie elsewhere, are broken, or quantised though nothing says how.
     """
     files = _files(location, revision)
     if files is None:
@@ -107,12 +113,38 @@ def stored(location: str, revision: str) -> dict[str, tuple[str, int]] | None:
                 for name in held.keys():  # noqa: SIM118 - no mapping
                     part = held.get_slice(name)
                     dtype = part.get_dtype()
-                    if dtype.startswith(_QUANTISED) and dtype not in _DTYPES and dtype not in _WHOLE:
-                        said = f"{name} of the base model is stored in {dtype}: quantised weights are not supported yet"
+                    few = dtype.startswith(_QUANTISED) and dtype not in _DTYPES and dtype not in _WHOLE
+                    if few and not quantised:
+                        said = f"{name} of the base model is stored in {dtype}, and its config does not say how"
                         raise SpecError(said, NAME)
                     found[name] = dtype, math.prod(part.get_shape())
         except (OSError, safetensors.SafetensorError) as error:
             raise SpecError(f"{file}: truncated, or not a safetensors file ({error})", NAME) from None
+    return found
+
+
+def in_few_bits(location: str, revision: str) -> dict[str, Format]:
+    """Name -> how it is stored, of the weights that bitsandbytes has written into a base model's folder.
+
+    Raises:
+        SpecError: there are none, they are of a hub, or of a kind that is not read.
+    """
+    found: dict[str, Format] = {}
+    for file in _files(location, revision) or ():
+        with safetensors.safe_open(file, "pt") as held:
+            for key in held.keys():  # noqa: SIM118 - no mapping
+                weight, _, kind = key.partition(f".quant_state.{BITSANDBYTES}__")
+                if kind:
+                    if kind != NF4:
+                        raise SpecError(f"{weight} of the base model is stored in {kind}; only {NF4} is read", NAME)
+                    state = json.loads(bytes(held.get_tensor(key).tolist()))
+                    found[weight] = Format(NF4, state["blocksize"])
+                elif key.endswith(".SCB"):
+                    weight = f"{key.removesuffix('.SCB')}.weight"
+                    found[weight] = Format("int8", held.get_slice(weight).get_shape()[-1])
+    if not found:
+        said = f"the base model is quantised by {BITSANDBYTES}, and its weights are not in a folder of it"
+        raise SpecError(f"{said}; save it to one", NAME)
     return found
 
 

@@ -123,7 +123,8 @@ def fit_to(
         raise SubspanError(f"--method {unknown[0]}: there is none; subspan schema lists all")
     check_folder(loaded, out, False, overwrite)
     pretrained, traced, new = _base(loaded)
-    there = loaded.model.model_copy(update={"name": str(Path(tuned).absolute()), "gguf": None, "revision": None})
+    plain = {"gguf": None, "revision": None, "quantise": None}
+    there = loaded.model.model_copy(update={"name": str(Path(tuned).absolute()), **plain})
     changed = fitting.change(traced, load_model(loaded.model_copy(update={"model": there})).module, new)
     if not changed.matrices:
         raise SubspanError(f"{tuned}: no weight of a linear layer differs from {loaded.model.name}")

@@ -8,7 +8,7 @@ import torch
 from pydantic_core import PydanticUndefined
 from torch import Tensor, nn
 
-from .algebra import Dense
+from .algebra import Dense, as_dense
 from .errors import SpecError, SubspanError
 from .graph.traced import TracedModel
 from .plan import Plan, Site, plan
@@ -77,7 +77,7 @@ def change(traced: TracedModel, tuned: nn.Module, new: Sequence[str] = ()) -> Ch
     sites = {site.place: site for site in plan(traced, [Rule(target=names, apply=[entire().name])], tuple(new)).sites}
     matrices, whole, left = {}, {}, {}
     for name in names:
-        before = traced.get_parameter(name).detach()
+        before = as_dense(traced.get_parameter(name).detach())
         if name not in there or there[name].shape != before.shape:
             raise SubspanError(f"{name} is missing in the fine-tuned model, or of another shape: it is of another base")
         after, site = there[name].detach().to(before.dtype), sites[name]

@@ -15,10 +15,12 @@ from accelerate.utils import set_seed
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 
-from .base import NAME, check_config, config_of, others, own_type, quiet, stored, whole_numbers
+from .algebra import Format
+from .base import NAME, check_config, config_of, in_few_bits, others, own_type, quiet, stored, whole_numbers
 from .errors import SpecError, SubspanError, UnreachableError, reason
 from .gguf import location_of
 from .graph.traced import Inputs, released
+from .quantise import adopt, check_library, quantise
 from .resources import is_local
 from .spec import Model, Spec
 from .tasks import Task, task_of
@@ -67,16 +69,12 @@ def load_model(spec: Spec, meta: bool = False) -> Pretrained:
         raise SpecError(f"no such folder: {written.name}", NAME)
     options = {"trust_remote_code": written.trust_remote_code, "revision": revision}
     with quiet(), explained(written):
-        if written.config is None:
-            check_config(config_of(location, revision), NAME)
-            config = transformers.AutoConfig.from_pretrained(location, **options)
-        else:
-            check_config(written.config, ("model", "config"))
-            config = transformers.AutoConfig.for_model(**written.config)
+        config = _config(written, location, options)
+        forms = _stored_forms(written, config, location, revision, meta)
         named = spec.task.labels(config)
         spec.task.configure(config, written.labels)
         set_seed(spec.train.seed)
-        held = {} if written_out else stored(location, revision)
+        held = {} if written_out else stored(location, revision, bool(forms))
         own = own_type(held)
         if meta and own is None:
             return _shapes(spec, config)
@@ -91,21 +89,71 @@ def load_model(spec: Spec, meta: bool = False) -> Pretrained:
             output_loading_info=True,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
-            dtype=dtype if dtype == "auto" or isinstance(dtype, torch.dtype) else getattr(torch, dtype),
-            device_map="meta" if meta else None,
+            dtype=dtype if dtype == "auto" else _type(dtype),
+            device_map="meta" if meta else "cpu" if forms else None,
             **options,
         )
     model.eval()
-    new, missing = _made(spec, model, info, whole_numbers(held))
+    adopted = adopt(model, forms)
+    info["mismatched_keys"] = [one for one in info["mismatched_keys"] if one[0] not in adopted]
+    new, missing = _made(spec, model, info, [name for name in whole_numbers(held) if name not in forms])
     if spec.task.headed and not new - missing:
         check_order(written, named)
     if not meta:
         check_finite(written.name, model)
     if processor is not None:
         check_processor(model, processor, before)
+    kept = quantised(spec, model, new)
     found = _pretrained(spec, model, new, missing, processor)
-    found.notes = _cast(written, held, str(dtype).removeprefix("torch."))
+    found.notes = (*_cast(written, held, str(dtype).removeprefix("torch.")), *kept)
     return found
+
+
+def _config(written: Model, location: str, options: Mapping[str, Any]) -> transformers.PreTrainedConfig:
+    if written.config is not None:
+        check_config(written.config, ("model", "config"))
+        return transformers.AutoConfig.for_model(**written.config)
+    check_config(config_of(location, options["revision"]), NAME)
+    return transformers.AutoConfig.from_pretrained(location, **options)
+
+
+def _type(dtype: str | torch.dtype) -> torch.dtype:
+    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
+
+
+def _stored_forms(
+    written: Model, config: transformers.PreTrainedConfig, location: str, revision: str, meta: bool
+) -> dict[str, Format]:
+    """How a checkpoint that says so has its weights in few bits, by their names in it; on the meta device its config is
+    read as if they were dense.
+
+    Raises:
+        SpecError: they can't be read, or `model.quantise` asks for other bits.
+    """
+    if getattr(config, "quantization_config", None) is None:
+        return {}
+    if written.quantise is not None:
+        raise SpecError("the base model is stored in few bits already; take the key out", ("model", "quantise"))
+    check_library(NAME)
+    if meta:
+        del config.quantization_config
+    return in_few_bits(location, revision)
+
+
+def quantised(spec: Spec, model: nn.Module, new: Collection[str]) -> tuple[str, ...]:
+    """Store the base model in few bits, where the spec says so; heads stay as they are. In place.
+
+    Args:
+        new: names of newly made parameters.
+
+    Raises:
+        SpecError: as `quantise`.
+    """
+    how, base = spec.model.quantise, f"{model.base_model_prefix}."
+    if how is None:
+        return ()
+    heads = (name for name, _ in model.named_parameters() if spec.task.headed and not name.startswith(base))
+    return quantise(model, how, {*new, *heads})
 
 
 def _cast(written: Model, held: Mapping[str, tuple[str, int]] | None, dtype: str) -> tuple[str, ...]:
@@ -217,10 +265,13 @@ def _shapes(spec: Spec, config: transformers.PreTrainedConfig) -> Pretrained:
         auto = getattr(transformers, spec.task.auto)
         model = auto.from_config(config, trust_remote_code=spec.model.trust_remote_code)
     dtype = spec.model.dtype or config.dtype or "float32"
-    model = model.to(dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)).eval()
+    model = model.to(_type(dtype)).eval()
     base = f"{model.base_model_prefix}."
-    names = (name for name, _ in model.named_parameters() if spec.task.headed and not name.startswith(base))
-    return _pretrained(spec, model, frozenset(names), frozenset(), None)
+    names = frozenset(name for name, _ in model.named_parameters() if spec.task.headed and not name.startswith(base))
+    kept = quantised(spec, model, names)
+    found = _pretrained(spec, model, names, frozenset(), None)
+    found.notes = kept
+    return found
 
 
 def _processor(spec: Spec, location: str) -> Any:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from .algebra import Computed, Dense, Operator
+from .algebra import Computed, Dense, Operator, as_dense
 from .graph.sublayers import embeddings
 from .graph.traced import TracedModel, copy_graph
 from .passes.base import PREFIX, Context
@@ -64,7 +64,7 @@ def _add_leaves(out: TunedModel, model: TracedModel, plan: Plan, seed: int, valu
     weights = dict(out.named_parameters(remove_duplicate=False))
     made: dict[str, Tensor] = {}
     for weight, sites in plan.by_weight().items():
-        stored = weights[weight].detach()
+        stored = as_dense(weights[weight].detach())
         wide = stored.to(torch.promote_types(stored.dtype, torch.float32))
         transformed(sites, wide, _initialiser(out, wide, seed, values, made))
     for site in plan.sites:
@@ -84,7 +84,7 @@ def _base(model: TracedModel, site: Site) -> tuple[Operator, Tensor]:
     if site.kind != "embeddings":
         return Computed(example), example
     node = embeddings(model.graphs["eval"], site.place)[0]
-    table = dict(model.named_parameters(remove_duplicate=False))[node.args[0].target].detach()
+    table = as_dense(dict(model.named_parameters(remove_duplicate=False))[node.args[0].target].detach())
     return Dense(table.to(example.dtype)), example
 
 

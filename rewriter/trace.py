@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from . import kept
+from .algebra import Quantised
 from .errors import SubspanError, reason
 from .graph.ops import VIEWS, aten
 from .graph.stored import Trace
@@ -224,12 +225,14 @@ def _traced(
 
 
 def _hollow(model: nn.Module) -> nn.Module:
-    """A module on the meta device again, with tensors on the CPU that take no memory; any other one as it is."""
+    """A module on the meta device, or with quantised weights, again: those are dense tensors on the CPU that take no
+    memory. Any other one as it is."""
     tensors = [*model.parameters(), *model.buffers()]
-    if not tensors or not all(tensor.is_meta for tensor in tensors):
+    quantised = [one for one in tensors if isinstance(one, Quantised)]
+    if not tensors or not (quantised or all(tensor.is_meta for tensor in tensors)):
         return model
-    memo: dict[int, torch.Tensor] = {}
-    for tensor in tensors:
+    memo: dict[int, torch.Tensor] = {id(one): one for one in tensors}
+    for tensor in tensors if tensors[0].is_meta else quantised:
         empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
         empty.untyped_storage().resize_(0)
         own = isinstance(tensor, nn.Parameter)

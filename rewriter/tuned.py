@@ -7,6 +7,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx, nn
 
+from .algebra import parts_of
 from .errors import SubspanError
 from .graph.traced import Signature, TracedModel, copy_graph
 from .passes.base import PENALTIES, PREFIX
@@ -142,7 +143,8 @@ class TunedModel(TracedModel):
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     same = one.shape == other.shape and one.dtype == other.dtype
-    return same and (one.is_meta or one.data_ptr() == other.data_ptr() or torch.equal(one, other.to(one.device)))
+    parts = zip(parts_of(one), parts_of(other.to(one.device)), strict=False)
+    return same and (one.is_meta or all(a.data_ptr() == b.data_ptr() or torch.equal(a, b) for a, b in parts))
 
 
 def adapter_tensors(model: TunedModel) -> dict[str, torch.Tensor]:

@@ -108,9 +108,12 @@ ARCHITECTURES = {
 UNLIKE = [name for name in ARCHITECTURES if name not in ("roberta", "distilbert", "qwen3")]
 
 
-def build(name: str, dtype: torch.dtype = torch.float64, meta: bool = False) -> tuple[hf.PreTrainedModel, Inputs]:
+TYPES = {"mixtral": torch.float32}  # grouped_mm has no float64.
+
+
+def build(name: str, dtype: torch.dtype | None = None, meta: bool = False) -> tuple[hf.PreTrainedModel, Inputs]:
     """A tiny random model in eval mode with its example inputs; every parameter drawn, none zero or one by default."""
-    one = ARCHITECTURES[name]
+    one, dtype = ARCHITECTURES[name], dtype or TYPES.get(name, torch.float64)
     torch.manual_seed(0)
     with torch.device("meta" if meta else "cpu"):
         model = one.model._from_config(one.config(**one.options)).to(dtype).eval()
@@ -125,7 +128,7 @@ def build(name: str, dtype: torch.dtype = torch.float64, meta: bool = False) -> 
 @cache
 def raw(name: str) -> tuple[hf.PreTrainedModel, Inputs, TracedModel]:
     """A tiny model, its inputs and its graphs as they were traced, no pass run; one for all tests of a process."""
-    model, inputs = build(name, torch.float32 if name == "mixtral" else torch.float64)  # grouped_mm has no float64.
+    model, inputs = build(name)
     return model, inputs, trace(model, inputs, without=[one.name for one in PASSES if "trace" in one.stages])
 
 

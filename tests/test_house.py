@@ -33,8 +33,8 @@ FOREIGN = {
 # Rooms in the order of the flow: each may use those before it.
 ORDER = (
     "errors", "files", "resources", "algebra", "transforms", "methods", "graph", "tasks", "spec", "plan", "passes",
-    "kept", "trace", "svd", "tuned", "rewrite", "base", "gguf", "pretrained", "smoke", "sources", "chats", "data",
-    "adapters", "fit", "greedy", "training", "export", "answer",
+    "kept", "trace", "svd", "tuned", "rewrite", "base", "gguf", "quantise", "pretrained", "smoke", "sources", "chats",
+    "data", "adapters", "fit", "greedy", "training", "export", "answer",
     "report", "folder",
     "session", "exchange",
 )  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..algebra import parts_of
 from ..graph.traced import TracedModel
 from ..passes.base import PREFIX
 from ..tuned import TunedModel, adapter_tensors
@@ -25,9 +26,10 @@ def fingerprint(model: TracedModel, new: tuple[str, ...] = ()) -> str:
     others = {name for name in kept.keys() - model.aliases.keys() if not name.startswith(roots)}
     statistics = {name for name in others if kept[name].is_floating_point()}
     for name in sorted(set(model.aliases.values()) - set(new) | statistics):
-        tensor = kept[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        for part in parts_of(kept[name].detach()):
+            tensor = part.cpu().contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

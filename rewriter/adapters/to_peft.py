@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..algebra import as_dense
 from ..errors import SpecError, SubspanError
 from ..files import aside, write_json
 from ..graph.traced import TracedModel
@@ -185,7 +186,7 @@ def _written(model: TunedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
         peft, module = site.chain[0][0].peft, site.place.removesuffix(".weight")
         _check_name(model, site)
         values = {short_name(leaf): leaves[leaf.name].detach() for leaf in site.leaves}
-        weight = site.part(weights[site.place].detach()) if site.layout else None
+        weight = site.part(as_dense(weights[site.place].detach())) if site.layout else None
         at = place_of(site, values, weight)
         configs[module] = own = _config(site)
         for name, make in peft.made.items():

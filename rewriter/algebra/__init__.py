@@ -7,6 +7,7 @@ result, or shapes alone on the meta device.
 from .maps import NONLINEARITIES, Affine, Computed, Dropout, Pointwise, Prepend, rows_of
 from .norms import column_norm, detach
 from .operators import Concat, Dense, Diag, Identity, Operator, Product, Scale, Sum, tensors_of
+from .quantised import Format, Quantised, as_dense, held_bytes, parts_of
 from .structured import Blocks, Circulant, Hadamard, Kronecker, Patch, Shuffle
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Dense",
     "Diag",
     "Dropout",
+    "Format",
     "Hadamard",
     "Identity",
     "Kronecker",
@@ -27,11 +29,15 @@ __all__ = [
     "Pointwise",
     "Prepend",
     "Product",
+    "Quantised",
     "Scale",
     "Shuffle",
     "Sum",
+    "as_dense",
     "column_norm",
     "detach",
+    "held_bytes",
+    "parts_of",
     "rows_of",
     "tensors_of",
 ]

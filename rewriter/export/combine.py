@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ..algebra import as_dense
 from ..graph.traced import TracedModel
 from ..plan import plan
 from ..rewrite import rewrite
@@ -96,7 +97,7 @@ def as_whole(traced: TracedModel, change: Changes, heads: Mapping[str, Tensor], 
     """
     values = dict(heads)
     for name, value in change.items():
-        stored = traced.get_parameter(name).detach()
+        stored = as_dense(traced.get_parameter(name).detach())
         values[name] = (stored.double() + value).to(torch.promote_types(stored.dtype, torch.float32))
     planned = plan(traced, [Rule(target=sorted(values), apply=[entire().name])], tuple(new))
     held = {site.leaves[0].name: site.layout.present(values[site.place]).dense() for site in planned.sites}

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from ..algebra import as_dense
 from ..errors import SubspanError
 from ..graph.traced import TracedModel, assign, released
 from ..plan import Site, transformed
@@ -58,7 +59,7 @@ def _merged(model: TunedModel, partly: bool, names: Collection[str] | None = Non
     for weight, sites in _merging(model, partly, " into a plain weight"):
         if names is not None and weight not in names:
             continue
-        stored = model.get_parameter(weight).detach()
+        stored = as_dense(model.get_parameter(weight).detach())
         wide = stored.to(torch.promote_types(stored.dtype, torch.float32))
         value = sites[0].layout.restore(transformed(sites, wide, lookup).dense())
         if not torch.isfinite(value.to(stored.dtype)).all():
@@ -119,7 +120,7 @@ def changes(model: TunedModel, partly: bool = False) -> Iterator[tuple[str, list
     for weight, sites in _merging(model, partly, ", so it is no change of a weight"):
         if weight in model.plan.new:
             continue
-        stored = model.get_parameter(weight).detach().double()
+        stored = as_dense(model.get_parameter(weight).detach()).double()
         w = sites[0].layout.present(stored).dense()
         made = transformed(sites, stored, lambda _, leaf: _wide(leaves[leaf.name].detach())).dense()
         yield weight, sites, w, made - w

@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.store import load_adapter, read_manifest
+from ..algebra import Format
 from ..data import encode, load_rows
 from ..errors import SpecError, SubspanError, UnreachableError, reason
 from ..files import aside, read_json, write_json, write_text
@@ -28,6 +29,7 @@ from ..pretrained import (
     save_processor,
     set_ends,
 )
+from ..quantise import dequantise, forms_of, requantise
 from ..sources import absent
 from ..spec import Spec
 from ..trace import trace
@@ -145,21 +147,36 @@ def _merged(spec: Spec, run: Path, folder: Path, scratch: Path) -> tuple[compare
         _metadata(spec, pretrained, run, longest),
     )
     truth = _truth(spec, run, pretrained, traced, tuned, inputs, scratch)
+    forms = forms_of(pretrained.model)
+    into = (traced, pretrained.model) if model.rest else (traced, pretrained.model, tuned)
+    stored = merge(tuned, *into, partly=True)
+    dequantise(traced, pretrained.model)
+    whole = rest(tuned, traced) if model.rest else traced
+    report = _compared(truth, {"merged": torch_stage(whole)}) | {"stored_weights": stored}
+    if forms:
+        requantise(whole, forms)
+        report["requantised"] = _requantised(truth, whole, list(forms.values()))
     if model.rest:
-        stored = merge(tuned, traced, pretrained.model, partly=True)
-        report = _compared(truth, {"merged": torch_stage(rest(tuned, traced))})
-        return truth, report | {"stored_weights": stored}, model, partial(_with_the_rest, pretrained, tuned, inputs)
-    stored = merge(tuned, traced, pretrained.model, tuned, partly=True)
-    report = _compared(truth, {"merged": torch_stage(traced)})
+        return truth, report, model, partial(_with_the_rest, pretrained, tuned, inputs)
     place = folder if spec.export.checkpoint else scratch / "merged"
     save_model(pretrained, str(place))
     save_processor(processor, place, spec.task)
     spec.task.ship(place, pretrained.module, spec.data.max_length if spec.data else processor.model_max_length)
-    del pretrained, traced, tuned
+    del pretrained, traced, tuned, whole
     gc.collect()
     if spec.export.checkpoint:
         report = compare.joined(report, _compared(truth, {"checkpoint": torch_stage(load_merged(spec, place).module)}))
-    return truth, report | {"stored_weights": stored}, model, partial(_from_checkpoint, spec, place)
+    return truth, report, model, partial(_from_checkpoint, spec, place)
+
+
+def _requantised(truth: compare.Truth, model: TracedModel, forms: list[Format]) -> dict[str, Any]:
+    """What it costs to store the merged model in few bits again, as the base was: nothing is shipped so."""
+    name = "requantised"
+    stages, tally = {name: torch_stage(model)}, truth.tally([name])
+    found, _ = truth.distances(stages, tally)
+    metrics, agreement = truth.measured(stages, tally).get(name, ({}, None))
+    how = asdict(max(forms, key=forms.count))
+    return how | {"max_abs_diff": found[name].tuned, "agreement": agreement, "metrics": metrics}
 
 
 def _with_the_rest(pretrained: Pretrained, tuned: TunedModel, inputs: Inputs) -> tuple[nn.Module, nn.Module]:
@@ -415,7 +432,8 @@ def _rows(
 
 def load_merged(spec: Spec, folder: Path) -> Pretrained:
     """The checkpoint as anyone would load it."""
-    model = spec.model.model_copy(update={"name": str(folder.absolute()), "gguf": None, "revision": None})
+    plain = {"gguf": None, "revision": None, "quantise": None}
+    model = spec.model.model_copy(update={"name": str(folder.absolute()), **plain})
     return load_model(spec.model_copy(update={"model": model}))
 
 

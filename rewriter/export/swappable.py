@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.ties import fingerprint
-from ..algebra import Dense
+from ..algebra import Dense, as_dense
 from ..errors import SpecError, SubspanError
 from ..files import aside, digest, read_json, write_json
 from ..graph.traced import TracedModel
@@ -165,7 +165,7 @@ def _bound(model: TunedModel, site: Site) -> bool:
         return False
     if any(isinstance(leaf.initial, SvdFactor) for leaf in site.leaves):
         return True
-    w = site.part(model.get_parameter(site.place).detach())
+    w = site.part(as_dense(model.get_parameter(site.place).detach()))
     made: dict[str, Tensor] = {}
 
     def lookup(leaf: Leaf) -> Tensor:

@@ -13,6 +13,7 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 from torch.export import Dim
 
+from ..algebra import parts_of
 from ..errors import SubspanError, reason
 
 _PAGEOUT = 21  # MADV_PAGEOUT: only a hint, whatever the memory is.
@@ -260,9 +261,9 @@ def assign(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
 
 def released(tensor: torch.Tensor) -> None:
     """Say that a tensor won't be read soon: of a mapped file the system may drop its pages now, where it is Linux."""
-    if tensor.device.type == "cpu" and sys.platform == "linux":
-        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        stop = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    for part in parts_of(tensor) if tensor.device.type == "cpu" and sys.platform == "linux" else ():
+        start = -(-part.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        stop = (part.data_ptr() + part.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
         if stop > start:
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _PAGEOUT)
 

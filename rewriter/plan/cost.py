@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..algebra import Dense, Operator, Patch, Sum
+from ..algebra import Dense, Operator, Patch, Sum, parts_of
 from ..errors import SpecError
 from ..graph.ops import SDPA
 from ..graph.traced import TracedModel
@@ -187,12 +187,14 @@ def kept_bytes(
     model: nn.Module, batch: Mapping[str, Tensor], objective: Callable[[Any, Mapping[str, Tensor]], Tensor]
 ) -> int:
     """Bytes that a forward saves for its backward: storages, each once, other than of parameters, buffers and batch."""
-    known = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers(), *batch.values())}
+    given = (*model.parameters(), *model.buffers(), *batch.values())
+    known = {_storage(part) for tensor in given for part in parts_of(tensor)}
     saved: dict[int, tuple[Tensor, int]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if _storage(tensor) not in known:
-            saved[_storage(tensor)] = tensor, tensor.untyped_storage().nbytes()
+        for part in parts_of(tensor):
+            if _storage(part) not in known:
+                saved[_storage(part)] = part, part.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

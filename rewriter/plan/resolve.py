@@ -7,7 +7,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, fx
 
-from ..algebra import Computed, Dense, Operator, rows_of
+from ..algebra import Computed, Dense, Operator, held_bytes, rows_of
 from ..errors import SpecError, raise_all, reason
 from ..graph.globs import find, match, uneven
 from ..graph.ops import SOFTMAX, aten
@@ -75,7 +75,8 @@ def plan(
     sites.sort(key=lambda site: (site.layout is None, order[site.place], KINDS.index(site.kind), site.block or ()))
     _check_varies(model, sites)
     notes = dict.fromkeys([*found.notes, *_unmerged(sites)])
-    return Plan(tuple(sites), total, tuple(warnings), tuple(notes), tuple(rules), tuple(sorted(new)))
+    held = sum(held_bytes(one) for one in model.parameters())
+    return Plan(tuple(sites), total, held, tuple(warnings), tuple(notes), tuple(rules), tuple(sorted(new)))
 
 
 def _check_varies(model: TracedModel, sites: list[Site]) -> None:

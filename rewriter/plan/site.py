@@ -137,6 +137,7 @@ class Plan:
     Attributes:
         sites: in the model's own order of parameters.
         total_parameters: of the model before the rewrite, a newly made head included; tied weights count once.
+        weight_bytes: that they take, as they are stored.
         warnings: what is probably not meant.
         notes: what is good to know.
         rules: the rules that were resolved.
@@ -145,6 +146,7 @@ class Plan:
 
     sites: tuple[Site, ...]
     total_parameters: int
+    weight_bytes: int = 0
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = field(default=(), repr=False)
@@ -203,6 +205,7 @@ class Plan:
         return {
             "trainable_parameters": self.trainable_parameters,
             "total_parameters": self.total_parameters,
+            "weight_bytes": self.weight_bytes,
             "head_parameters": self.head_parameters,
             "trainable_thousandths": round(self.share, 4),
             "merges": self.merges,

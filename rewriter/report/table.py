@@ -67,7 +67,7 @@ def print_plan(plan: Plan, console: Console, tokens: int, step: StepCost | None 
         console.print(f"rules[{rule}]: {len(sites)} sites, {tuned:,} tuned parameters", highlight=False, markup=False)
     console.print(
         f"{plan.trainable_parameters:,} tuned parameters, {plan.share:.3f} thousandths of {plan.total_parameters:,}; "
-        f"{plan.head_parameters:,} in new heads",
+        f"{plan.head_parameters:,} in new heads; {plan.weight_bytes / 1e6:,.1f} MB of weights",
         highlight=False,
     )
     if step:
@@ -145,6 +145,13 @@ def kept(metrics: Mapping[str, Any], metric: str) -> dict[str, str]:
     return {"kept": f"the last state; that of step {best} was better ({figure(value)}): train.keep: best ships it"}
 
 
+def _again(report: Mapping[str, Any], spec: Spec) -> str:
+    said = f"{report['max_abs_diff']:.2e} from the tuned model"
+    if report["metrics"]:
+        said += f", {spec.compared} {figure(report['metrics'][spec.compared])}"
+    return said + (f", {report['agreement']:.1%} of its decisions" if report["agreement"] is not None else "")
+
+
 def _allowed(report: Mapping[str, Any]) -> str:
     if report["atol"] is not None:
         return f"atol {report['atol']:g}"
@@ -196,6 +203,8 @@ def shipped(spec: Spec, run: Path, report: Mapping[str, Any]) -> dict[str, Any]:
         "largest difference": f"{report['max_abs_diff']:.2e} ({_allowed(report)}): {', '.join(report['stages'])}",
         "compared on": _compared(report),
     }
+    if again := report.get("requantised"):
+        facts[f"in {again['method']} again"] = _again(again, spec)
     facts |= {name: run / name for name in ("adapter", "merged", "onnx") if (run / name).exists()}
     if spec.export.checkpoint and not plan["merges"]:
         facts["merged"] = "not written: what can't merge is in the ONNX graph alone"

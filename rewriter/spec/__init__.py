@@ -2,7 +2,7 @@
 
 from .data import Data, Turns, filled
 from .limits import Limits
-from .models import Model, Onnx, Passes, Rule, Spec, Train, link_model
+from .models import Model, Onnx, Passes, Quantise, Rule, Spec, Train, link_model
 from .read import decisive, differing, dump_spec, is_dump, load_spec, load_specs, located, warned
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Model",
     "Onnx",
     "Passes",
+    "Quantise",
     "Rule",
     "Spec",
     "Train",

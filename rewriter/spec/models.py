@@ -21,6 +21,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from ..algebra.quantised import METHODS
 from ..errors import SpecError, SubspanError
 from ..tasks import TASKS, Task, task_of
 from ..transforms import TRANSFORMS, Transform
@@ -40,6 +41,15 @@ VARIANTS = (
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
+class Quantise(Strict):
+    """The frozen weights in few bits: those of linear layers and experts; tables and the tokens' head are in int8."""
+
+    method: Literal[METHODS] = Field(
+        description="nf4: 4-bit normal floats, by bitsandbytes; int4: with a zero point; int8: symmetric"
+    )
+    group: Literal[32, 64, 128, 256] = Field(64, description="entries of a row that share a scale")
+
+
 class Model(Strict):
     """The pretrained model to adapt."""
 
@@ -49,6 +59,7 @@ class Model(Strict):
     task_options: dict[str, Any] = Field(default_factory=dict, description="of the task; docs/tasks.md has them")
     labels: list[str | int] | None = Field(None, min_length=1, description="class names in order; default: the model's")
     dtype: Dtype | None = Field(None, description="storage type of the frozen weights; default: the checkpoint's own")
+    quantise: Quantise | None = Field(None, description="store the frozen weights in few bits; default: as they are")
     revision: str | None = Field(None, description="commit or tag of a hub model")
     config: dict[str, Any] | None = Field(
         None, description="the model's config.json, written out: plans need no weights and no network then"

@@ -1,0 +1,299 @@
+"""Frozen weights that are stored in few bits and compute as dense ones: every operator takes them as it takes a tensor.
+
+A product with one makes it dense for as long as the product takes; autograd keeps the few bits for its backward.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+aten = torch.ops.aten
+NF4 = "nf4"
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a row of a weight is stored.
+
+    Attributes:
+        method: "nf4" (4-bit normal floats, Dettmers et al., arXiv 2305.14314, by bitsandbytes), "int4" (whole numbers
+            with a zero point) or "int8" (symmetric whole numbers).
+        group: entries of a row that share a scale.
+    """
+
+    method: str
+    group: int
+
+
+class Quantised(Tensor):
+    """A frozen weight of shape (..., rows, columns) by its codes and scales.
+
+    It has the shape and the floating type of the dense weight. Nothing is written to it, and it has no gradient.
+
+    Attributes:
+        codes: (..., rows, columns) of int8, or (..., rows, columns / 2) of uint8, two entries in each.
+        scales: (..., rows, columns / group), float32.
+        zeros: uint8 of the scales' shape for "int4", else None.
+        form: how to read them.
+        flipped: whether the last two dimensions are the other way round.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    form: Format
+    flipped: bool
+
+    @staticmethod
+    def __new__(
+        cls,
+        codes: Tensor,
+        scales: Tensor,
+        zeros: Tensor | None,
+        form: Format,
+        dtype: torch.dtype,
+        flipped: bool = False,
+    ) -> Self:
+        columns = scales.shape[-1] * form.group
+        like = torch.empty(*scales.shape[:-1], columns, device="meta")
+        like = like.transpose(-2, -1) if flipped else like
+        out = Tensor._make_wrapper_subclass(cls, like.shape, strides=like.stride(), dtype=dtype, device=codes.device)
+        out.codes, out.scales, out.zeros, out.form, out.flipped = codes, scales, zeros, form, flipped
+        return out
+
+    @classmethod
+    def of(cls, weight: Tensor, form: Format) -> Self:
+        """A weight of shape (..., rows, columns) in few bits; `form.group` divides its columns."""
+        return cls(*_METHODS[form.method][0](weight.detach(), form.group), form, weight.dtype)
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The tensors that it is held in."""
+        return tuple(one for one in (self.codes, self.scales, self.zeros) if one is not None)
+
+    def dense(self) -> Tensor:
+        """The weight that its codes mean, in its floating type."""
+        made = _METHODS[self.form.method][1](self.codes, self.scales, self.zeros).to(self.dtype)
+        return made.transpose(-2, -1) if self.flipped else made
+
+    def mapped(self, fn: Callable[[Tensor], Tensor], flip: bool = False) -> "Quantised":
+        """The same with a function applied to all that it is held in."""
+        codes, scales = fn(self.codes), fn(self.scales)
+        zeros = None if self.zeros is None else fn(self.zeros)
+        return Quantised(codes, scales, zeros, self.form, self.dtype, self.flipped != flip)
+
+    def __repr__(self) -> str:
+        return f"Quantised({self.form.method}, group {self.form.group}, {tuple(self.shape)}, {self.dtype})"
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        names = ["codes", "scales", *(["zeros"] if self.zeros is not None else [])]
+        return names, (self.form, self.dtype, self.flipped)
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], meta: Any, size: Any, stride: Any) -> "Quantised":
+        form, dtype, flipped = meta
+        return Quantised(inner["codes"], inner["scales"], inner.get("zeros"), form, dtype, flipped)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        kept = _KEPT[func](*args, **kwargs) if func in _KEPT and isinstance(args[0], Quantised) else None
+        if kept is not None:
+            return kept
+        for value, argument in zip(args, func._schema.arguments, strict=False):
+            if argument.is_write and isinstance(value, Quantised):
+                raise NotImplementedError(f"{func} would write to a quantised weight")
+        return func(*pytree.tree_map_only(Quantised, Quantised.dense, args), **_dense(kwargs))
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+def parts_of(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The tensors that one is held in: itself, unless it is quantised."""
+    return tensor.parts if isinstance(tensor, Quantised) else (tensor,)
+
+
+def held_bytes(tensor: Tensor) -> int:
+    """Bytes that a tensor takes."""
+    return sum(one.nbytes for one in parts_of(tensor))
+
+
+def as_dense(tensor: Tensor) -> Tensor:
+    """A tensor, dense where it is quantised."""
+    return tensor.dense() if isinstance(tensor, Quantised) else tensor
+
+
+def _dense(value: Any) -> Any:
+    return pytree.tree_map_only(Quantised, Quantised.dense, value)
+
+
+# Ops that leave a quantised weight quantised, or read some rows of it alone; None: they do not, for these arguments.
+
+
+def _same(weight: Quantised, *_: Any, **__: Any) -> Quantised:
+    return weight.mapped(lambda one: one)
+
+
+def _copied(weight: Quantised, *, memory_format: torch.memory_format | None = None) -> Quantised | None:
+    """A copy in order is one whose memory may be viewed: a flipped one has none."""
+    return None if weight.flipped and memory_format == torch.contiguous_format else weight.mapped(torch.clone)
+
+
+def _moved(weight: Quantised, *, dtype=None, device=None, **_: Any) -> Quantised | None:
+    if dtype not in (None, weight.dtype):
+        return None
+    return weight.mapped(lambda one: one.to(device, copy=True))
+
+
+def _flipped(weight: Quantised, first: int = -2, second: int = -1) -> Quantised | None:
+    if {first % weight.ndim, second % weight.ndim} != {weight.ndim - 2, weight.ndim - 1} or weight.ndim < 2:
+        return None
+    return weight.mapped(lambda one: one, flip=True)
+
+
+def _viewed(weight: Quantised, shape: Any, **_: Any) -> Quantised | None:
+    asked = [own if size == -1 else size for size, own in zip(shape, weight.shape, strict=False)]
+    return _same(weight) if len(shape) == weight.ndim and asked == list(weight.shape) else None
+
+
+def _selected(weight: Quantised, dim: int, index: int) -> Quantised | None:
+    if dim % weight.ndim or weight.ndim < 3:
+        return None
+    return weight.mapped(lambda one: one[index])
+
+
+def _sliced(weight: Quantised, dim: int = 0, start=None, stop=None, step: int = 1) -> Quantised | None:
+    if dim % weight.ndim or (weight.flipped and weight.ndim < 3):
+        return None
+    return weight.mapped(lambda one: one[start:stop:step])
+
+
+def _picked(weight: Quantised, rows: Tensor) -> Tensor | None:
+    if weight.flipped and weight.ndim < 3:
+        return None
+    shape = (*rows.shape, *weight.shape[1:])
+    return weight.mapped(lambda one: one.index_select(0, rows.reshape(-1))).dense().reshape(shape)
+
+
+def _looked_up(weight: Quantised, rows: Tensor, *_: Any, **__: Any) -> Tensor | None:
+    return _picked(weight, rows)
+
+
+def _index_selected(weight: Quantised, dim: int, rows: Tensor) -> Tensor | None:
+    return None if dim % weight.ndim else _picked(weight, rows)
+
+
+def _indexed(weight: Quantised, indices: list[Tensor | None], **_: Any) -> Tensor | None:
+    one = indices[0] if len(indices) == 1 else None
+    return None if one is None or one.dtype == torch.bool else _picked(weight, one)
+
+
+_KEPT: dict[Any, Callable[..., Any]] = {
+    aten.detach.default: _same,
+    aten.alias.default: _same,
+    aten.clone.default: _copied,
+    aten._to_copy.default: _moved,
+    aten.t.default: _flipped,
+    aten.transpose.int: _flipped,
+    aten.view.default: _viewed,
+    aten._unsafe_view.default: _viewed,
+    aten.expand.default: _viewed,
+    aten.select.int: _selected,
+    aten.slice.Tensor: _sliced,
+    aten.embedding.default: _looked_up,
+    aten.index_select.default: _index_selected,
+    aten.index.Tensor: _indexed,
+}
+
+
+# How rows become codes and back.
+
+
+def _grouped(weight: Tensor, group: int) -> Tensor:
+    return weight.float().unflatten(-1, (-1, group))
+
+
+def _packed(codes: Tensor) -> Tensor:
+    pairs = codes.unflatten(-1, (-1, 2))
+    return pairs[..., 0] << 4 | pairs[..., 1]
+
+
+def _unpacked(codes: Tensor) -> Tensor:
+    return torch.stack((codes >> 4, codes & 15), -1).flatten(-2)
+
+
+def _to_int8(weight: Tensor, group: int) -> tuple[Tensor, Tensor, None]:
+    values = _grouped(weight, group)
+    scales = values.abs().amax(-1) / 127
+    codes = (values / _divisor(scales).unsqueeze(-1)).round_().to(torch.int8)
+    return codes.flatten(-2), scales, None
+
+
+def _from_int8(codes: Tensor, scales: Tensor, zeros: None) -> Tensor:
+    return (codes.unflatten(-1, (scales.shape[-1], -1)) * scales.unsqueeze(-1)).flatten(-2)
+
+
+def _to_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    values = _grouped(weight, group)
+    least, most = values.amin(-1).clamp_(max=0), values.amax(-1).clamp_(min=0)
+    scales = (most - least) / 15
+    zeros = (-least / _divisor(scales)).round_().clamp_(0, 15)
+    codes = (values / _divisor(scales).unsqueeze(-1)).round_().add_(zeros.unsqueeze(-1)).clamp_(0, 15)
+    return _packed(codes.to(torch.uint8).flatten(-2)), scales, zeros.to(torch.uint8)
+
+
+def _from_int4(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    values = _unpacked(codes).unflatten(-1, (scales.shape[-1], -1))
+    return ((values.to(scales.dtype) - zeros.unsqueeze(-1)) * scales.unsqueeze(-1)).flatten(-2)
+
+
+def _divisor(scales: Tensor) -> Tensor:
+    return torch.where(scales > 0, scales, 1)  # A group of zeros stays one.
+
+
+def _to_nf4(weight: Tensor, group: int) -> tuple[Tensor, Tensor, None]:
+    *lead, columns = weight.shape
+    shapes = (*lead, columns // 2), (*lead, columns // group)
+    if weight.is_meta:
+        codes, scales = (torch.empty(shape, device="meta") for shape in shapes)
+        return codes.to(torch.uint8), scales, None
+    _bitsandbytes()
+    codes, scales = torch.ops.bitsandbytes.quantize_4bit(weight.contiguous(), group, NF4, torch.uint8)
+    return codes.view(shapes[0]), scales.view(shapes[1]), None
+
+
+def _from_nf4(codes: Tensor, scales: Tensor, zeros: None) -> Tensor:
+    shape = (*codes.shape[:-1], 2 * codes.shape[-1])
+    if codes.is_meta:
+        return torch.empty(shape, device="meta")
+    _bitsandbytes()
+    group = shape[-1] // scales.shape[-1]
+    codes, scales = codes.reshape(-1, 1), scales.reshape(-1)
+    return torch.ops.bitsandbytes.dequantize_4bit(codes, scales, group, NF4, shape, scales.dtype)
+
+
+def _bitsandbytes() -> None:
+    """Register its ops, without the kernels that it would fetch from a hub where the package for that is installed."""
+    if not hasattr(torch.ops.bitsandbytes, "quantize_4bit"):
+        there = sys.modules.pop("kernels", None)
+        sys.modules["kernels"] = None
+        try:
+            importlib.import_module("bitsandbytes")
+        finally:
+            del sys.modules["kernels"]
+            if there is not None:
+                sys.modules["kernels"] = there
+
+
+_METHODS: dict[str, tuple[Callable[..., Any], Callable[..., Tensor]]] = {
+    NF4: (_to_nf4, _from_nf4),
+    "int8": (_to_int8, _from_int8),
+    "int4": (_to_int4, _from_int4),
+}
+METHODS = tuple(_METHODS)

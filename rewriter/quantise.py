@@ -1,0 +1,165 @@
+"""A base model in few bits: which of its weights, and how each is stored."""
+
+from collections.abc import Collection, Iterator, Mapping
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .algebra import Format, Quantised, as_dense
+from .algebra.quantised import NF4
+from .errors import SpecError
+from .graph.traced import assign, released
+from .spec import Quantise
+
+PLACE = ("model", "quantise")
+
+
+def quantise(model: nn.Module, how: Quantise, others: Collection[str] = ()) -> tuple[str, ...]:
+    """Store a model's matrices in few bits, one at a time. In place; on the meta device too.
+
+    Matrices are the weights of linear layers and of experts, by `how`, and tables that are looked up by an id, with the
+    head that is tied to one or has its shape, in int8 with a scale for each row.
+
+    Args:
+        others: names of parameters that stay as they are: heads.
+
+    Returns:
+        A sentence for the matrices that stay as they are since their rows can't be divided into groups.
+
+    Raises:
+        SpecError: at `model.quantise`: nothing is quantised, or a library is missing.
+    """
+    if how.method == NF4:
+        check_library((*PLACE, "method"))
+    stay, done = [], 0
+    for name, form in _formats(model, how, set(others)).items():
+        weight = model.get_parameter(name)
+        if weight.shape[-1] % form.group:
+            stay.append(name)
+            continue
+        assign(model, {name: nn.Parameter(Quantised.of(weight, form), requires_grad=False)})
+        released(weight)
+        done += 1
+    if not done:
+        raise SpecError("there is nothing to quantise: no linear layer's rows divide into groups", PLACE)
+    if not stay:
+        return ()
+    said = f"{len(stay)} weights are not quantised, e.g. {stay[0]}"
+    return (f"{said}: their rows do not divide into groups of {how.group}",)
+
+
+def check_library(path: tuple[str, ...]) -> None:
+    """Refuse what needs bitsandbytes where it is not installed.
+
+    Args:
+        path: place in the spec.
+
+    Raises:
+        SpecError: with how to install it.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise SpecError("it needs bitsandbytes: pip install 'subspan[quantise]'", path)
+
+
+def adopt(model: nn.Module, forms: Mapping[str, Format]) -> set[str]:
+    """Take over the weights that a model has in few bits: layers of bitsandbytes become plain ones. In place.
+
+    Args:
+        model: as transformers loads it; on the meta device of the dense shapes.
+        forms: name in the checkpoint -> how it is stored; from `in_few_bits`.
+
+    Returns:
+        Their names in the model.
+
+    Raises:
+        SpecError: a weight of these is nowhere in the model, or its rows do not divide into groups.
+    """
+    done = set()
+    names = {name for name, _ in model.named_parameters()}
+    base = f"{model.base_model_prefix}."
+    for key, form in forms.items():
+        there = [one for one in (key, f"{base}{key}", key.removeprefix(base)) if one in names]
+        if not there:
+            raise SpecError(f"{key} is stored in few bits, and the model has no such weight", ("model", "name"))
+        path, _, last = there[0].rpartition(".")
+        layer = model.get_submodule(path)
+        weight = getattr(layer, last)
+        if layer.in_features % form.group:
+            raise SpecError(f"the rows of {key} do not divide into groups of {form.group}", ("model", "name"))
+        held = Quantised.of(weight, form) if weight.is_meta else _held(weight, form, model.dtype)
+        plain = nn.Linear(held.shape[1], held.shape[0], bias=layer.bias is not None, device="meta")
+        plain.weight = nn.Parameter(held, requires_grad=False)
+        if layer.bias is not None:
+            plain.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
+        model.set_submodule(path, plain.train(layer.training))
+        done.add(there[0])
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)
+    return done
+
+
+def _held(weight: nn.Parameter, form: Format, dtype: torch.dtype) -> Quantised:
+    """A parameter of bitsandbytes as one of ours, over the same codes."""
+    if form.method != NF4:
+        return Quantised(weight.data, weight.SCB.float().view(-1, 1) / 127, None, form, dtype)
+    state = weight.quant_state
+    scales = state.absmax
+    if state.nested:
+        from bitsandbytes.functional import dequantize_blockwise  # It made them.
+
+        scales = dequantize_blockwise(scales, state.state2) + state.offset
+    rows, columns = state.shape
+    codes = weight.data.view(torch.uint8).view(rows, columns // 2)
+    return Quantised(codes, scales.float().view(rows, columns // form.group), None, form, dtype)
+
+
+def _formats(model: nn.Module, how: Quantise, others: set[str]) -> dict[str, Format]:
+    """Name -> how it is stored, tied weights once."""
+    tables = {id(one.weight) for one in model.modules() if isinstance(one, nn.Embedding)}
+    if (head := _head(model)) is not None:
+        tables.add(id(head))
+    found = {}
+    for name, weight in _matrices(model):
+        if name not in others:
+            table = id(weight) in tables
+            found[name] = Format("int8", weight.shape[-1]) if table else Format(how.method, how.group)
+    return found
+
+
+def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for path, module in model.named_modules():
+        for own, weight in module.named_parameters(path, recurse=False):
+            if not weight.is_floating_point():
+                continue
+            plain = isinstance(module, nn.Linear | Conv1D | nn.Embedding) and own.endswith("weight")
+            batch = weight.ndim == 3 and weight.shape[0] > 1 and type(module).__name__.endswith("Experts")
+            if plain or batch or (isinstance(module, nn.MultiheadAttention) and weight.ndim == 2):
+                yield own, weight
+
+
+def _head(model: nn.Module) -> nn.Parameter | None:
+    """The weight that turns hidden states into scores of all tokens."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return getattr(head, "weight", None)
+
+
+def forms_of(model: nn.Module) -> dict[str, Format]:
+    """Name -> how it is stored, of the quantised parameters of a model, tied ones once."""
+    return {name: one.form for name, one in model.named_parameters() if isinstance(one, Quantised)}
+
+
+def dequantise(*models: nn.Module) -> None:
+    """Make every quantised parameter of models with the same names dense; they share what is made. In place."""
+    for name in forms_of(models[0]):
+        made = nn.Parameter(as_dense(models[0].get_parameter(name)), requires_grad=False)
+        for model in models:
+            assign(model, {name: made})
+
+
+def requantise(model: nn.Module, forms: Mapping[str, Format]) -> None:
+    """Store parameters of a model as they were stored before: from `forms_of`. In place."""
+    for name, form in forms.items():
+        made = Quantised.of(model.get_parameter(name), form)
+        assign(model, {name: nn.Parameter(made, requires_grad=False)})

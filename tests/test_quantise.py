@@ -1,0 +1,229 @@
+"""Models in few bits: which weights are, and that every method tunes and merges on them as on the weights they mean."""
+
+import copy
+import importlib.util
+import json
+
+import pytest
+import torch
+import transformers as hf
+
+from rewriter import Rule, Session, SpecError, SubspanError, merge, plan, rewrite, trace, tuned_parameters
+from rewriter.adapters.ties import fingerprint
+from rewriter.algebra import Format, Quantised, held_bytes
+from rewriter.quantise import dequantise, forms_of, quantise, requantise
+from rewriter.spec import Quantise
+from tests.architectures import ARCHITECTURES, UNLIKE, build, inputs_of
+from tests.test_rewrite import MATRIX
+from tests.tiny import make_tokenizer, project
+
+INT4 = Quantise.model_construct(method="int4", group=8)  # The models are too small for what a spec allows.
+
+
+def pair(name, how=INT4):
+    """A quantised architecture and its dense copy, both traced, and the model's inputs."""
+    model, inputs = build(name)
+    quantise(model, how)
+    dense = copy.deepcopy(model)
+    dequantise(dense)
+    return trace(model, inputs), trace(dense, inputs), inputs
+
+
+@pytest.fixture(scope="module")
+def bert():
+    return pair("bert")
+
+
+def numbers(traced, rules, name, inputs):
+    """Of a rewrite moved from its start: outputs, gradients and merged weights."""
+    tuned = rewrite(traced, plan(traced, rules))
+    leaves = tuned_parameters(tuned)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _, value in sorted(leaves.items()):
+            value += 0.05 * torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
+    x = inputs_of(name, inputs, 3, 9)
+    torch.manual_seed(0)  # Of dropout.
+    outputs = tuned.train()(**x).logits
+    outputs.square().mean().backward()
+    gradients = {key: value.grad for key, value in leaves.items()}
+    other = traced.clone()
+    merge(tuned, other)
+    merged = {site.place: other.get_parameter(site.place) for site in tuned.plan.sites}
+    assert not any(isinstance(value, Quantised) for value in merged.values())
+    return {"outputs": outputs.detach(), "gradients": gradients, "merged": merged}
+
+
+@pytest.mark.parametrize("chain", MATRIX, ids=str)
+def test_every_method_on_few_bits_is_that_on_what_they_mean(bert, chain):
+    rules = [Rule(target="bert.encoder.layer.1.{attention.self.{query,value},output.dense}.weight", apply=chain)]
+    own, dense, inputs = bert
+    # The very products in another order at most: 1e-9 of float64.
+    torch.testing.assert_close(
+        numbers(own, rules, "bert", inputs), numbers(dense, rules, "bert", inputs), rtol=1e-9, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_every_architecture(name):
+    own, dense, inputs = pair(name)
+    assert forms_of(own)
+    rules = [Rule(target=ARCHITECTURES[name].linear, apply=[{"lora": {"rank": 2}}])]
+    near = {"rtol": 1e-3, "atol": 1e-4} if name == "mixtral" else {"rtol": 1e-9, "atol": 1e-9}
+    torch.testing.assert_close(numbers(own, rules, name, inputs), numbers(dense, rules, name, inputs), **near)
+
+
+def test_tables_and_the_tokens_head_are_in_int8_by_rows_and_ties_stay():
+    model, _ = build("llama", torch.float32)
+    quantise(model, INT4)
+    forms, width = forms_of(model), model.config.hidden_size
+    assert forms["model.embed_tokens.weight"] == Format("int8", width)
+    assert forms["model.layers.0.mlp.up_proj.weight"] == Format("int4", 8)
+    assert not any("norm" in name for name in forms)
+    head = model.lm_head.weight
+    assert head is model.model.embed_tokens.weight or forms["lm_head.weight"] == Format("int8", width)
+
+
+def test_experts_are_quantised():
+    model, _ = build("mixtral", torch.float32)
+    quantise(model, INT4)
+    assert {
+        len(model.get_parameter(name).shape) for name, form in forms_of(model).items() if form.method == "int4"
+    } == {2, 3}
+
+
+def test_rows_that_do_not_divide_stay_and_are_said():
+    with pytest.raises(SpecError, match=r"nothing to quantise"):
+        quantise(torch.nn.Sequential(torch.nn.Linear(48, 8)), Quantise(method="int4", group=32))
+    layer = torch.nn.Linear(48, 8)
+    notes = quantise(torch.nn.Sequential(torch.nn.Linear(64, 8), layer), Quantise(method="int4", group=32))
+    assert notes == ("1 weights are not quantised, e.g. 1.weight: their rows do not divide into groups of 32",)
+    assert not isinstance(layer.weight, Quantised)
+
+
+def test_dense_again_and_in_few_bits_again():
+    model, _ = build("bert", torch.float32)
+    quantise(model, INT4)
+    forms = forms_of(model)
+    before = {name: model.get_parameter(name).dense() for name in forms}
+    dequantise(model)
+    assert not forms_of(model)
+    requantise(model, forms)
+    for name, value in before.items():
+        torch.testing.assert_close(model.get_parameter(name).dense(), value, rtol=0, atol=1e-6)
+
+
+def test_a_fingerprint_is_of_the_bits(bert):
+    own, dense, _ = bert
+    assert fingerprint(own) != fingerprint(dense)
+    assert fingerprint(own) == fingerprint(pair("bert")[0])
+
+
+def written(folder, **quantised):
+    folder.mkdir(exist_ok=True)
+    spec = project(folder)
+    one = ARCHITECTURES["bert"]
+    config = one.config(**{**one.options, "pad_token_id": 0, "hidden_size": 64, "intermediate_size": 64})
+    one.model._from_config(config).bert.save_pretrained(folder / "model")
+    spec.write_text(spec.read_text().replace("  labels:", f"  quantise: {json.dumps(quantised)}\n  labels:"))
+    return spec
+
+
+def test_a_plan_counts_the_bits_without_a_weight(tmp_path):
+    """Those of the run itself."""
+    session = Session(written(tmp_path, method="int4", group=32))
+    pretrained = session.prepare().pretrained
+    found = session.plan()
+    assert found.weight_bytes == sum(map(held_bytes, pretrained.model.parameters()))
+    assert found.weight_bytes < 0.25 * 4 * found.total_parameters
+    assert not any("classifier" in name for name in forms_of(pretrained.model))
+
+
+def test_a_run_is_merged_and_verified_and_what_few_bits_again_would_cost_is_said(tmp_path):
+    session = Session(written(tmp_path, method="int8", group=32))
+    session.tune(tmp_path / "run")
+    report = session.export()
+    again = report["requantised"]
+    assert report["max_abs_diff"] < 1e-5 and report["agreement"]["checkpoint"] == 1.0
+    assert (again["method"], again["group"]) == ("int8", 32) and 0 < again["max_abs_diff"] < 0.5
+    assert set(again["metrics"]) == {"accuracy", "loss"} and 0 < again["agreement"] <= 1
+    assert "quantization_config" not in json.loads((tmp_path / "run/merged/config.json").read_text())
+
+
+def test_an_adapter_of_other_bits_is_refused(tmp_path):
+    session = Session(written(tmp_path, method="int8", group=32))
+    session.tune(tmp_path / "run")
+    spec = (tmp_path / "run/spec.yaml").read_text()
+    (tmp_path / "run/spec.yaml").write_text(spec.replace("int8", "int4"))
+    with pytest.raises(SubspanError, match=r"another model\.quantise\.method"):
+        Session(tmp_path / "run/spec.yaml").export(tmp_path / "run")
+
+
+LLAMA = {
+    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 3,
+}  # fmt: skip
+TEXT = """\
+version: 1
+model: {{name: {model}, task: causal-lm}}
+data: {{format: text, files: {data}, columns: {{text: text}}, split: {{validation: 4, seed: 0}}, max_length: 16}}
+rules: [{{target: "model.layers.*.self_attn.*_proj.weight", apply: [{{lora: {{rank: 2}}}}]}}]
+train: {{epochs: 1, batch_size: 4}}
+"""
+
+
+def by_bitsandbytes(folder, **how):
+    """A spec over a checkpoint that transformers and bitsandbytes wrote, and that model as they load it."""
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA)).save_pretrained(folder / "dense")
+    load = lambda name, **more: hf.AutoModelForCausalLM.from_pretrained(folder / name, device_map="cpu", **more)  # noqa: E731
+    load("dense", quantization_config=hf.BitsAndBytesConfig(**how)).save_pretrained(folder / "few")
+    make_tokenizer().save_pretrained(folder / "few")
+    (folder / "data.txt").write_text("\n".join(["good film was the plot", "bad plot and a film"] * 12))
+    (folder / "spec.yaml").write_text(TEXT.format(model=folder / "few", data=folder / "data.txt"))
+    return folder / "spec.yaml", load("few")
+
+
+NESTED = {"bnb_4bit_use_double_quant": True}
+# How a checkpoint is stored, and how far its model may be from bitsandbytes': its int8 rounds activations too.
+STORED = [({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", **more}, 0.0) for more in ({}, NESTED)]
+STORED += [({"load_in_8bit": True}, 0.01)]
+
+
+@pytest.mark.parametrize(("how", "near"), STORED, ids=["nf4", "nf4 nested", "int8"])
+def test_checkpoints_of_bitsandbytes_are_taken_over_with_their_codes(tmp_path, how, near):
+    spec, theirs = by_bitsandbytes(tmp_path, **how)
+    session = Session(spec)
+    own, planned = session.prepare().pretrained.model, session.plan()
+    assert planned.weight_bytes == sum(map(held_bytes, own.parameters())) < 0.5 * 4 * planned.total_parameters
+    rows = torch.arange(12).view(2, 6)
+    torch.testing.assert_close(own(rows).logits, theirs(rows).logits, rtol=0, atol=near)
+    session.tune(tmp_path / "run")
+    report = session.export()
+    assert report["max_abs_diff"] < 1e-5 and report["requantised"]["method"] in ("nf4", "int8")
+    assert "quantization_config" not in json.loads((tmp_path / "run/merged/config.json").read_text())
+    assert hf.AutoModelForCausalLM.from_pretrained(tmp_path / "run/merged").dtype == torch.float32
+
+
+def test_other_checkpoints_in_few_bits_are_refused_before_weights_load(tmp_path):
+    spec, _ = by_bitsandbytes(tmp_path, load_in_4bit=True, bnb_4bit_quant_type="fp4")
+    with pytest.raises(SubspanError, match="is stored in fp4; only nf4 is read"):
+        Session(spec).plan()
+    config = tmp_path / "few/config.json"
+    config.write_text(config.read_text().replace('"bitsandbytes"', '"gptq"'))
+    with pytest.raises(SubspanError, match=r"is quantised \(gptq\), which is not supported"):
+        Session(spec).plan()
+
+
+def test_bits_are_asked_for_once(tmp_path):
+    spec, _ = by_bitsandbytes(tmp_path, load_in_8bit=True)
+    with pytest.raises(SubspanError, match="stored in few bits already"):
+        Session(spec, "model.quantise.method=int8").plan()
+
+
+def test_a_missing_library_is_said_before_weights_load(tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr("rewriter.quantise.find_spec", lambda name: None if name == "bitsandbytes" else found(name))
+    with pytest.raises(SubspanError, match=r"model\.quantise\.method: it needs bitsandbytes: pip install"):
+        Session(written(tmp_path, method="nf4")).plan()
