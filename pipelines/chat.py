@@ -28,7 +28,7 @@ def chat(spec: Spec, run: Path, stage: str, tokens: int, system: str | None = No
     if not spec.task.writes:
         raise SubspanError(f"{spec.task.name} writes no text: ask it without --chat")
     asked = spec.task.asks_of(spec.columns)[0]
-    turned = spec.task.roles[asked].kind == "messages"
+    turned = spec.task.kind(asked, spec.columns) == "messages"
     if system is not None and not turned:
         raise SubspanError("--system is for runs whose data has chats")
     answer = answerer(spec, run, stage, tokens)

@@ -15,7 +15,7 @@ from rewriter.exchange import export_adapter
 from rewriter.export.ship import load_tuned
 from rewriter.folder import spec_of
 from rewriter.pretrained import collator
-from rewriter.training.evaluation import predict
+from rewriter.training.evaluation import predict, referred
 
 
 def convert(run: Path, rank: int) -> Iterator[tuple[str, float, float]]:
@@ -29,6 +29,7 @@ def convert(run: Path, rank: int) -> Iterator[tuple[str, float, float]]:
     pretrained, _, _, traced, tuned = load_tuned(spec, run)
     rows = encode(spec, load_rows(spec, pretrained.labels).validation, pretrained.processor, pretrained.labels)
     collate, new = collator(spec, pretrained, tuned.input_names), tuple(tuned.plan.new)
+    rows = referred(traced, spec, rows, collate)
 
     def measured(what, model):
         found = predict(model, spec, rows, collate)[0]

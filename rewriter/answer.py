@@ -93,7 +93,7 @@ def rows_of(spec: Spec, lines: Iterable[str]) -> list[dict[str, Any]]:
             like = json.dumps(dict.fromkeys(needed, "..."))
             raise SubspanError(f"row {number} has {', '.join(row) or 'nothing'}; {task.name} reads {like}")
         for name, value in row.items():
-            kind = task.roles[name].kind
+            kind = task.kind(name, columns)
             if kind == "words" and isinstance(value, str):
                 row[name] = value = value.split()
             if kind == "messages":

@@ -125,7 +125,7 @@ def _like_others(spec: Spec, part: datasets.Dataset) -> datasets.Dataset:
     """Columns called as their roles: texts as texts, turns and tools as JSON, in the words of templates."""
     columns, made = spec.data.columns, {}
     for role, column in columns.items():
-        kind = spec.task.roles[role].kind
+        kind = spec.task.kind(role, columns)
         if kind == "messages":
             made[role] = [json.dumps(turns_of(cell, *turn_names(spec.data))) for cell in part[column]]
         elif kind == "tools":
@@ -303,14 +303,14 @@ def _check_rows(spec: Spec, rows: datasets.Dataset, labels: list[str]) -> None:
     task, columns = spec.task, spec.data.columns
     for role, column in columns.items():
         feature = rows.features[column]
-        if not fits(task.roles[role].kind, feature):
+        if not fits(task.kind(role, columns), feature):
             others = [name for name in TASKS if _reads(task_of(name).roles, columns, role, feature)]
             turns = "messages" in task.roles and fits("messages", feature)
-            raise columns_error(task.name, task.roles[role].kind, role, column, others, turns)
-        if task.roles[role].kind == "text":
+            raise columns_error(task.name, task.kind(role, columns), role, column, others, turns)
+        if task.kind(role, columns) == "text":
             check_texts(rows[column][:], role, column)
-        if task.roles[role].kind == "messages":
-            check_turns(rows[column], column, *turn_names(spec.data))
+        if task.kind(role, columns) == "messages":
+            check_turns(rows[column], column, role, *turn_names(spec.data))
     task.check(rows, columns, labels)
 
 

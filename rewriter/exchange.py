@@ -27,7 +27,7 @@ from .sources import absent
 from .spec import Spec, dump_spec, load_spec
 from .trace import trace
 from .training.checkpoint import save_predictions
-from .training.evaluation import Rows, predict
+from .training.evaluation import Rows, predict, referred
 from .transforms import TRANSFORMS
 from .tuned import TunedModel
 
@@ -76,7 +76,7 @@ def import_peft(
     spec = spec.model_copy(update={"rules": list(tuned.plan.rules)})
     for note in notes:
         tell(note)
-    _write(spec, tuned, out, overwrite, _measured(spec, pretrained, tuned, _validation(spec, pretrained)))
+    _write(spec, tuned, out, overwrite, _measured(spec, pretrained, tuned, _validation(spec, pretrained, traced)))
     return tuned.plan
 
 
@@ -129,7 +129,7 @@ def fit_to(
     if not changed.matrices:
         raise SubspanError(f"{tuned}: no weight of a linear layer differs from {loaded.model.name}")
     found, report = _tried(traced, changed, methods or list(TRANSFORMS), ranks, tell)
-    rows = _validation(loaded, pretrained)
+    rows = _validation(loaded, pretrained, traced)
     for i, entry in enumerate(report["methods"] if rows is not None else ()):
         tell(f"measuring {entry['method']}")
         one = fitting.as_tuned(traced, changed, found, dict.fromkeys(changed.matrices, i), new)
@@ -219,11 +219,16 @@ def _write(
                 save_predictions(measured.predictions, out)
 
 
-def _validation(spec: Spec, pretrained: Pretrained) -> Rows | None:
-    """The validation rows of a spec that has data, and has it here."""
+def _validation(spec: Spec, pretrained: Pretrained, traced: TracedModel) -> Rows | None:
+    """The validation rows of a spec that has data, and has it here.
+
+    Args:
+        traced: the base.
+    """
     if spec.data is None or absent(spec.data):
         return None
-    return encode(spec, load_rows(spec, pretrained.labels).validation, pretrained.processor, pretrained.labels)
+    rows = encode(spec, load_rows(spec, pretrained.labels).validation, pretrained.processor, pretrained.labels)
+    return referred(traced, spec, rows, collator(spec, pretrained, traced.input_names))
 
 
 def combine_runs(
@@ -277,7 +282,7 @@ def combine_runs(
         seen = _seen(spec, pretrained, traced, model)
         model, terms = as_low_rank(model, traced, rank, 0.01 if error is None else error, seen, made)
         report |= {"calibrated": bool(seen), "sites": said_of(terms)}
-    if measured := _measured(spec, pretrained, model, _validation(spec, pretrained)):
+    if measured := _measured(spec, pretrained, model, _validation(spec, pretrained, traced)):
         entries[0]["combined"] = measured.metrics[spec.compared]
         report |= {"metric": spec.compared, "value": entries[0]["combined"]}
     _measure_others(specs[1:], [heads for _, heads in read[1:]], entries[1:], combine.shared_of(model), tell)
@@ -337,7 +342,7 @@ def _read_runs(
             raise SubspanError(f"{folder}: of another base than {folders[0]}")
         read.append((changes_of(tuned), heads_of(tuned)))
         entries.append({"run": str(folder), "weight": weight})
-        if measured := _measured(spec, pretrained, tuned, _validation(spec, pretrained)):
+        if measured := _measured(spec, pretrained, tuned, _validation(spec, pretrained, traced)):
             entries[-1] |= {"metric": spec.compared, "alone": measured.metrics[spec.compared]}
         first = first or (pretrained, traced, tuple(tuned.plan.new))
     return *first, read, entries
@@ -355,8 +360,9 @@ def _measure_others(
         if "metric" in entry:
             tell(f"measuring what {entry['run']} tells of")
             pretrained, traced, _ = _base(spec)
+            rows = _validation(spec, pretrained, traced)
             assign(traced, shared | own)
-            measured = _measured(spec, pretrained, traced, _validation(spec, pretrained))
+            measured = _measured(spec, pretrained, traced, rows)
             entry["combined"] = measured.metrics[spec.compared]
 
 

@@ -36,7 +36,7 @@ from .tasks import Question
 from .trace import capture, trace
 from .training.checkpoint import checkpoints
 from .training.checks import check_training
-from .training.evaluation import for_training, objective
+from .training.evaluation import for_training, objective, referred
 from .training.generation import Asked
 from .training.loop import device_of, label_weights, tune
 from .training.optimisers import OPTIMISERS
@@ -371,6 +371,8 @@ class Session:
         traced = trace(job.pretrained.module, job.inputs, without=spec.train.passes.off, keep=spec.model.kept)
         if spec.train.packing:
             check_packing(traced, job.train)
+        train, validation = (referred(traced, spec, part, job.collate) for part in (job.train, job.validation))
+        job = replace(job, train=train, validation=validation)
         if adapter:
             model = self._rewritten(traced, planned, *start_values(traced, adapter))
         else:

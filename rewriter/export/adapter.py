@@ -16,7 +16,7 @@ from ..graph.traced import TracedModel
 from ..pretrained import Pretrained, collator
 from ..sources import absent
 from ..spec import Spec
-from ..training.evaluation import predict
+from ..training.evaluation import predict, referred
 from ..tuned import TunedModel
 from .low_rank import Seen, as_low_rank, look, said_of
 from .ship import load_tuned, random_inputs
@@ -53,7 +53,7 @@ def ship_adapter(
         tuned, found = as_low_rank(given, traced, rank, error, seen)
         report["calibrated"] = bool(seen)
         report["sites"] = said_of(found)
-        report |= _measured(spec, pretrained, parts.validation, given, tuned) if parts else {}
+        report |= _measured(spec, pretrained, traced, parts.validation, given, tuned) if parts else {}
     folder = run / ("peft-lora" if low_rank else "peft")
     with aside(folder) as (place,):
         save_peft(tuned, place, spec.model.name, TASK_TYPES.get(spec.task.auto))
@@ -86,7 +86,7 @@ def seen_by(
 
 
 def _measured(
-    spec: Spec, pretrained: Pretrained, rows: Dataset, before: TunedModel, after: TunedModel
+    spec: Spec, pretrained: Pretrained, traced: TracedModel, rows: Dataset, before: TunedModel, after: TunedModel
 ) -> dict[str, Any]:
     """The metric on the validation rows as tuned and as written.
 
@@ -95,6 +95,7 @@ def _measured(
     """
     encoded = encode(spec, rows, pretrained.processor, pretrained.labels)
     collate = collator(spec, pretrained, before.input_names)
+    encoded = referred(traced, spec, encoded, collate)
     name = spec.compared
     one, other = (predict(model, spec, encoded, collate)[0][name] for model in (before, after))
     before.eval(), after.eval()

@@ -34,6 +34,7 @@ from ..sources import absent
 from ..spec import Spec
 from ..trace import trace
 from ..training.checkpoint import load_predictions
+from ..training.evaluation import referred
 from ..tuned import TunedModel
 from . import compare, encoder_decoder
 from .card import card, deviation
@@ -322,7 +323,7 @@ def _truth(
         wide = compare.run_wide(torch_stage(compare.retyped(tuned, dtype), dtype))
         eps = torch.finfo(torch.float32 if narrow else own).eps
     per = compare.elements(graph, spec.data.max_length if spec.data else 0)
-    rows, why = _rows(spec, run, pretrained, tuned, per)
+    rows, why = _rows(spec, run, pretrained, traced, tuned, per)
     random = _usable(reference, list(random_inputs(spec, pretrained, inputs, tuned)), why)
     samples = [("the random inputs", 0, batch, {}) for batch in random]
     samples += list(compare.batches_of(rows, tuned.input_names, 0, rows.wider)) if rows else []
@@ -399,7 +400,7 @@ def _usable(stage: Stage, random: list[dict[str, Tensor]], why: str | None) -> l
 
 
 def _rows(
-    spec: Spec, run: Path, pretrained: Pretrained, tuned: TunedModel, per: int
+    spec: Spec, run: Path, pretrained: Pretrained, traced: TracedModel, tuned: TunedModel, per: int
 ) -> tuple[compare.Rows | None, str | None]:
     """The validation rows of a run, or why there are none.
 
@@ -421,6 +422,7 @@ def _rows(
     except SpecError as error:
         raise SubspanError(f"the data has changed since the run was tuned: {error.message}; put it back") from error
     collate = collator(spec, pretrained, tuned.input_names)
+    encoded = referred(traced, spec, encoded, collate)
     own = read_json(file).get("validation")
     if not isinstance(own, dict) or not isinstance(own.get(spec.compared, ""), int | float | None):
         raise SubspanError(f"{file}: not the metrics of this run")

@@ -378,7 +378,7 @@ def _check_source(task: Task, data: Data) -> None:
     """Chats are made for tasks that read them, and the columns are those that the task reads."""
     for i, source in enumerate(data.sources):
         place = ("data", "mixture", i) if data.mixture else ("data",)
-        if source.chat and "messages" not in task.roles:
+        if source.chat and ("messages",) not in task.ways:
             raise SpecError(f"{task.name} reads no chats", (*place, "chat"), at_key=True)
         _check_columns(task, source.columns, (*place, "columns"))
 

@@ -21,6 +21,7 @@ TASKS = {
     "sentence-embedding": "SentenceEmbedding",
     "question-answering": "QuestionAnswering",
     "causal-lm": "CausalLM",
+    "preference": "Preference",
     "seq2seq-lm": "Seq2SeqLM",
 }
 

@@ -138,6 +138,8 @@ class Task:
         smooths: whether label smoothing has a meaning.
         decodes: whether outputs are of the next token, from which a text goes on.
         writes: whether its answer is a text, written token by token.
+        defers: whether its loss and summary take logits that are not computed yet (`Deferred`).
+        reference: what a row has of the model before it is tuned, by name, where the loss reads that: see `refers`.
         sequences: whether rows differ in length.
         packs: whether several rows can stand in one sequence: its encoded rows have token ids, and a label of each.
         asks: the roles that a question has; the others are its answer.
@@ -155,6 +157,8 @@ class Task:
     smooths: ClassVar[bool] = False
     decodes: ClassVar[bool] = False
     writes: ClassVar[bool] = False
+    defers: ClassVar[bool] = False
+    reference: tuple[str, ...] = ()
     sequences: ClassVar[bool] = True
     packs: ClassVar[bool] = False
     asks: ClassVar[tuple[str, ...]] = ("text",)
@@ -182,6 +186,10 @@ class Task:
         """Why a key of a spec's data that says how texts become tokens (`long`, `template`, `loss`, `turns`) is of no
         use with these roles -> columns; None where it is of use."""
         return f"{self.name} has no use for it"
+
+    def kind(self, role: str, columns: Mapping[str, str]) -> str:
+        """What a role's cells hold where data has these roles -> columns."""
+        return self.roles[role].kind
 
     def least(self, columns: Mapping[str, str]) -> int:
         """The fewest rows of a batch that have something to learn from."""
@@ -364,6 +372,10 @@ class Task:
     def summed(self, summary: Tensor) -> Tensor | None:
         """(2,) the plain loss and its `count`, where a summary says them; None where it does not."""
         return None
+
+    def refers(self, out: Any, targets: Batch) -> Tensor:
+        """What `reference` names of each row of a batch, from the output of the model before it is tuned: (n, k)."""
+        raise NotImplementedError
 
     def measure(self, metric: str, found: np.ndarray, rows: Any) -> float:
         """A metric, other than `loss`, from the summaries of all batches, (n, k) float64, in any order.

@@ -20,26 +20,22 @@ from .base import (
     Task,
     padded_lists,
 )
-from .cells import words
 from .chat import (
     ALL,
     ASSISTANT,
     COMPLETION,
     asked,
-    at_row,
     clocked,
     disorder,
     objects_of,
-    placed,
-    tokens_of,
     turn_ends,
     turns_of,
     unprompted,
 )
 from .measures import likelihoods, perplexity
+from .texts import chats, completions, texts, tools_in, turns_in, twice
 
 _SHOWN = 8  # tokens
-_Learnt = tuple[list[int], list[bool]]
 
 
 class CausalLM(Task):
@@ -62,6 +58,7 @@ class CausalLM(Task):
     decodes = True
     packs = True
     writes = True
+    defers = True
 
     def useless(self, key: str, value: Any, columns: Mapping[str, str]) -> str | None:
         if key == "long" or (key == "loss" and value == ALL):
@@ -84,7 +81,7 @@ class CausalLM(Task):
         if "messages" in row:
             return asked(processor, row["messages"], row.get("tools"))
         ids = processor(str(row.get("prompt", row.get("text"))))["input_ids"]
-        ids = ids[_twice(ids, processor) :]
+        ids = ids[twice(ids, processor) :]
         return ids[:-1] if "prompt" in row and ids[-1:] == [processor.eos_token_id] else ids
 
     def replies(self, columns: Mapping[str, str]) -> bool:
@@ -141,9 +138,8 @@ class CausalLM(Task):
     def tokens(self, batch: dict[str, list], index: list[int], reading: Reading) -> dict[str, Any]:
         """A text that is not cut ends with the end token, which is learnt too; one that is split becomes several rows,
         the first token of each but the first being learnt in the one before."""
-        columns, out = reading.columns, {"input_ids": [], "attention_mask": [], "labels": [], WHOLE: []}
-        read = _chats if "messages" in columns else _completions if "prompt" in columns else _texts
-        for number, (ids, learnt) in zip(index, read(batch, index, reading), strict=True):
+        out = {"input_ids": [], "attention_mask": [], "labels": [], WHOLE: []}
+        for number, (ids, learnt) in zip(index, _read(batch, index, reading), strict=True):
             whole, length = len(ids), reading.length
             if whole > length and reading.long == "refuse":
                 start = f"{reading.processor.decode(ids[:_SHOWN])!r} ..."
@@ -184,59 +180,11 @@ def _first(special: re.Pattern[str], turns: Sequence[Mapping[str, Any]]) -> re.M
     return next((found for turn in turns if (found := special.search(turn.get("content", "")))), None)
 
 
-def _twice(ids: Sequence[int], processor: Any) -> int:
-    """1 where a text that starts with the start token got another one before it, else 0."""
-    return int(processor.bos_token_id is not None and list(ids[:2]) == [processor.bos_token_id] * 2)
-
-
-def _ended(ids: list[int], learnt: list[bool], end: int | None) -> _Learnt:
-    """With the end token, learnt, once, where a text has any token."""
-    if end is None or not ids:
-        return ids, learnt
-    if ids[-2:] == [end, end]:  # The text's own, and the tokenizer's.
-        ids, learnt = ids[:-1], learnt[:-1]
-    return ([*ids[:-1], end], [*learnt[:-1], True]) if ids[-1] == end else ([*ids, end], [*learnt, True])
-
-
-def _texts(batch: dict[str, list], index: list[int], reading: Reading) -> list[_Learnt]:
-    """A text that is empty has no tokens, whatever the tokenizer puts around it."""
-    processor, texts = reading.processor, words(batch[reading.columns["text"]])
-    made = processor(texts, verbose=False)["input_ids"]
-    kept = [ids[_twice(ids, processor) :] if text else [] for ids, text in zip(made, texts, strict=True)]
-    return [_ended(ids, [True] * len(ids), processor.eos_token_id) for ids in kept]
-
-
-def _completions(batch: dict[str, list], index: list[int], reading: Reading) -> list[_Learnt]:
-    prompts, completions = (words(batch[reading.columns[role]]) for role in ("prompt", "completion"))
-    whole = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-    made, found = placed(reading.processor, whole, verbose=False, return_special_tokens_mask=True), []
-    parts = (made[name] for name in ("input_ids", "offset_mapping", "special_tokens_mask"))
-    for ids, places, special, prompt in zip(*parts, prompts, strict=True):
-        # What a prompt and its completion share is the completion's.
-        learnt = [
-            reading.loss == ALL or (stop > len(prompt) and not added)
-            for (_, stop), added in zip(places, special, strict=True)
-        ]
-        start = _twice(ids, reading.processor)
-        found.append(_ended(ids[start:], learnt[start:], reading.processor.eos_token_id))
-    return found
-
-
-def _chats(batch: dict[str, list], index: list[int], reading: Reading) -> list[_Learnt]:
-    columns, found, ended, known = reading.columns, [], None, set()
-    for place, number in enumerate(index):
-        row, tools = number if reading.numbers is None else reading.numbers[number], None
-        with at_row(row, columns["messages"], "messages"):
-            turns = turns_of(batch[columns["messages"]][place], reading.turns, reading.spoken)
-        if "tools" in columns:
-            with at_row(row, columns["tools"], "tools"):
-                tools = objects_of(batch[columns["tools"]][place])
-        try:
-            ids, learnt = tokens_of(reading.processor, turns, reading.loss or ASSISTANT, tools, known)
-            ended = turn_ends(reading.processor) if ended is None else ended
-        except SpecError as error:
-            start = f"a chat that starts with {str(turns[0].get('content'))[:40]!r}"
-            raise SpecError(f"{error.message} ({start}){reading.named([number])}", error.path) from None
-        own = turns[-1]["role"] == "assistant" and not ended
-        found.append(_ended(ids, learnt, reading.processor.eos_token_id) if own else (ids, learnt))
-    return found
+def _read(batch: dict[str, list], index: list[int], reading: Reading) -> list[tuple[list[int], list[bool]]]:
+    columns = reading.columns
+    if "messages" in columns:
+        tools = tools_in(batch[columns["tools"]], index, reading) if "tools" in columns else None
+        return chats(turns_in(batch[columns["messages"]], index, "messages", reading), index, reading, tools)
+    if "prompt" in columns:
+        return completions(batch[columns["prompt"]], batch[columns["completion"]], reading)
+    return texts(batch[columns["text"]], reading)

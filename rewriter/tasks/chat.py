@@ -82,7 +82,9 @@ def disorder(turns: Sequence[Turn]) -> str | None:
     return None
 
 
-def check_turns(cells: Iterable[Any], column: str, names: Mapping[str, str], roles: Mapping[str, str]) -> None:
+def check_turns(
+    cells: Iterable[Any], column: str, role: str, names: Mapping[str, str], roles: Mapping[str, str]
+) -> None:
     """Every cell of a column holds turns.
 
     Args:
@@ -92,7 +94,7 @@ def check_turns(cells: Iterable[Any], column: str, names: Mapping[str, str], rol
         SpecError: at the column, with the first row that has none.
     """
     for row, cell in enumerate(cells):
-        with at_row(row, column, "messages"):
+        with at_row(row, column, role):
             turns_of(cell, names, roles)
 
 

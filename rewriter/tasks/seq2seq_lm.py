@@ -37,6 +37,7 @@ class Seq2SeqLM(Task):
     headed = False
     smooths = True
     writes = True
+    defers = True
 
     def replies(self, columns: Mapping[str, str]) -> bool:
         return "label" in columns

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..graph.traced import TracedModel
 from ..passes.base import Context
 from ..passes.manager import run
 from ..spec import Spec, Train
@@ -38,7 +40,7 @@ def for_training(model: TunedModel, spec: Spec, layers: int = 0, changed: dict[s
     off, on = spec.train.passes.off, spec.train.passes.on
     longest = spec.data.max_length if spec.data else None
     lean = spec.train.memory == "lean"
-    context = Context("train", defers=spec.task.writes, device=processes().device.type, longest=longest, lean=lean)
+    context = Context("train", defers=spec.task.defers, device=processes().device.type, longest=longest, lean=lean)
     for_steps(model, context, off, on, changed)
     if spec.train.gradient_checkpointing or layers:
         by_layer(model, None if spec.train.gradient_checkpointing else layers)
@@ -95,7 +97,7 @@ def predict(model: TunedModel, spec: Spec, rows: Rows, collate: Collate) -> tupl
     task, size, device = spec.task, spec.train.batch_size, processes().device
     order = np.arange(len(rows))
     if task.writes:  # Rows of like lengths have little padding.
-        order = np.argsort([len(row) for row in rows["input_ids"]], kind="stable")
+        order = np.argsort([task.length(row) for row in rows], kind="stable")
     chunks = [order[i : i + size].tolist() for i in range(0, len(rows), size)]
     own = share(range(len(chunks)))
     sums, parts = torch.zeros(2, dtype=torch.float64, device=device), []
@@ -126,9 +128,34 @@ def predict(model: TunedModel, spec: Spec, rows: Rows, collate: Collate) -> tupl
     return {spec.compared: task.measure(spec.compared, every, rows), **found}, every
 
 
+@torch.no_grad()
+def referred(model: TracedModel, spec: Spec, rows: Dataset, collate: Collate) -> Dataset:
+    """Rows with what the task's loss reads of the model before it is tuned, if it reads any.
+
+    Args:
+        model: traced, without an adapter.
+    """
+    task, size, device = spec.task, spec.train.batch_size, processes().device
+    if not task.reference:
+        return rows
+    model.to(device).eval()
+    parts, reads = [torch.zeros(0, len(task.reference) + 1, dtype=torch.float64, device=device)], _read(model, spec)
+    for first in share(range(0, len(rows), size)):
+        index = range(first, min(first + size, len(rows)))
+        inputs, targets = split(model, collate([rows[i] for i in index]), device)
+        with autocast(spec.train, device):
+            found = task.refers(reads(**inputs), targets).double()
+        parts.append(torch.cat([torch.tensor([*index], device=device).double()[:, None], found], dim=1))
+    every = together(torch.cat(parts)).cpu()
+    every = every[every[:, 0].argsort()]
+    for k, name in enumerate(task.reference, 1):
+        rows = rows.add_column(name, every[:, k].tolist())
+    return rows
+
+
 def _read(model: TunedModel, spec: Spec) -> TunedModel:
     """A model in eval mode whose logits, where they are over a vocabulary, are computed where they are measured."""
-    if not spec.task.writes:
+    if not spec.task.defers:
         return model
     other, off = model.clone("eval"), spec.train.passes.off
     context = Context("eval", defers=True, device=processes().device.type)
