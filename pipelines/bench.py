@@ -274,16 +274,17 @@ def recompute(
 
 @app.command()
 def memory(
+    what: Annotated[list[str] | None, typer.Argument(help="tuning, checkpoint or onnx; default: all.")] = None,
     folder: Annotated[Path, typer.Option(help="For the model and its runs; seven times the weights.")] = Path(
         "runs/memory"
     ),
     layers: Annotated[int, typer.Option(help="Of the model; 30 are 1.45 billion parameters.")] = 30,
 ) -> None:
-    """The peak memory of an export above imports, of a random Llama in bfloat16, over the weights that it writes."""
+    """The peak memory of tuning and of an export above imports, of a random Llama in bfloat16, over its weights."""
     with failures(folder):
-        from pipelines.memory import factors
+        from pipelines.memory import WHAT, factors
 
-        for name, (size, factor) in factors(folder, layers).items():
+        for name, size, factor in factors(folder, layers, what or WHAT):
             console.print(f"{name}: {size:.2f} GB of weights, peak {factor:.2f} times that", highlight=False)
 
 

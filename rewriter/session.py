@@ -44,6 +44,7 @@ from .training.packing import check_packing, packed_inputs
 from .training.parallel import processes
 from .training.recompute import by_layer, fewest
 from .training.schedules import allocate
+from .training.sharding import shard
 from .training.start import check_start, choices_of, keep_start, start_values, started_from
 from .tuned import TunedModel
 
@@ -387,12 +388,15 @@ class Session:
             write_json(out / "plan.json", planned.to_dict())
         processes().wait_for_everyone()
         files = files_of(self.spec.model)
-        tied = {**files, "base model's weights": fingerprint(model, model.plan.new), **job.ties}
+        base = fingerprint(model, model.plan.new)
+        tied = {**files, "base model's weights": base, **job.ties}
+        if spec.train.parallel.shard > 1:
+            shard(spec.train.parallel.shard, (model, traced, job.pretrained.model), model.plan.new)
         parts, more = (job.train, job.validation, job.collate), (job.weights, tied, self._asked(job), layers)
         model, metrics = tune(model, spec, *parts, out, resume, *more)
         if main:
             own = {name: value for name, value in metrics.items() if name != "generated"}  # It shows rows of the data.
-            save_adapter(model, out / "adapter", spec, own, files)
+            save_adapter(model, out / "adapter", spec, own, files, base)
             write_json(out / "plan.json", model.plan.to_dict())
             write_json(out / "metrics.json", metrics)
         return metrics

@@ -50,6 +50,7 @@ def save_adapter(
     spec: Spec | None = None,
     metrics: dict[str, Any] | None = None,
     files: Mapping[str, str] | None = None,
+    base: str | None = None,
 ) -> None:
     """Write `adapter.safetensors` and `adapter.json` into `folder`, whole or not at all.
 
@@ -61,6 +62,7 @@ def save_adapter(
         spec: the whole spec, for the manifest; without it the rules alone are written.
         metrics: written into the manifest.
         files: of the base model, as `base.identity` has them.
+        base: the fingerprint of its weights, where that is known.
 
     Raises:
         OSError: no space, no permission.
@@ -71,7 +73,7 @@ def save_adapter(
     tensors = _tensors(model)
     manifest = {
         "format": FORMAT,
-        "base": fingerprint(model, plan.new),
+        "base": base or fingerprint(model, plan.new),
         "base_files": dict(files or {}),
         "constants": sketches(model),
         "new": list(plan.new),

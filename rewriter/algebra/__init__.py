@@ -7,7 +7,8 @@ result, or shapes alone on the meta device.
 from .maps import NONLINEARITIES, Affine, Computed, Dropout, Pointwise, Prepend, rows_of
 from .norms import column_norm, detach
 from .operators import Concat, Dense, Diag, Identity, Operator, Product, Scale, Sum, tensors_of
-from .quantised import Format, Quantised, as_dense, held_bytes, parts_of
+from .quantised import Format, Quantised
+from .stored import Stored, as_dense, held_bytes, parts_of
 from .structured import Blocks, Circulant, Hadamard, Kronecker, Patch, Shuffle
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Quantised",
     "Scale",
     "Shuffle",
+    "Stored",
     "Sum",
     "as_dense",
     "column_norm",

@@ -1,17 +1,16 @@
-"""Frozen weights that are stored in few bits and compute as dense ones: every operator takes them as it takes a tensor.
-
-A product with one makes it dense for as long as the product takes; autograd keeps the few bits for its backward.
-"""
+"""Frozen weights in few bits."""
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
+
+from .stored import Kept, Stored
 
 aten = torch.ops.aten
 NF4 = "nf4"
@@ -31,10 +30,8 @@ class Format:
     group: int
 
 
-class Quantised(Tensor):
+class Quantised(Stored):
     """A frozen weight of shape (..., rows, columns) by its codes and scales.
-
-    It has the shape and the floating type of the dense weight. Nothing is written to it, and it has no gradient.
 
     Attributes:
         codes: (..., rows, columns) of int8, or (..., rows, columns / 2) of uint8, two entries in each.
@@ -79,8 +76,10 @@ class Quantised(Tensor):
 
     def dense(self) -> Tensor:
         """The weight that its codes mean, in its floating type."""
-        made = _METHODS[self.form.method][1](self.codes, self.scales, self.zeros).to(self.dtype)
-        return made.transpose(-2, -1) if self.flipped else made
+        return _dense(self.form, self.dtype, self.flipped, self.parts)
+
+    def of_parts(self) -> Callable[[Sequence[Tensor]], Tensor]:
+        return partial(_dense, self.form, self.dtype, self.flipped)
 
     def mapped(self, fn: Callable[[Tensor], Tensor], flip: bool = False) -> "Quantised":
         """The same with a function applied to all that it is held in."""
@@ -100,37 +99,11 @@ class Quantised(Tensor):
         form, dtype, flipped = meta
         return Quantised(inner["codes"], inner["scales"], inner.get("zeros"), form, dtype, flipped)
 
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        kept = _KEPT[func](*args, **kwargs) if func in _KEPT and isinstance(args[0], Quantised) else None
-        if kept is not None:
-            return kept
-        for value, argument in zip(args, func._schema.arguments, strict=False):
-            if argument.is_write and isinstance(value, Quantised):
-                raise NotImplementedError(f"{func} would write to a quantised weight")
-        return func(*pytree.tree_map_only(Quantised, Quantised.dense, args), **_dense(kwargs))
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-
-def parts_of(tensor: Tensor) -> tuple[Tensor, ...]:
-    """The tensors that one is held in: itself, unless it is quantised."""
-    return tensor.parts if isinstance(tensor, Quantised) else (tensor,)
-
-
-def held_bytes(tensor: Tensor) -> int:
-    """Bytes that a tensor takes."""
-    return sum(one.nbytes for one in parts_of(tensor))
-
-
-def as_dense(tensor: Tensor) -> Tensor:
-    """A tensor, dense where it is quantised."""
-    return tensor.dense() if isinstance(tensor, Quantised) else tensor
-
-
-def _dense(value: Any) -> Any:
-    return pytree.tree_map_only(Quantised, Quantised.dense, value)
+def _dense(form: Format, dtype: torch.dtype, flipped: bool, parts: Sequence[Tensor]) -> Tensor:
+    codes, scales, *zeros = parts
+    made = _METHODS[form.method][1](codes, scales, *zeros).to(dtype)
+    return made.transpose(-2, -1) if flipped else made
 
 
 # Ops that leave a quantised weight quantised, or read some rows of it alone; None: they do not, for these arguments.
@@ -194,7 +167,7 @@ def _indexed(weight: Quantised, indices: list[Tensor | None], **_: Any) -> Tenso
     return None if one is None or one.dtype == torch.bool else _picked(weight, one)
 
 
-_KEPT: dict[Any, Callable[..., Any]] = {
+_KEPT: dict[Any, Kept] = {
     aten.detach.default: _same,
     aten.alias.default: _same,
     aten.clone.default: _copied,
@@ -210,6 +183,7 @@ _KEPT: dict[Any, Callable[..., Any]] = {
     aten.index_select.default: _index_selected,
     aten.index.Tensor: _indexed,
 }
+Quantised.kept = _KEPT
 
 
 # How rows become codes and back.
@@ -235,7 +209,7 @@ def _to_int8(weight: Tensor, group: int) -> tuple[Tensor, Tensor, None]:
     return codes.flatten(-2), scales, None
 
 
-def _from_int8(codes: Tensor, scales: Tensor, zeros: None) -> Tensor:
+def _from_int8(codes: Tensor, scales: Tensor) -> Tensor:
     return (codes.unflatten(-1, (scales.shape[-1], -1)) * scales.unsqueeze(-1)).flatten(-2)
 
 
@@ -268,7 +242,7 @@ def _to_nf4(weight: Tensor, group: int) -> tuple[Tensor, Tensor, None]:
     return codes.view(shapes[0]), scales.view(shapes[1]), None
 
 
-def _from_nf4(codes: Tensor, scales: Tensor, zeros: None) -> Tensor:
+def _from_nf4(codes: Tensor, scales: Tensor) -> Tensor:
     shape = (*codes.shape[:-1], 2 * codes.shape[-1])
     if codes.is_meta:
         return torch.empty(shape, device="meta")

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..algebra import Stored, as_dense
+
 ENTRIES = 2**22  # Logits of a chunk: 16 MiB in float32; larger ones are no faster on CPUs.
 
 Term = Callable[[Tensor, Tensor], Tensor]
@@ -71,6 +73,8 @@ def deferred(head: Callable[..., Tensor], width: int, hidden: Tensor, *others: T
     """The output of a graph in the place of its logits, under the autocast that is in force."""
     kind = hidden.device.type
     own = torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+    # How many chunks there are depends on the rows, which each process has of its own.
+    others = tuple(as_dense(one) if isinstance(one, Stored) and one.together else one for one in others)
     return Deferred(head, hidden, others, width, own)
 
 

@@ -205,6 +205,13 @@ class Generate(Strict):
     samples: Annotated[int, Field(ge=0, le=2**20)] = Field(2, description="rows that the log shows")
 
 
+class Parallel(Strict):
+    """How the processes that `torchrun` starts share a run."""
+
+    shard: Count = Field(1, description="processes that share the frozen weights out among them")
+    data: Count | None = Field(None, description="how many such groups there are; default: as many as fit")
+
+
 class Train(Strict):
     """How the new tensors are tuned."""
 
@@ -248,6 +255,7 @@ class Train(Strict):
     keep: Literal["last", "best"] = Field("last", description="which state is shipped: the last, or the best evaluated")
     patience: Count | None = Field(None, description="stop after so many evaluations without a better one")
     track: list[Literal[TRACKERS]] = Field(default_factory=list, description="experiment trackers that get the log too")
+    parallel: Parallel = Field(Parallel(), description="how several processes share the run")
     log_steps: Count = Field(10, description="optimiser steps between log lines")
     checkpoint_steps: Count = Field(50, description="optimiser steps between checkpoints")
     checkpoint_keep: Count = Field(2, description="checkpoints kept")
@@ -364,6 +372,9 @@ class Spec(Strict):
 
 def _check_writing(task: Task, train: Train, columns: Mapping[str, str]) -> None:
     """Something is written only by tasks that write, and of rows that say what is to be written."""
+    if train.parallel.shard > 1 and (train.generate or task.written(train.metric or "")):
+        said = "what is written differs in length from process to process, so that they can't share weights out for it"
+        raise SpecError(said, ("train", "parallel", "shard"))
     if train.generate and not task.writes:
         raise SpecError(f"{task.name} has no use for it", ("train", "generate"), at_key=True)
     if columns and task.writes and not task.replies(columns):

@@ -100,20 +100,24 @@ def predict(model: TunedModel, spec: Spec, rows: Rows, collate: Collate) -> tupl
         order = np.argsort([task.length(row) for row in rows], kind="stable")
     chunks = [order[i : i + size].tolist() for i in range(0, len(rows), size)]
     own = share(range(len(chunks)))
+    # Where weights are shared out every process runs as often as the others: more chunks, that do not count.
+    most = -(-len(chunks) // processes().num_processes) if spec.train.parallel.shard > 1 else max(len(own), 1)
+    turns = [*own, *[0] * (most - len(own))]
     sums, parts = torch.zeros(2, dtype=torch.float64, device=device), []
     # A loader draws a seed; a run that resumes after the evaluation would not have drawn it.
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         model.eval()
         reads = _read(model, spec)
-        loader = DataLoader(rows, batch_sampler=[chunks[i] for i in own or [0]], collate_fn=collate)
-        for number, batch in zip(own or [0], loader, strict=True):
+        loader = DataLoader(rows, batch_sampler=[chunks[i] for i in turns], collate_fn=collate)
+        for turn, (number, batch) in enumerate(zip(turns, loader, strict=True)):
             inputs, targets = split(model, batch, device)
             with autocast(spec.train, device):
                 out = reads(**inputs)
             summary = task.summary(out, targets).double() if spec.compared != "loss" else None
             both = None if summary is None else task.summed(summary)
-            sums += both if both is not None else torch.stack([task.loss(out, targets), task.count(targets)]).double()
-            if summary is not None:
+            both = torch.stack([task.loss(out, targets), task.count(targets)]).double() if both is None else both
+            sums += both if turn < len(own) else 0.0 * both
+            if summary is not None and turn < max(len(own), 1):
                 parts.append(torch.cat([torch.full_like(summary[:, :1], number), summary], dim=1))
         model.train()
     if not own:  # Of the first batch only the shape of its summary was wanted.

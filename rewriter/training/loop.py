@@ -55,6 +55,7 @@ class Run:
         asked: whether a signal asked any process to stop.
         predictions: the step of the last evaluation, and what it found.
         questions: what answers are written to, if any are.
+        first: a batch for a process that has no rows of its own, where all run equally often.
     """
 
     spec: Spec
@@ -77,6 +78,7 @@ class Run:
     asked: bool = False
     predictions: tuple[int, np.ndarray | None] = (-1, None)
     questions: Asked | None = None
+    first: dict[str, Tensor] | None = None
 
     @property
     def task(self) -> Task:
@@ -212,6 +214,7 @@ def _begin(
         [(one["step"], _turned(spec, one[name])) for one in progress.history if name in one and one["step"]],
         {key: torch.tensor(value, dtype=torch.float64, device=device) for key, value in progress.losses.items()},
         torch.tensor(True, device=device),
+        first=collate([train[0]]) if settings.parallel.shard > 1 else None,
     )
 
 
@@ -230,6 +233,11 @@ def device_of(spec: Spec) -> torch.device:
     if settings.batch_size < (least := spec.task.least(spec.columns) * state.num_processes):
         said = f"{state.num_processes} processes need {least} rows to learn from, at least"
         raise SpecError(said, ("train", "batch_size"))
+    parallel, count = settings.parallel, state.num_processes
+    if count % parallel.shard or parallel.data not in (None, count // parallel.shard):
+        groups = "groups" if parallel.data is None else f"{parallel.data} groups"
+        said = f"{count} processes are not {groups} of {parallel.shard}"
+        raise SpecError(said, ("train", "parallel", "shard"))
     return state.device
 
 
@@ -284,10 +292,15 @@ def _step(run: Run, batches: list[dict[str, Tensor] | None], stop: Stop) -> None
     value, count = torch.zeros((), device=run.device), count or 1.0  # Rows without a label have nothing to learn from.
     for name in model.penalty_names:
         _add(run, f"penalty_{name}", value)
-    for batch in own:
-        inputs, targets = split(model, batch, run.device)
+    # Where weights are shared out every process runs as often as the others: without rows, on some that do not count.
+    shared = settings.parallel.shard > 1
+    for batch in batches if shared else own:
+        inputs, targets = split(model, batch or run.first, run.device)
         with autocast(settings, run.device):
             out = model(**inputs)
+        if batch is None:
+            tuning.scaler.scale(0.0 * task.loss(out, targets, run.criterion)).backward()
+            continue
         loss = task.loss(out, targets, run.criterion) / count
         for name, penalty in model.penalties.items():
             loss = loss + penalty / parts

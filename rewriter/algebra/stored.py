@@ -1,0 +1,70 @@
+"""Frozen weights that are not stored as they compute: every operator takes them as it takes a tensor.
+
+An op with one makes it dense for as long as the op takes; autograd keeps what it is stored as for its backward.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+Kept = Callable[..., Any]
+
+
+class Stored(Tensor):
+    """A frozen weight with the shape and the floating type of the dense one. Nothing is written to it, and it has no
+    memory of its own.
+
+    Attributes:
+        kept: op -> a function of its arguments that leaves the weight stored, or reads a part of it alone; where it
+            returns None the op is computed of the dense weight.
+        together: whether all processes have to make it dense equally often.
+    """
+
+    kept: ClassVar[dict[Any, Kept]] = {}
+    together: ClassVar[bool] = False
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The tensors that it is held in, here."""
+        raise NotImplementedError
+
+    def dense(self) -> Tensor:
+        """The weight that it stands for."""
+        raise NotImplementedError
+
+    def of_parts(self) -> Callable[[Sequence[Tensor]], Tensor]:
+        """A function from other `parts`, of these shapes, to what they stand for; it does not hold these."""
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        keeping = args[0].kept.get(func) if args and isinstance(args[0], Stored) else None
+        found = None if keeping is None else keeping(*args, **kwargs)
+        if found is not None:
+            return found
+        for value, argument in zip(args, func._schema.arguments, strict=False):
+            if argument.is_write and isinstance(value, Stored):
+                raise NotImplementedError(f"{func} would write to a frozen weight that is stored otherwise")
+        args, kwargs = pytree.tree_map_only(Stored, lambda one: one.dense(), (args, kwargs))
+        return func(*args, **kwargs)
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+def parts_of(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The tensors that one is held in: itself, unless it is stored otherwise."""
+    return tensor.parts if isinstance(tensor, Stored) else (tensor,)
+
+
+def held_bytes(tensor: Tensor) -> int:
+    """Bytes that a tensor takes here."""
+    return sum(one.nbytes for one in parts_of(tensor))
+
+
+def as_dense(tensor: Tensor) -> Tensor:
+    """A tensor, dense where it is stored otherwise."""
+    return tensor.dense() if isinstance(tensor, Stored) else tensor
