@@ -8,12 +8,15 @@ import resource
 import time
 import warnings
 from collections.abc import Iterator
+from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import filelock
 import optuna
+import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 from rich.markup import escape
 
@@ -21,9 +24,11 @@ from pipelines.console import console
 from rewriter import Session, SubspanError, load_specs
 from rewriter.errors import reason
 from rewriter.training.checkpoint import checkpoints
+from rewriter.training.loop import steps_of
 from rewriter.training.reports import Interrupted
 
 HEARTBEAT, GRACE = 10, 40
+SERVER, _LOCK = "postgresql://", 2407_05417
 MEASURED = ("loss", "seconds", "peak_bytes")
 
 
@@ -35,8 +40,12 @@ def run_cells(
     settings: list[str],
     name: str | None,
     retry: bool,
+    server: str | None = None,
 ) -> bool:
     """Tune all cells of the specs that nobody has; whether none failed.
+
+    Args:
+        server: as of `open_study`.
 
     Raises:
         SubspanError: the table's name is a path, or a cell was run with other settings.
@@ -44,8 +53,9 @@ def run_cells(
     if name and "/" in name:
         raise SubspanError(f"--name {name}: a name, not a path")
     out.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(out / "study.lock"):
-        study = open_study(out)
+    storage = _storage(out, server)
+    with _alone(storage, out, server):
+        study = _study(storage)
         known = latest(study)
         for attributes in _cells(specs, seeds, rows, settings, name):
             before = known.get(attributes["cell"])
@@ -67,7 +77,8 @@ def run_cells(
         why = f"{one.user_attrs['cell']}: {one.user_attrs.get('error', '')}"
         console.print(f"[bold red]failed:[/] {escape(why)}")
     done = f"{len(cells) - len(failed)} of {len(cells)} cells done"
-    console.print(f"{done}: python pipelines/study.py report --out {out}", highlight=False)
+    more = " --storage URL" if server else ""
+    console.print(f"{done}: python pipelines/study.py report --out {out}{more}", highlight=False)
     return not failed
 
 
@@ -85,20 +96,83 @@ def _cells(
                 yield {"cell": cell, "file": str(file.absolute()), "row": row, "seed": seed, "settings": settings}
 
 
-def open_study(out: Path) -> optuna.Study:
-    """The study of a folder; made, where there is none."""
+def open_study(out: Path, server: str | None = None) -> optuna.Study:
+    """The study of a folder, or of a database server; made, where there is none.
+
+    Args:
+        server: postgresql://user:password@host/database.
+
+    Raises:
+        SubspanError: it can't be reached, or is none that is known.
+    """
+    return _study(_storage(out, server))
+
+
+def _study(storage: optuna.storages.RDBStorage) -> optuna.Study:
+    return optuna.create_study(storage=storage, study_name="study", load_if_exists=True, direction="maximize")
+
+
+def _storage(out: Path, server: str | None) -> optuna.storages.RDBStorage:
+    if server is not None and not server.startswith(SERVER):
+        raise SubspanError(f"--storage: a database server is named {SERVER}user:password@host/database")
+    if server is not None and find_spec("psycopg") is None:
+        raise SubspanError("--storage: its driver is missing: pip install 'subspan[cluster]'")
+    url = f"sqlite:///{out / 'study.db'}" if server is None else f"postgresql+psycopg://{server.removeprefix(SERVER)}"
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
         # Optuna calls heartbeats experimental, at every call.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        storage = optuna.storages.RDBStorage(
-            f"sqlite:///{out / 'study.db'}",
-            engine_kwargs={"connect_args": {"timeout": 60}},
-            heartbeat_interval=HEARTBEAT,
-            grace_period=GRACE,
-            heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
-        )
-    return optuna.create_study(storage=storage, study_name="study", load_if_exists=True, direction="maximize")
+        try:
+            return optuna.storages.RDBStorage(
+                url,
+                engine_kwargs={"connect_args": {"timeout": 60} if server is None else {"connect_timeout": 60}},
+                heartbeat_interval=HEARTBEAT,
+                grace_period=GRACE,
+                heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
+            )
+        except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
+            raise SubspanError(f"--storage: the server can't be reached: {reason(error.__cause__ or error)}") from None
+
+
+@contextlib.contextmanager
+def _alone(storage: optuna.storages.RDBStorage, out: Path, server: str | None) -> Iterator[None]:
+    """One process at a time looks which cells there are, and adds those that are missing."""
+    if server is None:
+        with filelock.FileLock(out / "study.lock"):
+            yield
+        return
+    with storage.engine.begin() as connection:  # Until the transaction ends, however that is.
+        connection.execute(sqlalchemy.text(f"SELECT pg_advisory_xact_lock({_LOCK})"))
+        yield
+
+
+def planned(
+    specs: list[Path], seeds: list[int], rows: list[str] | None, settings: list[str], name: str | None
+) -> Iterator[dict[str, Any]]:
+    """What each row of a study would take, no weight read: its name, cells, tuned parameters, steps of a cell, FLOPs of
+    all its cells' products, and bytes of weights, activations and states.
+
+    Raises:
+        SubspanError: a spec does not fit.
+    """
+    counts: dict[str, int] = {}
+    like: Session | None = None
+    for row, cells in groupby(_cells(specs, seeds, rows, settings, name), lambda one: one["cell"].rpartition("/")[0]):
+        first, *more = cells
+        like = session = Session(f"{first['file']}#{first['row']}", *settings, like=like)
+        key = f"{session.spec.model.name} {session.spec.data.model_dump_json()}" if session.spec.data else ""
+        if session.spec.data and key not in counts:
+            counts[key] = len(session.read("train")[0])
+        plan, cost = session.plan(whole=True), session.cost()
+        steps = steps_of(session.spec, counts.get(key, 0))
+        yield {
+            "row": row,
+            "cells": 1 + len(more),
+            "tuned": plan.trainable_parameters,
+            "steps": steps,
+            "flops": cost.flops * steps * session.spec.train.gradient_accumulation * (1 + len(more)),
+            "bytes": plan.weight_bytes + cost.activations + cost.optimiser,
+        }
 
 
 def latest(study: optuna.Study) -> dict[str, FrozenTrial]:

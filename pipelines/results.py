@@ -18,13 +18,13 @@ BASE = "head alone"
 LINES = {"full fine-tuning": {"color": "black", "linestyle": "--"}, BASE: {"color": "grey", "linestyle": ":"}}
 
 
-def write_results(out: Path, to: Path) -> None:
-    """results.md, results.json and the pictures, from a study's folder or a results.json.
+def write_results(out: Path, to: Path, server: str | None = None) -> None:
+    """results.md, results.json and the pictures, from a study's folder, its database server, or a results.json.
 
     Raises:
         SubspanError: it is neither, or no cell is finished.
     """
-    records = _records(out)
+    records = _records(out, server)
     to.mkdir(parents=True, exist_ok=True)
     write_json(to / "results.json", records)
     write_text(to / "results.md", page(records))
@@ -33,15 +33,17 @@ def write_results(out: Path, to: Path) -> None:
     console.print(f"{len(records)} cells: {to / 'results.md'}")
 
 
-def _records(out: Path) -> list[dict[str, Any]]:
+def _records(out: Path, server: str | None) -> list[dict[str, Any]]:
     if out.is_file():
         try:
             return json.loads(out.read_text(encoding="utf-8"))
         except ValueError as error:
             raise SubspanError(f"{out}: not the results.json of a report: {reason(error)}") from error
-    if not (out / "study.db").is_file():
+    if server is None and not (out / "study.db").is_file():
         raise SubspanError(f"{out}: no study.db there; python pipelines/study.py run ... --out {out}")
-    records = [_record(cell, trial) for cell, trial in latest(open_study(out)).items() if trial.state.is_finished()]
+    records = [
+        _record(cell, trial) for cell, trial in latest(open_study(out, server)).items() if trial.state.is_finished()
+    ]
     if not records:
         raise SubspanError(f"{out}: no cell is finished yet")
     return records

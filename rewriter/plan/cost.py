@@ -45,6 +45,7 @@ class StepCost:
         activations: bytes that the forward saves for the backward.
         layers: how many layers are computed again in the backward.
         optimiser: bytes of the tuned tensors' gradients and of the optimiser's state, at the tuned tensors' width.
+        flops: of the step's products.
         overhead: FLOPs of the step's products over those of the frozen model's forward and input gradient (twice its
             forward), less 1.
     """
@@ -53,6 +54,7 @@ class StepCost:
     optimiser: int
     overhead: float
     layers: int = 0
+    flops: int = 0
 
 
 def exceeded(limits: Limits, plan: Plan, step: StepCost | None = None) -> list[SpecError]:
@@ -167,7 +169,8 @@ def step_cost(
         (loss + sum(tuned.penalties.values())).backward()
     width = sum((p.numel() + entries(p.shape)) * p.element_size() for p in tuned.parameters() if p.requires_grad)
     tuned.zero_grad(set_to_none=True)
-    return StepCost(activations, width, step.get_total_flops() / (2 * forward.get_total_flops()) - 1)
+    flops = step.get_total_flops()
+    return StepCost(activations, width, flops / (2 * forward.get_total_flops()) - 1, flops=flops)
 
 
 def _addmm_flop(total: Sequence[int], rows: Sequence[int], factor: Sequence[int], **_: Any) -> int:

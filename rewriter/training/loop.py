@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..errors import SpecError
-from ..spec import Spec, decisive
+from ..spec import Spec, Train, decisive
 from ..tasks import Criterion, Task
 from ..tasks.base import WRITTEN
 from ..tuned import TunedModel, tuned_parameters
@@ -190,8 +190,7 @@ def _begin(
     budget, plain = Budget(model, train, collate, objective(task), settings.seed), collate
     if settings.packing:
         train, collate, lengths = Packed(train, lengths, spec.data.max_length), collate_packed, None
-    per_epoch = math.ceil(math.ceil(len(train) / settings.batch_size) / settings.gradient_accumulation)
-    steps = settings.max_steps or math.ceil(settings.epochs * per_epoch)
+    per_epoch, steps = _per_epoch(settings, len(train)), steps_of(spec, len(train))
     optimiser = make_optimiser(model, settings)
     schedule = make_schedule(settings, optimiser, steps, task.lower(spec.metric))
     scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "float16")
@@ -216,6 +215,15 @@ def _begin(
         torch.tensor(True, device=device),
         first=collate([train[0]]) if settings.parallel.shard > 1 else None,
     )
+
+
+def _per_epoch(settings: Train, rows: int) -> int:
+    return math.ceil(math.ceil(rows / settings.batch_size) / settings.gradient_accumulation)
+
+
+def steps_of(spec: Spec, rows: int) -> int:
+    """The optimiser steps of a run on so many training rows (packed ones count as the rows they are packed into)."""
+    return spec.train.max_steps or math.ceil(spec.train.epochs * _per_epoch(spec.train, rows))
 
 
 def device_of(spec: Spec) -> torch.device:

@@ -1,10 +1,15 @@
 """A study: killed and shared, it finishes every cell once; the report says what came out, failures too."""
 
+import contextlib
+import glob
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -44,9 +49,9 @@ def spec(tmp_path_factory):
 SET = ["--set", "train.learning_rate=0.02"]
 
 
-def start(spec, out, *rows):
+def start(spec, out, *rows, more=()):
     picked = [*SET, *(part for row in rows for part in ("--row", row))]
-    arguments = ["run", str(spec), "--out", str(out), "--seed", "0", "--seed", "1", *picked]
+    arguments = ["run", str(spec), "--out", str(out), "--seed", "0", "--seed", "1", *picked, *more]
     return subprocess.Popen(
         [sys.executable, "-c", COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -81,6 +86,83 @@ def test_killed_and_shared_every_cell_is_done_once(spec, tmp_path):
     again = CliRunner().invoke(study.app, ["run", str(spec), "--out", str(out), "--row", "lora", "--seed", "0", *SET])
     assert again.exit_code == 0 and len(trials(out)) == len([t for t in trials(out) if t.state.is_finished()])
     assert len([t for t in trials(out) if t.state == optuna.trial.TrialState.COMPLETE]) == 4
+
+
+POSTGRES = shutil.which("postgres") or next(iter(glob.glob("/usr/lib/postgresql/*/bin/postgres")), None)
+
+
+@pytest.fixture
+def server():
+    """A PostgreSQL server of its own; it does not run as root."""
+    if POSTGRES is None:
+        pytest.skip("there is no PostgreSQL here")
+    place = Path(tempfile.mkdtemp(prefix="subspan-postgres-"))
+    other = {"user": "postgres", "group": "postgres"} if os.getuid() == 0 else {}
+    if other:
+        shutil.chown(place, "postgres", "postgres")
+    initdb = str(Path(POSTGRES).resolve().with_name("initdb"))
+    line = [initdb, "-D", str(place / "data"), "-U", "me", "--auth=trust", "--no-sync"]
+    subprocess.run(line, check=True, capture_output=True, cwd=place, **other)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    line = [POSTGRES, "-D", str(place / "data"), "-p", str(port), "-k", str(place), "-c", "listen_addresses=127.0.0.1"]
+    process = subprocess.Popen(line, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **other)
+    url, until = f"postgresql://me@127.0.0.1:{port}/postgres", time.monotonic() + 60
+    import psycopg
+
+    while time.monotonic() < until:
+        with contextlib.suppress(psycopg.OperationalError), psycopg.connect(url):
+            break
+        time.sleep(0.1)
+    yield url
+    process.terminate()
+    process.wait(timeout=60)
+    shutil.rmtree(place)
+
+
+def test_two_machines_share_the_cells_of_a_server_and_one_of_them_dies(spec, tmp_path, server):
+    """Each has a folder of its own. The one that is killed has done a cell and begun another, which is done again."""
+    outs, more = [tmp_path / "one", tmp_path / "other"], ["--storage", server]
+    both = [start(spec, out, "lora", "ssb", more=more) for out in outs]
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        done, begun = (len(list(outs[0].glob(f"cells/*/*/*/{name}"))) for name in ("metrics.json", "spec.yaml"))
+        if done >= 1 and begun > done:
+            break
+        time.sleep(0.02)
+    os.kill(both[0].pid, signal.SIGKILL)
+    both[0].wait()
+    printed = both[1].communicate(timeout=240)[0].decode()
+    assert both[1].returncode == 0, printed
+    url = server.replace("postgresql://", "postgresql+psycopg://")
+    known = optuna.load_study(study_name="study", storage=url).get_trials()
+    done = [trial for trial in known if trial.state == optuna.trial.TrialState.COMPLETE]
+    assert sorted(trial.user_attrs["cell"] for trial in done) == [
+        f"tiny/{row}/{seed}" for row in ("lora", "ssb") for seed in (0, 1)
+    ]
+    assert not (tmp_path / "other" / "study.db").exists()
+    told = CliRunner().invoke(study.app, ["report", "--out", str(outs[1]), "--to", str(tmp_path / "docs"), *more])
+    assert told.exit_code == 0, told.output
+    assert len(json.loads((tmp_path / "docs/results.json").read_text())) == 4
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [("mysql://x/y", "is named postgresql://"), ("postgresql://me@127.0.0.1:9/none", "can't be reached")],
+)
+def test_a_server_that_is_none_is_said(spec, tmp_path, url, said):
+    run = CliRunner().invoke(study.app, ["run", str(spec), "--out", str(tmp_path / "study"), "--storage", url])
+    assert run.exit_code == 1 and said in " ".join(run.output.split())
+
+
+def test_a_study_is_planned_before_it_is_run(spec):
+    """48 training rows in batches of 8, two epochs: 12 steps."""
+    run = CliRunner().invoke(
+        study.app, ["plan", str(spec), "--row", "lora", "--row", "ssb", "--seed", "0", "--seed", "1", *SET]
+    )
+    assert run.exit_code == 0, run.output
+    assert "4 cells, 48 steps" in run.output and "tiny/lora" in run.output
 
 
 def test_interrupted_it_goes_on(spec, tmp_path):
