@@ -170,7 +170,7 @@ def planned(
             "cells": 1 + len(more),
             "tuned": plan.trainable_parameters,
             "steps": steps,
-            "flops": cost.flops * steps * session.spec.train.gradient_accumulation * (1 + len(more)),
+            "flops": cost.flops * cost.processes * steps * session.spec.train.gradient_accumulation * (1 + len(more)),
             "bytes": plan.weight_bytes + cost.activations + cost.optimiser,
         }
 

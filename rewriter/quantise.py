@@ -86,6 +86,8 @@ def adopt(model: nn.Module, forms: Mapping[str, Format]) -> set[str]:
         path, _, last = there[0].rpartition(".")
         layer = model.get_submodule(path)
         weight = getattr(layer, last)
+        if not isinstance(layer, nn.Linear):
+            raise SpecError(f"{key} is stored in few bits, and is none of a linear layer", ("model", "name"))
         if layer.in_features % form.group:
             raise SpecError(f"the rows of {key} do not divide into groups of {form.group}", ("model", "name"))
         held = Quantised.of(weight, form) if weight.is_meta else _held(weight, form, model.dtype)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .adapters.store import check_tied, save_adapter
 from .adapters.ties import fingerprint
+from .algebra import held_bytes
 from .data import Rows, check_length, encode, load_rows, questions_of, short_enough, tie, unseen
 from .errors import SpecError, SubspanError, raise_all
 from .files import write_json, write_text
@@ -173,7 +174,8 @@ class Session:
         """
         spec, found = self.spec, self.plan(whole=True)
         traced, pretrained = self.shapes(whole=True)
-        size = spec.train.batch_size
+        parallel = spec.train.parallel
+        size = -(-spec.train.batch_size // parallel.least)
         if spec.train.packing:
             batch = packed_inputs(pretrained.model, size, self._length).kwargs
             batch = {**batch, "labels": torch.zeros_like(batch["input_ids"])}
@@ -188,7 +190,9 @@ class Session:
                 layers = fewest(tuned, lambda one: saved_bytes(one, batch, loss) <= most)
         if layers:
             by_layer(tuned, layers)
-        cost = replace(step_cost(traced, tuned, batch, loss, entries), layers=layers)
+        weights = sum(-(-held_bytes(one) // parallel.shard) for one in traced.parameters())
+        cost = step_cost(traced, tuned, batch, loss, entries)
+        cost = replace(cost, layers=layers, processes=parallel.least, weights=weights)
         raise_all(exceeded(spec.limits, found, cost))
         return cost
 

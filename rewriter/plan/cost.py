@@ -46,6 +46,7 @@ class StepCost:
         layers: how many layers are computed again in the backward.
         optimiser: bytes of the tuned tensors' gradients and of the optimiser's state, at the tuned tensors' width.
         flops: of the step's products.
+        processes, weights: how many processes share a batch, and bytes of weights in each; the rest is of one of them.
         overhead: FLOPs of the step's products over those of the frozen model's forward and input gradient (twice its
             forward), less 1.
     """
@@ -55,6 +56,8 @@ class StepCost:
     overhead: float
     layers: int = 0
     flops: int = 0
+    processes: int = 1
+    weights: int = 0
 
 
 def exceeded(limits: Limits, plan: Plan, step: StepCost | None = None) -> list[SpecError]:

@@ -74,6 +74,10 @@ def print_plan(plan: Plan, console: Console, tokens: int, step: StepCost | None 
         console.print(
             f"a step: {step.activations / 1e6:,.1f} MB of activations, {step.optimiser / 1e6:,.1f} MB of gradients and "
             f"optimiser state, {_added(step.overhead)} FLOPs over the frozen model's"
+            + (
+                f", in each of {step.processes} processes beside {step.weights / 1e6:,.1f} MB of weights"
+                * (step.processes > 1)
+            )
             + (f"; {step.layers} layers are computed again in the backward, to meet the limit" if step.layers else ""),
             highlight=False,
         )

@@ -211,6 +211,11 @@ class Parallel(Strict):
     shard: Count = Field(1, description="processes that share the frozen weights out among them")
     data: Count | None = Field(None, description="how many such groups there are; default: as many as fit")
 
+    @property
+    def least(self) -> int:
+        """The fewest processes that it says."""
+        return self.shard * (self.data or 1)
+
 
 class Train(Strict):
     """How the new tensors are tuned."""
