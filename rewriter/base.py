@@ -15,13 +15,12 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
 from transformers.utils import logging as hf_logging
 
-from .algebra.quantised import NF4, Format
 from .errors import SpecError, SubspanError
 from .files import read_json
 from .resources import is_local
 
 NAME = ("model", "name")
-BITSANDBYTES = "bitsandbytes"
+BITSANDBYTES, COMPRESSED = "bitsandbytes", "compressed-tensors"
 _INDEX = "model.safetensors.index.json"
 GGUF = ".gguf"
 _OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", GGUF, ".pkl", ".npz")
@@ -51,9 +50,10 @@ def check_config(config: Mapping[str, Any], path: tuple[str, ...]) -> None:
         key = keys[-1]
         if key == "quantization_config" and value:
             method = value.get("quant_method") if isinstance(value, Mapping) else None
-            if method != BITSANDBYTES or path != NAME:
+            if method not in (BITSANDBYTES, COMPRESSED) or path != NAME:
                 said = f"the base model is quantised ({method or 'quantization_config'}), which is not supported"
-                raise SpecError(f"{said}; give it in float32, bfloat16, float16, or as {BITSANDBYTES} stores it", path)
+                others = f"or as {BITSANDBYTES} or {COMPRESSED} stores it"
+                raise SpecError(f"{said}; give it in float32, bfloat16, float16, {others}", path)
         if key.endswith("_implementation") and "/" in str(value):
             said = f"{'.'.join(keys)}: {value!r} asks for code of a hub, which is not run; take the key out"
             raise SpecError(said, path)
@@ -103,7 +103,7 @@ def stored(location: str, revision: str, quantised: bool = False) -> dict[str, t
     Raises:
         SpecError: its weights are no safetensors, lie elsewhere, are broken, or quantised though nothing says how.
     """
-    files = _files(location, revision)
+    files = weight_files(location, revision)
     if files is None:
         return None
     found: dict[str, tuple[str, int]] = {}
@@ -120,31 +120,6 @@ def stored(location: str, revision: str, quantised: bool = False) -> dict[str, t
                     found[name] = dtype, math.prod(part.get_shape())
         except (OSError, safetensors.SafetensorError) as error:
             raise SpecError(f"{file}: truncated, or not a safetensors file ({error})", NAME) from None
-    return found
-
-
-def in_few_bits(location: str, revision: str) -> dict[str, Format]:
-    """Name -> how it is stored, of the weights that bitsandbytes has written into a base model's folder.
-
-    Raises:
-        SpecError: there are none, they are of a hub, or of a kind that is not read.
-    """
-    found: dict[str, Format] = {}
-    for file in _files(location, revision) or ():
-        with safetensors.safe_open(file, "pt") as held:
-            for key in held.keys():  # noqa: SIM118 - no mapping
-                weight, _, kind = key.partition(f".quant_state.{BITSANDBYTES}__")
-                if kind:
-                    if kind != NF4:
-                        raise SpecError(f"{weight} of the base model is stored in {kind}; only {NF4} is read", NAME)
-                    state = json.loads(bytes(held.get_tensor(key).tolist()))
-                    found[weight] = Format(NF4, state["blocksize"])
-                elif key.endswith(".SCB"):
-                    weight = f"{key.removesuffix('.SCB')}.weight"
-                    found[weight] = Format("int8", held.get_slice(weight).get_shape()[-1])
-    if not found:
-        said = f"the base model is quantised by {BITSANDBYTES}, and its weights are not in a folder of it"
-        raise SpecError(f"{said}; save it to one", NAME)
     return found
 
 
@@ -196,7 +171,7 @@ def identity(location: str, revision: str) -> dict[str, str]:
     return found
 
 
-def _files(location: str, revision: str) -> list[Path] | None:
+def weight_files(location: str, revision: str) -> list[Path] | None:
     """The safetensors files of a base model on disk; none where there is a config alone; None for a hub id."""
     if not is_local(location):
         with contextlib.suppress(EntryNotFoundError):

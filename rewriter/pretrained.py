@@ -16,10 +16,11 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 
 from .algebra import Format
-from .base import NAME, check_config, config_of, in_few_bits, others, own_type, quiet, stored, whole_numbers
+from .base import BITSANDBYTES, NAME, check_config, config_of, others, own_type, quiet, stored, whole_numbers
 from .errors import SpecError, SubspanError, UnreachableError, reason
 from .gguf import location_of
 from .graph.traced import Inputs, released
+from .packed import Held, in_few_bits
 from .quantise import adopt, check_library, quantise
 from .resources import is_local
 from .spec import Model, Spec
@@ -70,7 +71,7 @@ def load_model(spec: Spec, meta: bool = False) -> Pretrained:
     options = {"trust_remote_code": written.trust_remote_code, "revision": revision}
     with quiet(), explained(written):
         config = _config(written, location, options)
-        forms = _stored_forms(written, config, location, revision, meta)
+        forms, read = _stored_forms(written, config, location, revision, meta)
         named = spec.task.labels(config)
         spec.task.configure(config, written.labels)
         set_seed(spec.train.seed)
@@ -94,8 +95,9 @@ def load_model(spec: Spec, meta: bool = False) -> Pretrained:
             **options,
         )
     model.eval()
-    adopted = adopt(model, forms)
+    adopted = adopt(model, forms, read)
     info["mismatched_keys"] = [one for one in info["mismatched_keys"] if one[0] not in adopted]
+    info["missing_keys"] = set(info["missing_keys"]) - adopted
     new, missing = _made(spec, model, info, [name for name in whole_numbers(held) if name not in forms])
     if spec.task.headed and not new - missing:
         check_order(written, named)
@@ -123,21 +125,24 @@ def _type(dtype: str | torch.dtype) -> torch.dtype:
 
 def _stored_forms(
     written: Model, config: transformers.PreTrainedConfig, location: str, revision: str, meta: bool
-) -> dict[str, Format]:
-    """How a checkpoint that says so has its weights in few bits, by their names in it; on the meta device its config is
-    read as if they were dense.
+) -> tuple[dict[str, Format], Held | None]:
+    """How a checkpoint that says so has its weights in few bits, by their names in it, and what reads one.
+
+    Its config is read as if they were dense, unless transformers is to load them.
 
     Raises:
         SpecError: they can't be read, or `model.quantise` asks for other bits.
     """
-    if getattr(config, "quantization_config", None) is None:
-        return {}
+    section = getattr(config, "quantization_config", None)
+    if section is None:
+        return {}, None
     if written.quantise is not None:
         raise SpecError("the base model is stored in few bits already; take the key out", ("model", "quantise"))
-    check_library(NAME)
-    if meta:
+    if own := section["quant_method"] == BITSANDBYTES:
+        check_library(NAME)
+    if meta or not own:
         del config.quantization_config
-    return in_few_bits(location, revision)
+    return in_few_bits(section, location, revision)
 
 
 def quantised(spec: Spec, model: nn.Module, new: Collection[str]) -> tuple[str, ...]:

@@ -3,7 +3,6 @@
 from collections.abc import Collection, Iterator, Mapping
 from importlib.util import find_spec
 
-import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -11,6 +10,7 @@ from .algebra import Format, Quantised, as_dense
 from .algebra.quantised import NF4
 from .errors import SpecError
 from .graph.traced import assign, released
+from .packed import Held
 from .spec import Quantise
 
 PLACE = ("model", "quantise")
@@ -63,12 +63,13 @@ def check_library(path: tuple[str, ...]) -> None:
         raise SpecError("it needs bitsandbytes: pip install 'subspan[quantise]'", path)
 
 
-def adopt(model: nn.Module, forms: Mapping[str, Format]) -> set[str]:
-    """Take over the weights that a model has in few bits: layers of bitsandbytes become plain ones. In place.
+def adopt(model: nn.Module, forms: Mapping[str, Format], held: Held) -> set[str]:
+    """Take over the weights that a checkpoint has in few bits: layers of other libraries become plain ones. In place.
 
     Args:
         model: as transformers loads it; on the meta device of the dense shapes.
-        forms: name in the checkpoint -> how it is stored; from `in_few_bits`.
+        forms: name in the checkpoint -> how it is stored.
+        held: (name in the checkpoint, the parameter as it was loaded, type) -> the weight; see `packed.in_few_bits`.
 
     Returns:
         Their names in the model.
@@ -90,9 +91,9 @@ def adopt(model: nn.Module, forms: Mapping[str, Format]) -> set[str]:
             raise SpecError(f"{key} is stored in few bits, and is none of a linear layer", ("model", "name"))
         if layer.in_features % form.group:
             raise SpecError(f"the rows of {key} do not divide into groups of {form.group}", ("model", "name"))
-        held = Quantised.of(weight, form) if weight.is_meta else _held(weight, form, model.dtype)
-        plain = nn.Linear(held.shape[1], held.shape[0], bias=layer.bias is not None, device="meta")
-        plain.weight = nn.Parameter(held, requires_grad=False)
+        own = Quantised.of(weight, form) if weight.is_meta else held(key, weight, model.dtype)
+        plain = nn.Linear(own.shape[1], own.shape[0], bias=layer.bias is not None, device="meta")
+        plain.weight = nn.Parameter(own, requires_grad=False)
         if layer.bias is not None:
             plain.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
         model.set_submodule(path, plain.train(layer.training))
@@ -100,21 +101,6 @@ def adopt(model: nn.Module, forms: Mapping[str, Format]) -> set[str]:
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
     return done
-
-
-def _held(weight: nn.Parameter, form: Format, dtype: torch.dtype) -> Quantised:
-    """A parameter of bitsandbytes as one of ours, over the same codes."""
-    if form.method != NF4:
-        return Quantised(weight.data, weight.SCB.float().view(-1, 1) / 127, None, form, dtype)
-    state = weight.quant_state
-    scales = state.absmax
-    if state.nested:
-        from bitsandbytes.functional import dequantize_blockwise  # It made them.
-
-        scales = dequantize_blockwise(scales, state.state2) + state.offset
-    rows, columns = state.shape
-    codes = weight.data.view(torch.uint8).view(rows, columns // 2)
-    return Quantised(codes, scales.float().view(rows, columns // form.group), None, form, dtype)
 
 
 def _formats(model: nn.Module, how: Quantise, others: set[str]) -> dict[str, Format]:

@@ -25,6 +25,8 @@ FOREIGN = {
     ("adapters/to_peft.py", "dropout"),
     ("exchange.py", "density"),  # of TIES and DARE
     ("export.py", "lora"),  # a kind of adapter for others
+    ("packed.py", "group"),  # of compressed-tensors
+    ("packed.py", "scale"),
     ("report/page.py", "prompt"),  # of what was written
     ("report/page.py", "samples"),
     ("report/picture.py", "dropout"),  # an op
@@ -33,8 +35,8 @@ FOREIGN = {
 # Rooms in the order of the flow: each may use those before it.
 ORDER = (
     "errors", "files", "resources", "algebra", "transforms", "methods", "graph", "tasks", "spec", "plan", "passes",
-    "kept", "trace", "svd", "tuned", "rewrite", "base", "gguf", "quantise", "pretrained", "smoke", "sources", "chats",
-    "data", "adapters", "fit", "greedy", "training", "export", "answer",
+    "kept", "trace", "svd", "tuned", "rewrite", "base", "gguf", "packed", "quantise", "pretrained", "smoke", "sources",
+    "chats", "data", "adapters", "fit", "greedy", "training", "export", "answer",
     "report", "folder",
     "session", "exchange",
 )  # fmt: skip

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 
 from rewriter import Rule, Session, SpecError, SubspanError, merge, plan, rewrite, trace, tuned_parameters
 from rewriter.adapters.ties import fingerprint
@@ -204,6 +205,77 @@ def test_checkpoints_of_bitsandbytes_are_taken_over_with_their_codes(tmp_path, h
     assert report["max_abs_diff"] < 1e-5 and report["requantised"]["method"] in ("nf4", "int8")
     assert "quantization_config" not in json.loads((tmp_path / "run/merged/config.json").read_text())
     assert hf.AutoModelForCausalLM.from_pretrained(tmp_path / "run/merged").dtype == torch.float32
+
+
+def packed(numbers, bits):
+    """Numbers from 0 on, the first in the lowest bits of int32, along the last dimension."""
+    some = numbers.long().unflatten(-1, (-1, 32 // bits)) << torch.arange(0, 32, bits)
+    return some.sum(-1).to(torch.int32)
+
+
+def by_compressed_tensors(folder, bits, group, symmetric, **more):
+    """A spec over a checkpoint as compressed-tensors packs it, and the model that it means."""
+    torch.manual_seed(0)
+    model, held = hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA)), {}
+    half = 2 ** (bits - 1)
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and name != "lm_head":
+            weight = layer.weight.data
+            values = weight.unflatten(-1, (-1, group or weight.shape[1]))
+            low, high = values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
+            scale = values.abs().amax(-1) / (half - 1) if symmetric else (high - low) / (2 * half - 1)
+            zero = torch.full_like(scale, half) if symmetric else (-low / scale).round()
+            codes = (values / scale[..., None] + zero[..., None]).round().clamp(0, 2 * half - 1)
+            layer.weight.data = ((codes - zero[..., None]) * scale[..., None]).flatten(-2)
+            held[f"{name}.weight_packed"] = packed(codes.flatten(-2), bits)
+            held[f"{name}.weight_scale"] = scale
+            held[f"{name}.weight_shape"] = torch.tensor(weight.shape)
+            if not symmetric:
+                held[f"{name}.weight_zero_point"] = packed(zero.t().contiguous(), bits).t().contiguous()
+    model.save_pretrained(folder / "few")
+    rest = {key: value for key, value in load_file(folder / "few/model.safetensors").items() if "_proj" not in key}
+    save_file(rest | held, folder / "few/model.safetensors", metadata={"format": "pt"})
+    weights = {"num_bits": bits, "type": "int", "strategy": "group" if group else "channel", "symmetric": symmetric}
+    kind = {"targets": ["Linear"], "weights": weights | {"group_size": group}} | more
+    section = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": kind}}
+    config = json.loads((folder / "few/config.json").read_text())
+    (folder / "few/config.json").write_text(json.dumps(config | {"quantization_config": section}))
+    make_tokenizer().save_pretrained(folder / "few")
+    (folder / "data.txt").write_text("\n".join(["good film was the plot", "bad plot and a film"] * 12))
+    (folder / "spec.yaml").write_text(TEXT.format(model=folder / "few", data=folder / "data.txt"))
+    return folder / "spec.yaml", model.eval()
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "symmetric"), [(4, 32, True), (4, 32, False), (4, None, True), (8, 32, True), (8, None, True)]
+)
+def test_checkpoints_of_compressed_tensors_are_taken_over_with_their_codes(tmp_path, bits, group, symmetric):
+    spec, meant = by_compressed_tensors(tmp_path, bits, group, symmetric)
+    session = Session(spec)
+    own, planned = session.prepare().pretrained.model, session.plan()
+    assert planned.weight_bytes == sum(map(held_bytes, own.parameters())) < 0.5 * 4 * planned.total_parameters
+    for name, value in meant.named_parameters():
+        found = own.get_parameter(name)
+        assert isinstance(found, Quantised) == ("_proj" in name)
+        torch.testing.assert_close(found.dense() if "_proj" in name else found, value)
+    session.tune(tmp_path / "run")
+    report = session.export()
+    assert report["max_abs_diff"] < 1e-5 and report["requantised"]["method"] == f"int{bits}"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"input_activations": {"num_bits": 8, "type": "int"}},
+        {"format": "naive-quantized"},
+        {"weights": {"num_bits": 8, "type": "float"}},
+    ],
+    ids=["activations", "format", "floats"],
+)
+def test_other_checkpoints_of_compressed_tensors_are_refused(tmp_path, more):
+    spec, _ = by_compressed_tensors(tmp_path, 4, 32, True, **more)
+    with pytest.raises(SubspanError, match=r"spec.yaml:2:.*the base model is stored as .* is read"):
+        Session(spec).plan()
 
 
 def test_other_checkpoints_in_few_bits_are_refused_before_weights_load(tmp_path):

@@ -157,7 +157,7 @@ def test_17_a_checkpoint_keeps_its_type(tmp_path, dtype, asked, meta):
     assert found == (torch.float32 if asked else dtype)
 
 
-@pytest.mark.parametrize("method", ["torchao", "awq", "compressed-tensors", "gptq"], ids="18-{}".format)
+@pytest.mark.parametrize("method", ["torchao", "awq", "fp8", "gptq"], ids="18-{}".format)
 def test_18_quantised_bases_are_refused_by_name(tmp_path, method):
     bert(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

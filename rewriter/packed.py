@@ -1,0 +1,126 @@
+"""Checkpoints whose weights are in few bits: how each is stored, and the weight over its own codes."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from .algebra import Format, Quantised
+from .algebra.quantised import NF4
+from .base import BITSANDBYTES, NAME, weight_files
+from .errors import SpecError
+
+# (name in the checkpoint, the parameter as transformers loads it, type) -> the weight.
+Held = Callable[[str, Tensor, torch.dtype], Quantised]
+_PACKED = "weight_packed"
+_FORMAT = "pack-quantized"
+
+
+def in_few_bits(section: Mapping[str, Any], location: str, revision: str) -> tuple[dict[str, Format], Held]:
+    """Name -> how it is stored, of a base model's weights in few bits, and what reads one of them.
+
+    Args:
+        section: `quantization_config` of its config.
+
+    Raises:
+        SpecError: there are none, they are of a hub, or of a kind that is not read.
+    """
+    files = weight_files(location, revision) or []
+    own = section["quant_method"] == BITSANDBYTES
+    forms = _of_bitsandbytes(files) if own else _compressed(section, files)
+    if not forms:
+        said = f"the base model is quantised by {section['quant_method']}, and its weights are not in a folder of it"
+        raise SpecError(f"{said}; save it to one", NAME)
+    return forms, partial(_held, forms) if own else partial(_unpacked, forms, files)
+
+
+def _of_bitsandbytes(files: Sequence[Path]) -> dict[str, Format]:
+    found: dict[str, Format] = {}
+    for file in files:
+        with safetensors.safe_open(file, "pt") as held:
+            for key in held.keys():  # noqa: SIM118 - no mapping
+                weight, _, kind = key.partition(f".quant_state.{BITSANDBYTES}__")
+                if kind:
+                    if kind != NF4:
+                        raise SpecError(f"{weight} of the base model is stored in {kind}; only {NF4} is read", NAME)
+                    state = json.loads(bytes(held.get_tensor(key).tolist()))
+                    found[weight] = Format(NF4, state["blocksize"])
+                elif key.endswith(".SCB"):
+                    weight = f"{key.removesuffix('.SCB')}.weight"
+                    found[weight] = Format("int8", held.get_slice(weight).get_shape()[-1])
+    return found
+
+
+def _held(forms: Mapping[str, Format], key: str, weight: Tensor, dtype: torch.dtype) -> Quantised:
+    """A parameter of bitsandbytes as one of ours."""
+    form = forms[key]
+    if form.method != NF4:
+        return Quantised(weight.data, weight.SCB.float().view(-1, 1) / 127, None, form, dtype)
+    state = weight.quant_state
+    scales = state.absmax
+    if state.nested:
+        from bitsandbytes.functional import dequantize_blockwise  # It made them.
+
+        scales = dequantize_blockwise(scales, state.state2) + state.offset
+    rows, columns = state.shape
+    codes = weight.data.view(torch.uint8).view(rows, columns // 2)
+    return Quantised(codes, scales.float().view(rows, columns // form.group), None, form, dtype)
+
+
+def _compressed(section: Mapping[str, Any], files: Sequence[Path]) -> dict[str, Format]:
+    """Of compressed-tensors: whole numbers of 4 bits, or of 8 around zero, a scale for a group or a whole row."""
+    for group in section.get("config_groups", {}).values():
+        weights = group.get("weights") or {}
+        bits, form = weights.get("num_bits"), group.get("format") or section.get("format")
+        plain = weights.get("type") == "int" and weights.get("strategy") in ("group", "channel")
+        plain &= not weights.get("actorder") and not group.get("input_activations")
+        if not plain or form != _FORMAT or bits not in (4, 8) or not (bits == 4 or weights.get("symmetric", True)):
+            said = f"the base model is stored as {form}, {weights.get('type')}{bits} by {weights.get('strategy')}"
+            said += f"; only {_FORMAT} of weights alone, int4 or symmetric int8, by group or channel, in order, is read"
+            raise SpecError(said, NAME)
+    found: dict[str, Format] = {}
+    for file in files:
+        with safetensors.safe_open(file, "pt") as held:
+            for key in held.keys():  # noqa: SIM118 - no mapping
+                if key.endswith(f".{_PACKED}"):
+                    _, columns = held.get_tensor(key.replace(_PACKED, "weight_shape")).tolist()
+                    bits = 32 * held.get_slice(key).get_shape()[1] // columns
+                    groups = held.get_slice(key.replace(_PACKED, "weight_scale")).get_shape()[1]
+                    found[key.replace(_PACKED, "weight")] = Format(f"int{bits}", columns // groups)
+    return found
+
+
+def _unpacked(
+    forms: Mapping[str, Format], files: Sequence[Path], key: str, weight: Tensor, dtype: torch.dtype
+) -> Quantised:
+    """A weight of compressed-tensors as one of ours: its codes count from the least number, ours of int8 from zero."""
+    form = forms[key]
+    with ExitStack() as stack:
+        opened = [stack.enter_context(safetensors.safe_open(file, "pt")) for file in files]
+        tensors = {
+            name: held.get_tensor(f"{key}_{name}")
+            for held in opened
+            for name in ("packed", "scale", "zero_point")
+            if f"{key}_{name}" in held.keys()  # noqa: SIM118 - no mapping
+        }
+    bits = int(form.method.removeprefix("int"))
+    codes, scales = _numbers(tensors["packed"], bits), tensors["scale"].float()
+    if bits == 8:
+        return Quantised((codes.int() - 128).to(torch.int8), scales, None, form, dtype)
+    zeros = torch.full_like(scales, 8, dtype=torch.uint8)
+    if "zero_point" in tensors:  # Packed along the rows.
+        zeros = _numbers(tensors["zero_point"].t().contiguous(), bits).t()[: len(scales)].contiguous()
+    pairs = codes.unflatten(-1, (-1, 2))
+    return Quantised(pairs[..., 0] << 4 | pairs[..., 1], scales, zeros, form, dtype)
+
+
+def _numbers(packed: Tensor, bits: int) -> Tensor:
+    """(rows, columns) uint8 of (rows, columns bits / 32) int32, the first number in the lowest bits."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    return (packed.unsqueeze(-1) >> shifts & (2**bits - 1)).to(torch.uint8).flatten(-2)
