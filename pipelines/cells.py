@@ -57,7 +57,7 @@ def run_cells(
     with _alone(storage, out, server):
         study = _study(storage)
         known = latest(study)
-        for attributes in _cells(specs, seeds, rows, settings, name):
+        for attributes in list(_cells(specs, seeds, rows, settings, name)):
             before = known.get(attributes["cell"])
             if before is not None and before.user_attrs["settings"] != attributes["settings"]:
                 was = " ".join(before.user_attrs["settings"]) or "nothing"
@@ -86,14 +86,18 @@ def _cells(
     specs: list[Path], seeds: list[int], rows: list[str] | None, settings: list[str], name: str | None
 ) -> Iterator[dict[str, Any]]:
     """What a trial has to know of its cell: its name <table>/<row>/<seed>, and where its spec is."""
+    known: list[str] = []
     for file in specs:
         for spec in load_specs(file, settings):
             if "row" not in spec.meta:
                 raise SubspanError(f"{file}: a row of a study needs a name: meta: {{row: ...}}")
             row = str(spec.meta["row"])
+            known.append(row)
             for seed in seeds if rows is None or row in rows else []:
                 cell = f"{name or file.stem}/{row}/{seed}"
                 yield {"cell": cell, "file": str(file.absolute()), "row": row, "seed": seed, "settings": settings}
+    if lacking := [row for row in rows or () if row not in known]:
+        raise SubspanError(f"--row {lacking[0]}: there is none; the specs have {', '.join(dict.fromkeys(known))}")
 
 
 def open_study(out: Path, server: str | None = None) -> optuna.Study:

@@ -41,19 +41,22 @@ def data(
 
         session = Session(spec, *overrides(settings))
         (found, notes, processor), task = session.read(str(part)), session.spec.task
-        if "input_ids" not in found.column_names:
+        parts = [(i, name, one) for i, row in enumerate(found) for name, one in task.parts(row).items()]
+        if not parts:
             raise SubspanError("its rows are no tokens")
-        pairs = itertools.pairwise(itertools.chain([None], found))
-        marks, counts = zip(*((task.marks(row, before), task.learnt(row)) for before, row in pairs), strict=True)
+        before = [None, *(one for _, _, one in parts[:-1])]
+        marks = [task.marks(one, earlier) for (_, _, one), earlier in zip(parts, before, strict=True)]
         colours = console.color_system is not None and not console.no_color
-        for number in range(min(rows, len(found))):
-            row = found[number]
-            others = {name: value for name, value in row.items() if not isinstance(value, list)}
-            said = "".join(f", {name} {value}" for name, value in others.items())
-            console.rule(f"{number + 1} of {len(found)}: {len(row['input_ids'])} tokens{said}", style="dim")
-            console.print(written(processor, row, marks[number], colours), soft_wrap=True)
-        lengths = np.array([len(ids) for ids in found["input_ids"]])
-        learnt = sum(counts) if any(map(any, marks)) else 0
+        for (number, name, one), learnt in zip(parts, marks, strict=True):
+            if number == min(rows, len(found)):
+                break
+            others = {key: value for key, value in one.items() if not isinstance(value, list)}
+            said = "".join(f", {key} {value}" for key, value in others.items())
+            place = f"{number + 1} of {len(found)}{name and f', {name}'}"
+            console.rule(f"{place}: {len(one['input_ids'])} tokens{said}", style="dim")
+            console.print(written(processor, one, learnt, colours), soft_wrap=True)
+        lengths = np.array([len(one["input_ids"]) for _, _, one in parts])
+        learnt = sum(task.learnt(row) for row in found) if any(map(any, marks)) else 0
         of_them = f", {learnt:,} of them learnt" if learnt else ""
         console.print(f"{len(lengths)} rows, {lengths.sum():,} tokens{of_them}", highlight=False)
         for line in histogram(lengths):

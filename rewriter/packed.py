@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from .algebra.quantised import NF4
 from .base import BITSANDBYTES, NAME, weight_files
 from .errors import SpecError
 
-# (name in the checkpoint, the parameter as transformers loads it, type) -> the weight.
-Held = Callable[[str, Tensor, torch.dtype], Quantised]
+# (name in the checkpoint, floating type) -> the weight.
+Held = Callable[[str, torch.dtype], Quantised]
 _PACKED = "weight_packed"
 _FORMAT = "pack-quantized"
 
@@ -37,7 +36,7 @@ def in_few_bits(section: Mapping[str, Any], location: str, revision: str) -> tup
     if not forms:
         said = f"the base model is quantised by {section['quant_method']}, and its weights are not in a folder of it"
         raise SpecError(f"{said}; save it to one", NAME)
-    return forms, partial(_held, forms) if own else partial(_unpacked, forms, files)
+    return forms, partial(_held if own else _unpacked, forms, files)
 
 
 def _of_bitsandbytes(files: Sequence[Path]) -> dict[str, Format]:
@@ -57,20 +56,30 @@ def _of_bitsandbytes(files: Sequence[Path]) -> dict[str, Format]:
     return found
 
 
-def _held(forms: Mapping[str, Format], key: str, weight: Tensor, dtype: torch.dtype) -> Quantised:
-    """A parameter of bitsandbytes as one of ours."""
-    form = forms[key]
+def _held(forms: Mapping[str, Format], files: Sequence[Path], key: str, dtype: torch.dtype) -> Quantised:
+    """A weight of bitsandbytes as one of ours."""
+    form, tensors = forms[key], _tensors(files, key.removesuffix("weight"))
+    codes = tensors["weight"]
     if form.method != NF4:
-        return Quantised(weight.data, weight.SCB.float().view(-1, 1) / 127, None, form, dtype)
-    state = weight.quant_state
-    scales = state.absmax
-    if state.nested:
-        from bitsandbytes.functional import dequantize_blockwise  # It made them.
-
-        scales = dequantize_blockwise(scales, state.state2) + state.offset
-    rows, columns = state.shape
-    codes = weight.data.view(torch.uint8).view(rows, columns // 2)
+        return Quantised(codes, tensors["SCB"].float().view(-1, 1) / 127, None, form, dtype)
+    state = json.loads(bytes(tensors[f"weight.quant_state.{BITSANDBYTES}__{NF4}"].tolist()))
+    scales = tensors["weight.absmax"]
+    if "nested_offset" in state:  # The scales are in 8 bits themselves, around their mean.
+        own = tensors["weight.nested_absmax"].repeat_interleave(state["nested_blocksize"])[: len(scales)]
+        scales = tensors["weight.nested_quant_map"][scales.int()] * own + state["nested_offset"]
+    rows, columns = state["shape"]
+    codes = codes.view(torch.uint8).view(rows, columns // 2)
     return Quantised(codes, scales.float().view(rows, columns // form.group), None, form, dtype)
+
+
+def _tensors(files: Sequence[Path], start: str) -> dict[str, Tensor]:
+    """What is stored under names that start so, by the rest of them."""
+    found = {}
+    for file in files:
+        with safetensors.safe_open(file, "pt") as held:
+            own = [name for name in held.keys() if name.startswith(start)]  # noqa: SIM118 - no mapping
+            found |= {name.removeprefix(start): held.get_tensor(name) for name in own}
+    return found
 
 
 def _compressed(section: Mapping[str, Any], files: Sequence[Path]) -> dict[str, Format]:
@@ -96,19 +105,9 @@ def _compressed(section: Mapping[str, Any], files: Sequence[Path]) -> dict[str, 
     return found
 
 
-def _unpacked(
-    forms: Mapping[str, Format], files: Sequence[Path], key: str, weight: Tensor, dtype: torch.dtype
-) -> Quantised:
+def _unpacked(forms: Mapping[str, Format], files: Sequence[Path], key: str, dtype: torch.dtype) -> Quantised:
     """A weight of compressed-tensors as one of ours: its codes count from the least number, ours of int8 from zero."""
-    form = forms[key]
-    with ExitStack() as stack:
-        opened = [stack.enter_context(safetensors.safe_open(file, "pt")) for file in files]
-        tensors = {
-            name: held.get_tensor(f"{key}_{name}")
-            for held in opened
-            for name in ("packed", "scale", "zero_point")
-            if f"{key}_{name}" in held.keys()  # noqa: SIM118 - no mapping
-        }
+    form, tensors = forms[key], _tensors(files, f"{key}_")
     bits = int(form.method.removeprefix("int"))
     codes, scales = _numbers(tensors["packed"], bits), tensors["scale"].float()
     if bits == 8:

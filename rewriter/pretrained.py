@@ -71,12 +71,12 @@ def load_model(spec: Spec, meta: bool = False) -> Pretrained:
     options = {"trust_remote_code": written.trust_remote_code, "revision": revision}
     with quiet(), explained(written):
         config = _config(written, location, options)
-        forms, read = _stored_forms(written, config, location, revision, meta)
+        forms, read = _stored_forms(written, config, location, revision)
         named = spec.task.labels(config)
         spec.task.configure(config, written.labels)
         set_seed(spec.train.seed)
         held = {} if written_out else stored(location, revision, bool(forms))
-        own = own_type(held)
+        own = own_type(held and {name: one for name, one in held.items() if name not in forms})
         if meta and own is None:
             return _shapes(spec, config)
         processor = _processor(spec, location)
@@ -91,7 +91,7 @@ def load_model(spec: Spec, meta: bool = False) -> Pretrained:
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             dtype=dtype if dtype == "auto" else _type(dtype),
-            device_map="meta" if meta else "cpu" if forms else None,
+            device_map="meta" if meta else None,
             **options,
         )
     model.eval()
@@ -124,11 +124,10 @@ def _type(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def _stored_forms(
-    written: Model, config: transformers.PreTrainedConfig, location: str, revision: str, meta: bool
+    written: Model, config: transformers.PreTrainedConfig, location: str, revision: str
 ) -> tuple[dict[str, Format], Held | None]:
-    """How a checkpoint that says so has its weights in few bits, by their names in it, and what reads one.
-
-    Its config is read as if they were dense, unless transformers is to load them.
+    """How a checkpoint that says so has its weights in few bits, by their names in it, and what reads one; its config
+    says nothing of that then.
 
     Raises:
         SpecError: they can't be read, or `model.quantise` asks for other bits.
@@ -138,10 +137,9 @@ def _stored_forms(
         return {}, None
     if written.quantise is not None:
         raise SpecError("the base model is stored in few bits already; take the key out", ("model", "quantise"))
-    if own := section["quant_method"] == BITSANDBYTES:
+    if section["quant_method"] == BITSANDBYTES:
         check_library(NAME)
-    if meta or not own:
-        del config.quantization_config
+    del config.quantization_config
     return in_few_bits(section, location, revision)
 
 

@@ -63,13 +63,13 @@ def check_library(path: tuple[str, ...]) -> None:
         raise SpecError("it needs bitsandbytes: pip install 'subspan[quantise]'", path)
 
 
-def adopt(model: nn.Module, forms: Mapping[str, Format], held: Held) -> set[str]:
-    """Take over the weights that a checkpoint has in few bits: layers of other libraries become plain ones. In place.
+def adopt(model: nn.Module, forms: Mapping[str, Format], held: Held | None) -> set[str]:
+    """Put the weights that a checkpoint has in few bits into the model. In place.
 
     Args:
-        model: as transformers loads it; on the meta device of the dense shapes.
+        model: as transformers loads it with a config of dense weights.
         forms: name in the checkpoint -> how it is stored.
-        held: (name in the checkpoint, the parameter as it was loaded, type) -> the weight; see `packed.in_few_bits`.
+        held: see `packed.in_few_bits`.
 
     Returns:
         Their names in the model.
@@ -82,24 +82,20 @@ def adopt(model: nn.Module, forms: Mapping[str, Format], held: Held) -> set[str]
     base = f"{model.base_model_prefix}."
     for key, form in forms.items():
         there = [one for one in (key, f"{base}{key}", key.removeprefix(base)) if one in names]
-        if not there:
-            raise SpecError(f"{key} is stored in few bits, and the model has no such weight", ("model", "name"))
-        path, _, last = there[0].rpartition(".")
-        layer = model.get_submodule(path)
-        weight = getattr(layer, last)
-        if not isinstance(layer, nn.Linear):
-            raise SpecError(f"{key} is stored in few bits, and is none of a linear layer", ("model", "name"))
-        if layer.in_features % form.group:
+        layer = model.get_submodule(there[0].rpartition(".")[0]) if there else None
+        if not isinstance(layer, nn.Linear | Conv1D):
+            said = "the model has no such weight" if layer is None else "it is none of a linear layer"
+            raise SpecError(f"{key} is stored in few bits, and {said}", ("model", "name"))
+        turned = isinstance(layer, Conv1D)  # It has inputs before outputs, codes have them after.
+        weight = layer.weight.t() if turned else layer.weight
+        if weight.shape[1] % form.group:
             raise SpecError(f"the rows of {key} do not divide into groups of {form.group}", ("model", "name"))
-        own = Quantised.of(weight, form) if weight.is_meta else held(key, weight, model.dtype)
-        plain = nn.Linear(own.shape[1], own.shape[0], bias=layer.bias is not None, device="meta")
-        plain.weight = nn.Parameter(own, requires_grad=False)
-        if layer.bias is not None:
-            plain.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
-        model.set_submodule(path, plain.train(layer.training))
+        own = Quantised.of(weight, form) if weight.is_meta else held(key, weight.dtype)
+        if own.shape != weight.shape:
+            shapes = " and ".join(" x ".join(map(str, one.shape)) for one in (own, weight))
+            raise SpecError(f"{key} does not fit the config: {shapes}", ("model", "name"))
+        assign(model, {there[0]: nn.Parameter(own.t() if turned else own, requires_grad=False)})
         done.add(there[0])
-    if getattr(model, "hf_quantizer", None) is not None:
-        model.hf_quantizer.remove_quantization_config(model)
     return done
 
 
@@ -133,9 +129,9 @@ def _head(model: nn.Module) -> nn.Parameter | None:
     return getattr(head, "weight", None)
 
 
-def forms_of(model: nn.Module) -> dict[str, Format]:
-    """Name -> how it is stored, of the quantised parameters of a model, tied ones once."""
-    return {name: one.form for name, one in model.named_parameters() if isinstance(one, Quantised)}
+def forms_of(model: nn.Module) -> dict[str, tuple[Format, bool]]:
+    """Name -> how it is stored, and whether flipped, of the quantised parameters of a model, tied ones once."""
+    return {name: (one.form, one.flipped) for name, one in model.named_parameters() if isinstance(one, Quantised)}
 
 
 def dequantise(*models: nn.Module) -> None:
@@ -146,8 +142,9 @@ def dequantise(*models: nn.Module) -> None:
             assign(model, {name: made})
 
 
-def requantise(model: nn.Module, forms: Mapping[str, Format]) -> None:
+def requantise(model: nn.Module, forms: Mapping[str, tuple[Format, bool]]) -> None:
     """Store parameters of a model as they were stored before: from `forms_of`. In place."""
-    for name, form in forms.items():
-        made = Quantised.of(model.get_parameter(name), form)
+    for name, (form, flipped) in forms.items():
+        weight = model.get_parameter(name)
+        made = Quantised.of(weight.t(), form).t() if flipped else Quantised.of(weight, form)
         assign(model, {name: nn.Parameter(made, requires_grad=False)})

@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import re
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from rewriter import Rule, Session, SpecError, SubspanError, merge, plan, rewrite, trace, tuned_parameters
 from rewriter.adapters.ties import fingerprint
 from rewriter.algebra import Format, Quantised, held_bytes
+from rewriter.algebra.quantised import METHODS
+from rewriter.exchange import export_swappable
 from rewriter.quantise import dequantise, forms_of, quantise, requantise
 from rewriter.spec import Quantise
 from tests.architectures import ARCHITECTURES, UNLIKE, build, inputs_of
@@ -77,7 +80,7 @@ def test_every_architecture(name):
 def test_tables_and_the_tokens_head_are_in_int8_by_rows_and_ties_stay():
     model, _ = build("llama", torch.float32)
     quantise(model, INT4)
-    forms, width = forms_of(model), model.config.hidden_size
+    forms, width = {name: form for name, (form, _) in forms_of(model).items()}, model.config.hidden_size
     assert forms["model.embed_tokens.weight"] == Format("int8", width)
     assert forms["model.layers.0.mlp.up_proj.weight"] == Format("int4", 8)
     assert not any("norm" in name for name in forms)
@@ -89,7 +92,7 @@ def test_experts_are_quantised():
     model, _ = build("mixtral", torch.float32)
     quantise(model, INT4)
     assert {
-        len(model.get_parameter(name).shape) for name, form in forms_of(model).items() if form.method == "int4"
+        len(model.get_parameter(name).shape) for name, (form, _) in forms_of(model).items() if form.method == "int4"
     } == {2, 3}
 
 
@@ -173,12 +176,17 @@ train: {{epochs: 1, batch_size: 4}}
 """
 
 
-def by_bitsandbytes(folder, **how):
+GPT2 = {"vocab_size": 64, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "eos_token_id": 3}
+BERT = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def by_bitsandbytes(folder, config=None, auto="AutoModelForCausalLM", **how):
     """A spec over a checkpoint that transformers and bitsandbytes wrote, and that model as they load it."""
     pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
-    hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA)).save_pretrained(folder / "dense")
-    load = lambda name, **more: hf.AutoModelForCausalLM.from_pretrained(folder / name, device_map="cpu", **more)  # noqa: E731
+    kind = getattr(hf, auto)
+    kind.from_config(config or hf.LlamaConfig(**LLAMA)).save_pretrained(folder / "dense")
+    load = lambda name, **more: kind.from_pretrained(folder / name, device_map="cpu", **more)  # noqa: E731
     load("dense", quantization_config=hf.BitsAndBytesConfig(**how)).save_pretrained(folder / "few")
     make_tokenizer().save_pretrained(folder / "few")
     (folder / "data.txt").write_text("\n".join(["good film was the plot", "bad plot and a film"] * 12))
@@ -205,6 +213,61 @@ def test_checkpoints_of_bitsandbytes_are_taken_over_with_their_codes(tmp_path, h
     assert report["max_abs_diff"] < 1e-5 and report["requantised"]["method"] in ("nf4", "int8")
     assert "quantization_config" not in json.loads((tmp_path / "run/merged/config.json").read_text())
     assert hf.AutoModelForCausalLM.from_pretrained(tmp_path / "run/merged").dtype == torch.float32
+
+
+@pytest.mark.parametrize(("how", "near"), STORED, ids=["nf4", "nf4 nested", "int8"])
+def test_layers_that_have_inputs_first_are_read_the_other_way_round(tmp_path, how, near):
+    spec, theirs = by_bitsandbytes(tmp_path, hf.GPT2Config(**GPT2), **how)
+    spec.write_text(
+        spec.read_text().replace("model.layers.*.self_attn.*_proj", "transformer.h.*.{attn.c_attn,mlp.c_proj}")
+    )
+    session = Session(spec)
+    own, planned = session.prepare().pretrained.model, session.plan()
+    assert isinstance(own.transformer.h[0].attn.c_attn.weight, Quantised)
+    assert planned.weight_bytes == sum(map(held_bytes, own.parameters()))
+    rows = torch.arange(12).view(2, 6)
+    torch.testing.assert_close(own(rows).logits, theirs(rows).logits, rtol=1e-5, atol=max(near, 1e-5))
+    session.tune(tmp_path / "run")
+    assert session.export()["max_abs_diff"] < 1e-5
+
+
+@pytest.mark.parametrize("auto", ["AutoModel", "AutoModelForSequenceClassification"])
+@pytest.mark.parametrize("how", [how for how, _ in STORED], ids=["nf4", "nf4 nested", "int8"])
+def test_a_head_beside_bits_is_new_or_the_checkpoint_s_and_dense(tmp_path, how, auto):
+    skipped = {"llm_int8_skip_modules": ["classifier", "pooler"]}
+    spec, _ = by_bitsandbytes(tmp_path, hf.BertConfig(**BERT), auto, **how, **skipped)
+    (tmp_path / "other").mkdir()
+    text = project(tmp_path / "other").read_text()
+    spec.write_text(text.replace(re.search(r"name: (.*)", text)[1], str(tmp_path / "few")))
+    session = Session(spec)
+    own = session.prepare().pretrained
+    head = own.model.classifier.weight
+    assert type(head) is torch.nn.Parameter and ("classifier.weight" in own.new) == (auto == "AutoModel")
+    if not own.new:
+        torch.testing.assert_close(
+            head.data, load_file(tmp_path / "few/model.safetensors")["classifier.weight"].float()
+        )
+    session.tune(tmp_path / "run")
+    assert session.export()["max_abs_diff"] < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_type_that_is_asked_for_is_what_is_computed_in(tmp_path, dtype):
+    how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": torch.bfloat16}
+    spec, _ = by_bitsandbytes(tmp_path, **how)
+    own = {p.dtype for p in Session(spec).prepare().pretrained.model.parameters()}
+    assert own == {torch.float32}
+    session = Session(spec, f"model.dtype={dtype}")
+    model = session.prepare().pretrained.model
+    assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
+    assert session.plan().weight_bytes == sum(map(held_bytes, model.parameters()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_swappable_files_are_of_the_dense_base(tmp_path, method):
+    Session(written(tmp_path, method=method, group=32)).tune(tmp_path / "run")
+    report = export_swappable(tmp_path / "run")
+    assert max(report["adapters"].values()) < 1e-5
 
 
 def packed(numbers, bits):

@@ -156,7 +156,7 @@ def _merged(spec: Spec, run: Path, folder: Path, scratch: Path) -> tuple[compare
     report = _compared(truth, {"merged": torch_stage(whole)}) | {"stored_weights": stored}
     if forms:
         requantise(whole, forms)
-        report["requantised"] = _requantised(truth, whole, list(forms.values()))
+        report["requantised"] = _requantised(truth, whole, [form for form, _ in forms.values()])
     if model.rest:
         return truth, report, model, partial(_with_the_rest, pretrained, tuned, inputs)
     place = folder if spec.export.checkpoint else scratch / "merged"

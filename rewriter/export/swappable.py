@@ -17,6 +17,7 @@ from ..files import aside, digest, read_json, write_json
 from ..graph.traced import TracedModel
 from ..passes.base import PREFIX
 from ..plan import Site, plan
+from ..quantise import dequantise
 from ..rewrite import rewrite
 from ..spec import Onnx, Rule, Spec
 from ..transforms import Leaf, SvdFactor, Transform, initial_value, named
@@ -52,6 +53,7 @@ def ship_swappable(runs: Mapping[str, tuple[Spec, Path]], folder: Path) -> dict[
             raise SubspanError(f"{runs[name][1]}: of another base than {run}")
         if odd := next((site for site in model.plan.sites if site.rows), None):
             raise SubspanError(f"{name}: {odd.label}: no default undoes rows that are put before the sequence")
+    dequantise(traced, *models.values())
     union, own = _together(traced, models)
     swapped = {there for names in own.values() for there in names.values()}
     with aside(folder) as (place,):
@@ -171,7 +173,8 @@ def _bound(model: TunedModel, site: Site) -> bool:
     def lookup(leaf: Leaf) -> Tensor:
         if leaf.name not in made:
             held = adapter_tensors(model)[leaf.name].detach()
-            made[leaf.name] = held if leaf.role == "chosen" else initial_value(leaf, 0, dict).to(w).reshape(leaf.shape)
+            known = leaf.role == "chosen" or isinstance(leaf.initial, SvdFactor)
+            made[leaf.name] = held if known else initial_value(leaf, 0, dict).to(w).reshape(leaf.shape)
         return made[leaf.name]
 
     site.compose(Dense(w), lookup)

@@ -320,6 +320,10 @@ class Task:
         count = sum(one != IGNORED for one in labels) if isinstance(labels, list) else 1
         return count if len(row["input_ids"]) else 0
 
+    def parts(self, row: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+        """The sequences of tokens in an encoded row, by name; a single one has none."""
+        return {"": row} if "input_ids" in row else {}
+
     def marks(self, row: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> list[bool]:
         """Of each token of an encoded row, whether it is learnt, or has a label that is.
 

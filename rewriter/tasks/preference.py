@@ -40,7 +40,7 @@ class PreferenceOptions(Options):
     loss: Literal["dpo", "orpo"] = Field(
         "dpo", description="dpo: beside the model before it is tuned; orpo: without a reference"
     )
-    beta: float = Field(0.1, gt=0, allow_inf_nan=False, description="how much a difference of the two counts")
+    beta: float = Field(0.1, gt=0, le=1000, description="how much a difference of the two counts")
 
 
 class Preference(Task):
@@ -122,6 +122,9 @@ class Preference(Task):
                 out.setdefault(f"{side}_input_ids", []).append(ids[: reading.length])
                 out.setdefault(f"{side}_labels", []).append(kept)
                 out.setdefault(f"{side}_{WHOLE}", []).append(len(ids))
+        for place, ids in enumerate(out["chosen_input_ids"]):
+            if ids == out["rejected_input_ids"][place]:  # Nothing tells the two apart.
+                out["chosen_labels"][place] = [IGNORED] * len(ids)
         both = zip(*(out.pop(f"{side}_{WHOLE}") for side in SIDES), strict=True)
         return out | {WHOLE: [max(pair) for pair in both]}
 
@@ -130,6 +133,12 @@ class Preference(Task):
 
     def length(self, row: Mapping[str, Any]) -> int:
         return max(len(row[f"{side}_input_ids"]) for side in SIDES)
+
+    def parts(self, row: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+        return {side: {name: row[f"{side}_{name}"] for name in ("input_ids", "labels")} for side in SIDES}
+
+    def marks(self, row: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> list[bool]:
+        return [False, *(one != IGNORED for one in row["labels"][:-1])]
 
     def collator(self, processor: Any, input_names: Sequence[str], start: int | None) -> Collate:
         """Of n pairs: 2 n sequences, the chosen ones before the rejected ones; `labels` (2 n, sequence), and
@@ -234,7 +243,7 @@ def _read(batch: dict[str, list], index: list[int], reading: Reading) -> list[li
     for turns in sides:
         made = chats(turns, index, reading)
         for number, whole, first, prompt, (ids, learnt) in zip(index, turns, before, prompts, made, strict=True):
-            if whole == first:  # Nothing tells the two apart.
+            if whole == first:  # It has no answer.
                 learnt[:] = [False] * len(learnt)
                 continue
             if ids[: len(prompt)] != prompt:

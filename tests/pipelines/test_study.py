@@ -165,6 +165,11 @@ def test_a_study_is_planned_before_it_is_run(spec):
     assert "4 cells, 48 steps" in run.output and "tiny/lora" in run.output
 
 
+def test_rows_that_there_are_not_are_said(spec, tmp_path):
+    run = CliRunner().invoke(study.app, ["run", str(spec), "--out", str(tmp_path), "--row", "lora", "--row", "nope"])
+    assert run.exit_code == 1 and "--row nope: there is none; the specs have lora, ssb, broken" in run.output
+
+
 def test_interrupted_it_goes_on(spec, tmp_path):
     out = tmp_path / "study"
     first = start(spec, out, "lora")

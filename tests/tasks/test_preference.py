@@ -11,7 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
+import typer
+from typer.testing import CliRunner
 
+from pipelines.data import data
 from rewriter import Session, SubspanError, task_of
 from rewriter.answer import answerer, rows_of
 from rewriter.graph.deferred import Deferred
@@ -172,8 +175,8 @@ def test_pairs_without_an_answer_are_left_out_and_cut_ones_keep_what_is_read():
     _, cut = read(WAYS["texts"], length=len(whole[0]["chosen_input_ids"]) - 1)
     assert cut[0]["chosen_labels"] == [*whole[0]["chosen_labels"][:-2], -100]
     assert cut[0]["rejected_labels"] == whole[0]["rejected_labels"]
-    alike = WAYS["chats"] | {"rejected": WAYS["chats"]["chosen"]}
-    assert len(read(alike)[1]) == 0
+    for way in WAYS:
+        assert len(read(WAYS[way] | {"rejected": WAYS[way]["chosen"]})[1]) == 0
 
 
 def test_the_answer_of_a_template_that_does_not_say_where_it_begins_is_refused():
@@ -241,6 +244,16 @@ def test_a_run_learns_and_ships_what_it_learnt(tmp_path, way, loss):
 def test_what_a_spec_may_not_say(tmp_path, way, setting, said):
     with pytest.raises(SubspanError, match=said):
         Session(written(tmp_path, way), setting)
+
+
+@pytest.mark.parametrize("way", ["texts", "turns"])
+def test_pairs_are_shown_with_what_is_learnt(tmp_path, way):
+    app = typer.Typer()
+    app.command()(data)
+    told = CliRunner().invoke(app, [str(written(tmp_path, way)), "--rows", "1"])
+    assert told.exit_code == 0, told.output
+    assert "1 of 24, chosen" in told.output and "1 of 24, rejected" in told.output
+    assert told.output.count("⟦") == 2 and "48 rows" in told.output
 
 
 def test_columns_that_do_not_go_together_are_refused(tmp_path):
