@@ -137,11 +137,12 @@ def referred(model: TracedModel, spec: Spec, rows: Dataset, collate: Collate) ->
     """Rows with what the task's loss reads of the model before it is tuned, if it reads any.
 
     Args:
-        model: traced, without an adapter.
+        model: traced, without an adapter; it is left where it was, in eval mode.
     """
     task, size, device = spec.task, spec.train.batch_size, processes().device
     if not task.reference:
         return rows
+    before = next(model.parameters()).device
     model.to(device).eval()
     parts, reads = [torch.zeros(0, len(task.reference) + 1, dtype=torch.float64, device=device)], _read(model, spec)
     for first in share(range(0, len(rows), size)):
@@ -150,6 +151,7 @@ def referred(model: TracedModel, spec: Spec, rows: Dataset, collate: Collate) ->
         with autocast(spec.train, device):
             found = task.refers(reads(**inputs), targets).double()
         parts.append(torch.cat([torch.tensor([*index], device=device).double()[:, None], found], dim=1))
+    model.to(before)
     every = together(torch.cat(parts)).cpu()
     every = every[every[:, 0].argsort()]
     for k, name in enumerate(task.reference, 1):
