@@ -116,7 +116,7 @@ def server():
             break
         time.sleep(0.1)
     yield url
-    process.terminate()
+    process.send_signal(signal.SIGINT)  # At once, whoever is connected still.
     process.wait(timeout=60)
     shutil.rmtree(place)
 
