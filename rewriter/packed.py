@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .algebra import Format, Quantised
-from .algebra.quantised import NF4
+from .algebra.quantised import NF4, in_pairs
 from .base import BITSANDBYTES, NAME, weight_files
 from .errors import SpecError
 
@@ -21,6 +22,19 @@ _PACKED = "weight_packed"
 _FORMAT = "pack-quantized"
 
 
+def check_library(path: tuple[str, ...]) -> None:
+    """Refuse what needs bitsandbytes where it is not installed.
+
+    Args:
+        path: place in the spec.
+
+    Raises:
+        SpecError: with how to install it.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise SpecError("it needs bitsandbytes: pip install 'subspan[quantise]'", path)
+
+
 def in_few_bits(section: Mapping[str, Any], location: str, revision: str) -> tuple[dict[str, Format], Held]:
     """Name -> how it is stored, of a base model's weights in few bits, and what reads one of them.
 
@@ -28,8 +42,10 @@ def in_few_bits(section: Mapping[str, Any], location: str, revision: str) -> tup
         section: `quantization_config` of its config.
 
     Raises:
-        SpecError: there are none, they are of a hub, or of a kind that is not read.
+        SpecError: there are none, they are of a hub, or of a kind that is not read; or a library is missing.
     """
+    if section["quant_method"] == BITSANDBYTES:
+        check_library(NAME)
     files = weight_files(location, revision) or []
     own = section["quant_method"] == BITSANDBYTES
     forms = _of_bitsandbytes(files) if own else _compressed(section, files)
@@ -115,8 +131,7 @@ def _unpacked(forms: Mapping[str, Format], files: Sequence[Path], key: str, dtyp
     zeros = torch.full_like(scales, 8, dtype=torch.uint8)
     if "zero_point" in tensors:  # Packed along the rows.
         zeros = _numbers(tensors["zero_point"].t().contiguous(), bits).t()[: len(scales)].contiguous()
-    pairs = codes.unflatten(-1, (-1, 2))
-    return Quantised(pairs[..., 0] << 4 | pairs[..., 1], scales, zeros, form, dtype)
+    return Quantised(in_pairs(codes), scales, zeros, form, dtype)
 
 
 def _numbers(packed: Tensor, bits: int) -> Tensor:

@@ -16,12 +16,12 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 
 from .algebra import Format
-from .base import BITSANDBYTES, NAME, check_config, config_of, others, own_type, quiet, stored, whole_numbers
+from .base import NAME, check_config, config_of, others, own_type, quiet, stored, whole_numbers
 from .errors import SpecError, SubspanError, UnreachableError, reason
 from .gguf import location_of
 from .graph.traced import Inputs, released
 from .packed import Held, in_few_bits
-from .quantise import adopt, check_library, quantise
+from .quantise import adopt, quantise
 from .resources import is_local
 from .spec import Model, Spec
 from .tasks import Task, task_of
@@ -137,8 +137,6 @@ def _stored_forms(
         return {}, None
     if written.quantise is not None:
         raise SpecError("the base model is stored in few bits already; take the key out", ("model", "quantise"))
-    if section["quant_method"] == BITSANDBYTES:
-        check_library(NAME)
     del config.quantization_config
     return in_few_bits(section, location, revision)
 

@@ -1,7 +1,6 @@
 """A base model in few bits: which of its weights, and how each is stored."""
 
 from collections.abc import Collection, Iterator, Mapping
-from importlib.util import find_spec
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -10,7 +9,7 @@ from .algebra import Format, Quantised, as_dense
 from .algebra.quantised import NF4
 from .errors import SpecError
 from .graph.traced import assign, released
-from .packed import Held
+from .packed import Held, check_library
 from .spec import Quantise
 
 PLACE = ("model", "quantise")
@@ -48,19 +47,6 @@ def quantise(model: nn.Module, how: Quantise, others: Collection[str] = ()) -> t
         return ()
     said = f"{len(stay)} weights are not quantised, e.g. {stay[0]}"
     return (f"{said}: their rows do not divide into groups of {how.group}",)
-
-
-def check_library(path: tuple[str, ...]) -> None:
-    """Refuse what needs bitsandbytes where it is not installed.
-
-    Args:
-        path: place in the spec.
-
-    Raises:
-        SpecError: with how to install it.
-    """
-    if find_spec("bitsandbytes") is None:
-        raise SpecError("it needs bitsandbytes: pip install 'subspan[quantise]'", path)
 
 
 def adopt(model: nn.Module, forms: Mapping[str, Format], held: Held | None) -> set[str]:

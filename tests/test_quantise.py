@@ -359,6 +359,6 @@ def test_bits_are_asked_for_once(tmp_path):
 
 def test_a_missing_library_is_said_before_weights_load(tmp_path, monkeypatch):
     found = importlib.util.find_spec
-    monkeypatch.setattr("rewriter.quantise.find_spec", lambda name: None if name == "bitsandbytes" else found(name))
+    monkeypatch.setattr("rewriter.packed.find_spec", lambda name: None if name == "bitsandbytes" else found(name))
     with pytest.raises(SubspanError, match=r"model\.quantise\.method: it needs bitsandbytes: pip install"):
         Session(written(tmp_path, method="nf4")).plan()

@@ -10,9 +10,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from .stored import Kept, Stored
+from .stored import Stored, aten
 
-aten = torch.ops.aten
 NF4 = "nf4"
 
 
@@ -81,11 +80,9 @@ class Quantised(Stored):
     def of_parts(self) -> Callable[[Sequence[Tensor]], Tensor]:
         return partial(_dense, self.form, self.dtype, self.flipped)
 
-    def mapped(self, fn: Callable[[Tensor], Tensor], flip: bool = False) -> "Quantised":
-        """The same with a function applied to all that it is held in."""
-        codes, scales = fn(self.codes), fn(self.scales)
+    def again(self, fn: Callable[[Tensor], Tensor] = lambda one: one, flip: bool = False) -> "Quantised":
         zeros = None if self.zeros is None else fn(self.zeros)
-        return Quantised(codes, scales, zeros, self.form, self.dtype, self.flipped != flip)
+        return Quantised(fn(self.codes), fn(self.scales), zeros, self.form, self.dtype, self.flipped != flip)
 
     def __repr__(self) -> str:
         return f"Quantised({self.form.method}, group {self.form.group}, {tuple(self.shape)}, {self.dtype})"
@@ -106,52 +103,31 @@ def _dense(form: Format, dtype: torch.dtype, flipped: bool, parts: Sequence[Tens
     return made.transpose(-2, -1) if flipped else made
 
 
-# Ops that leave a quantised weight quantised, or read some rows of it alone; None: they do not, for these arguments.
-
-
-def _same(weight: Quantised, *_: Any, **__: Any) -> Quantised:
-    return weight.mapped(lambda one: one)
+# Further ops that leave a quantised weight quantised, or read some rows of it alone.
 
 
 def _copied(weight: Quantised, *, memory_format: torch.memory_format | None = None) -> Quantised | None:
     """A copy in order is one whose memory may be viewed: a flipped one has none."""
-    return None if weight.flipped and memory_format == torch.contiguous_format else weight.mapped(torch.clone)
-
-
-def _moved(weight: Quantised, *, dtype=None, device=None, **_: Any) -> Quantised | None:
-    if dtype not in (None, weight.dtype):
-        return None
-    return weight.mapped(lambda one: one.to(device, copy=True))
-
-
-def _flipped(weight: Quantised, first: int = -2, second: int = -1) -> Quantised | None:
-    if {first % weight.ndim, second % weight.ndim} != {weight.ndim - 2, weight.ndim - 1} or weight.ndim < 2:
-        return None
-    return weight.mapped(lambda one: one, flip=True)
-
-
-def _viewed(weight: Quantised, shape: Any, **_: Any) -> Quantised | None:
-    asked = [own if size == -1 else size for size, own in zip(shape, weight.shape, strict=False)]
-    return _same(weight) if len(shape) == weight.ndim and asked == list(weight.shape) else None
+    return None if weight.flipped and memory_format == torch.contiguous_format else weight.again(torch.clone)
 
 
 def _selected(weight: Quantised, dim: int, index: int) -> Quantised | None:
     if dim % weight.ndim or weight.ndim < 3:
         return None
-    return weight.mapped(lambda one: one[index])
+    return weight.again(lambda one: one[index])
 
 
 def _sliced(weight: Quantised, dim: int = 0, start=None, stop=None, step: int = 1) -> Quantised | None:
     if dim % weight.ndim or (weight.flipped and weight.ndim < 3):
         return None
-    return weight.mapped(lambda one: one[start:stop:step])
+    return weight.again(lambda one: one[start:stop:step])
 
 
 def _picked(weight: Quantised, rows: Tensor) -> Tensor | None:
     if weight.flipped and weight.ndim < 3:
         return None
     shape = (*rows.shape, *weight.shape[1:])
-    return weight.mapped(lambda one: one.index_select(0, rows.reshape(-1))).dense().reshape(shape)
+    return weight.again(lambda one: one.index_select(0, rows.reshape(-1))).dense().reshape(shape)
 
 
 def _looked_up(weight: Quantised, rows: Tensor, *_: Any, **__: Any) -> Tensor | None:
@@ -167,23 +143,14 @@ def _indexed(weight: Quantised, indices: list[Tensor | None], **_: Any) -> Tenso
     return None if one is None or one.dtype == torch.bool else _picked(weight, one)
 
 
-_KEPT: dict[Any, Kept] = {
-    aten.detach.default: _same,
-    aten.alias.default: _same,
+Quantised.kept = Stored.kept | {
     aten.clone.default: _copied,
-    aten._to_copy.default: _moved,
-    aten.t.default: _flipped,
-    aten.transpose.int: _flipped,
-    aten.view.default: _viewed,
-    aten._unsafe_view.default: _viewed,
-    aten.expand.default: _viewed,
     aten.select.int: _selected,
     aten.slice.Tensor: _sliced,
     aten.embedding.default: _looked_up,
     aten.index_select.default: _index_selected,
     aten.index.Tensor: _indexed,
 }
-Quantised.kept = _KEPT
 
 
 # How rows become codes and back.
@@ -193,7 +160,8 @@ def _grouped(weight: Tensor, group: int) -> Tensor:
     return weight.float().unflatten(-1, (-1, group))
 
 
-def _packed(codes: Tensor) -> Tensor:
+def in_pairs(codes: Tensor) -> Tensor:
+    """Codes from 0 to 15, two of a row in each byte."""
     pairs = codes.unflatten(-1, (-1, 2))
     return pairs[..., 0] << 4 | pairs[..., 1]
 
@@ -219,7 +187,7 @@ def _to_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
     scales = (most - least) / 15
     zeros = (-least / _divisor(scales)).round_().clamp_(0, 15)
     codes = (values / _divisor(scales).unsqueeze(-1)).round_().add_(zeros.unsqueeze(-1)).clamp_(0, 15)
-    return _packed(codes.to(torch.uint8).flatten(-2)), scales, zeros.to(torch.uint8)
+    return in_pairs(codes.to(torch.uint8).flatten(-2)), scales, zeros.to(torch.uint8)
 
 
 def _from_int4(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:

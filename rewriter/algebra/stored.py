@@ -4,12 +4,13 @@ An op with one makes it dense for as long as the op takes; autograd keeps what i
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+aten = torch.ops.aten
 Kept = Callable[..., Any]
 
 
@@ -23,7 +24,7 @@ class Stored(Tensor):
         together: whether all processes have to make it dense equally often.
     """
 
-    kept: ClassVar[dict[Any, Kept]] = {}
+    kept: ClassVar[dict[Any, Kept]]
     together: ClassVar[bool] = False
 
     @property
@@ -37,6 +38,14 @@ class Stored(Tensor):
 
     def of_parts(self) -> Callable[[Sequence[Tensor]], Tensor]:
         """A function from other `parts`, of these shapes, to what they stand for; it does not hold these."""
+        raise NotImplementedError
+
+    def again(self, fn: Callable[[Tensor], Tensor] = lambda one: one, flip: bool = False) -> Self:
+        """The same with a function applied to all that it is held in.
+
+        Args:
+            flip: the last two dimensions the other way round.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -53,6 +62,36 @@ class Stored(Tensor):
         return func(*args, **kwargs)
 
     __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+def _same(weight: Stored, *_: Any, **__: Any) -> Stored:
+    return weight.again()
+
+
+def _moved(weight: Stored, *, dtype=None, device=None, **_: Any) -> Stored | None:
+    return weight.again(lambda one: one.to(device, copy=True)) if dtype in (None, weight.dtype) else None
+
+
+def _flipped(weight: Stored, first: int = -2, second: int = -1) -> Stored | None:
+    last_two = weight.ndim > 1 and {first % weight.ndim, second % weight.ndim} == {weight.ndim - 2, weight.ndim - 1}
+    return weight.again(flip=True) if last_two else None
+
+
+def _viewed(weight: Stored, shape: Any, **_: Any) -> Stored | None:
+    asked = [own if size == -1 else size for size, own in zip(shape, weight.shape, strict=False)]
+    return weight.again() if len(shape) == weight.ndim and asked == list(weight.shape) else None
+
+
+Stored.kept = {
+    aten.detach.default: _same,
+    aten.alias.default: _same,
+    aten._to_copy.default: _moved,
+    aten.t.default: _flipped,
+    aten.transpose.int: _flipped,
+    aten.view.default: _viewed,
+    aten._unsafe_view.default: _viewed,
+    aten.expand.default: _viewed,
+}
 
 
 def parts_of(tensor: Tensor) -> tuple[Tensor, ...]:

@@ -28,12 +28,11 @@ from .chat import (
     clocked,
     disorder,
     objects_of,
-    turn_ends,
     turns_of,
     unprompted,
 )
 from .measures import likelihoods, perplexity
-from .texts import chats, completions, texts, tools_in, turns_in, twice
+from .texts import chats, completions, endings, labelled, opening, texts, tools_in, turns_in
 
 _SHOWN = 8  # tokens
 
@@ -73,16 +72,13 @@ class CausalLM(Task):
 
     def ends(self, columns: Mapping[str, str], processor: Any) -> list[int]:
         """What ends a turn of the assistant, where it is a special token; else the end token, which is learnt."""
-        found = turn_ends(processor) if "messages" in columns else []
-        return found or [token for token in (processor.eos_token_id,) if token is not None]
+        return endings(processor, "messages" in columns)
 
     def starts(self, row: Mapping[str, Any], processor: Any) -> list[int]:
         """Turns as the template renders them where the assistant is to answer."""
         if "messages" in row:
             return asked(processor, row["messages"], row.get("tools"))
-        ids = processor(str(row.get("prompt", row.get("text"))))["input_ids"]
-        ids = ids[twice(ids, processor) :]
-        return ids[:-1] if "prompt" in row and ids[-1:] == [processor.eos_token_id] else ids
+        return opening(row.get("prompt", row.get("text")), processor, "prompt" in row)
 
     def replies(self, columns: Mapping[str, str]) -> bool:
         return "messages" in columns or "completion" in columns
@@ -145,7 +141,7 @@ class CausalLM(Task):
                 start = f"{reading.processor.decode(ids[:_SHOWN])!r} ..."
                 said = f"a text has {whole} tokens: {start}{reading.named([number])}"
                 raise SpecError(f"{said}; data.long: truncate or split takes it", ("data", "max_length"))
-            labels = [one if kept else IGNORED for one, kept in zip(ids[1:], learnt[1:], strict=True)] + [IGNORED]
+            labels = labelled(ids, learnt)
             # A last token alone has no next one to learn, and is learnt in the part before.
             starts = range(0, max(whole - 1, 1), length) if reading.long == "split" else (0,)
             for start in starts:

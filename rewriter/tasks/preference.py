@@ -26,9 +26,9 @@ from .base import (
     padded,
     padded_lists,
 )
-from .chat import asked, turn_ends
+from .chat import asked
 from .measures import likelihoods
-from .texts import chats, completions, turns_in, twice
+from .texts import chats, completions, endings, labelled, opening, turns_in
 
 SIDES = ("chosen", "rejected")
 _REFERENCE = tuple(f"{side}_reference" for side in SIDES)
@@ -90,17 +90,14 @@ class Preference(Task):
         return next((way[:1] for way in self.ways if set(way) == set(columns)), ("prompt",))
 
     def ends(self, columns: Mapping[str, str], processor: Any) -> list[int]:
-        found = [] if "prompt" in columns else turn_ends(processor)
-        return found or [token for token in (processor.eos_token_id,) if token is not None]
+        return endings(processor, "prompt" not in columns)
 
     def starts(self, row: Mapping[str, Any], processor: Any) -> list[int]:
         """Turns as the template renders them where the assistant is to answer."""
         turns = row.get("messages", row.get("chosen"))
         if turns is not None:
             return asked(processor, turns, None)
-        ids = processor(str(row["prompt"]))["input_ids"]
-        ids = ids[twice(ids, processor) :]
-        return ids[:-1] if ids[-1:] == [processor.eos_token_id] else ids
+        return opening(row["prompt"], processor, True)
 
     def example_batch(self, model: nn.Module, batch: int, length: int, processor: Any = None) -> dict[str, Tensor]:
         inputs = self.inputs(model, 2 * batch, length, processor).kwargs
@@ -115,8 +112,7 @@ class Preference(Task):
                 if len(ids) > reading.length and reading.long == "refuse":
                     said = f"a pair has an answer that ends at token {len(ids)}{reading.named([number])}"
                     raise SpecError(f"{said}; data.long: truncate takes it", ("data", "max_length"))
-                labels = [one if kept else IGNORED for one, kept in zip(ids[1:], learnt[1:], strict=True)] + [IGNORED]
-                kept = labels[: reading.length]
+                kept = labelled(ids, learnt)[: reading.length]
                 # Cut, the last token has no next one that is read.
                 kept = [*kept[:-1], IGNORED] if len(ids) > reading.length else kept
                 out.setdefault(f"{side}_input_ids", []).append(ids[: reading.length])

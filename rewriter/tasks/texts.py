@@ -1,19 +1,41 @@
 """Texts, completions and chats as token ids, with which of them are learnt; the end of each among them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import SpecError
-from .base import Reading
+from .base import IGNORED, Reading
 from .cells import words
 from .chat import ALL, ASSISTANT, Turn, at_row, objects_of, placed, tokens_of, turn_ends, turns_of
 
 Learnt = tuple[list[int], list[bool]]
 
 
-def twice(ids: Sequence[int], processor: Any) -> int:
+def _twice(ids: Sequence[int], processor: Any) -> int:
     """1 where a text that starts with the start token got another one before it, else 0."""
     return int(processor.bos_token_id is not None and list(ids[:2]) == [processor.bos_token_id] * 2)
+
+
+def opening(text: Any, processor: Any, completed: bool) -> list[int]:
+    """The token ids that a text goes on from.
+
+    Args:
+        completed: it is a prompt: an end token that the tokenizer puts after it is none of it.
+    """
+    ids = processor(str(text))["input_ids"]
+    ids = ids[_twice(ids, processor) :]
+    return ids[:-1] if completed and ids[-1:] == [processor.eos_token_id] else ids
+
+
+def endings(processor: Any, turned: bool) -> list[int]:
+    """What ends a turn of the assistant, where texts are turns and it is a special token; else the end token."""
+    found = turn_ends(processor) if turned else []
+    return found or [token for token in (processor.eos_token_id,) if token is not None]
+
+
+def labelled(ids: Sequence[int], learnt: Sequence[bool]) -> list[int]:
+    """Of each token the next one where that is learnt; the last has none."""
+    return [one if kept else IGNORED for one, kept in zip(ids[1:], learnt[1:], strict=True)] + [IGNORED]
 
 
 def _ended(ids: list[int], learnt: list[bool], end: int | None) -> Learnt:
@@ -29,7 +51,7 @@ def texts(cells: Sequence[Any], reading: Reading) -> list[Learnt]:
     """A text that is empty has no tokens, whatever the tokenizer puts around it."""
     processor, given = reading.processor, words(cells)
     made = processor(given, verbose=False)["input_ids"]
-    kept = [ids[twice(ids, processor) :] if text else [] for ids, text in zip(made, given, strict=True)]
+    kept = [ids[_twice(ids, processor) :] if text else [] for ids, text in zip(made, given, strict=True)]
     return [_ended(ids, [True] * len(ids), processor.eos_token_id) for ids in kept]
 
 
@@ -45,7 +67,7 @@ def completions(prompts: Sequence[Any], cells: Sequence[Any], reading: Reading) 
             reading.loss == ALL or (stop > len(asking) and not added)
             for (_, stop), added in zip(places, special, strict=True)
         ]
-        start = twice(ids, reading.processor)
+        start = _twice(ids, reading.processor)
         found.append(_ended(ids[start:], learnt[start:], reading.processor.eos_token_id))
     return found
 
@@ -59,19 +81,21 @@ def turns_in(cells: Sequence[Any], index: Sequence[int], role: str, reading: Rea
     Raises:
         SpecError: at the role's column, with the row that has none.
     """
-    found, column = [], reading.columns[role]
-    for number, cell in zip(index, cells, strict=True):
-        with at_row(number if reading.numbers is None else reading.numbers[number], column, role):
-            found.append(turns_of(cell, reading.turns, reading.spoken))
-    return found
+    return _each(cells, index, role, reading, lambda cell: turns_of(cell, reading.turns, reading.spoken))
 
 
 def tools_in(cells: Sequence[Any], index: Sequence[int], reading: Reading) -> list[list[Any]]:
     """The tools in cells, as `turns_in`."""
+    return _each(cells, index, "tools", reading, objects_of)
+
+
+def _each(
+    cells: Sequence[Any], index: Sequence[int], role: str, reading: Reading, read: Callable[[Any], Any]
+) -> list[Any]:
     found = []
     for number, cell in zip(index, cells, strict=True):
-        with at_row(number if reading.numbers is None else reading.numbers[number], reading.columns["tools"], "tools"):
-            found.append(objects_of(cell))
+        with at_row(number if reading.numbers is None else reading.numbers[number], reading.columns[role], role):
+            found.append(read(cell))
     return found
 
 

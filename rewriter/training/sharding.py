@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,6 @@ from ..algebra import Stored, parts_of
 from ..graph.traced import assign, released
 from .parallel import processes
 
-aten = torch.ops.aten
 _LEAST = 2**8  # Entries: what is smaller is not worth a transfer.
 
 
@@ -90,42 +89,12 @@ class Sharded(Stored):
         return whole.transpose(-2, -1) if self.flipped else whole
 
     def again(self, fn: Callable[[Tensor], Tensor] = lambda one: one, flip: bool = False) -> "Sharded":
-        """The same with a function applied to all that it is held in."""
         like = torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device="meta")
         like = like.transpose(-2, -1) if flip else like
         return Sharded(tuple(map(fn, self.held)), self.cuts, self.made, like, self.flipped != flip)
 
     def __repr__(self) -> str:
         return f"Sharded({len(self.held[0])} of {math.prod(self.cuts[0].shape)} entries, {tuple(self.shape)})"
-
-
-def _same(weight: Sharded, *_: Any, **__: Any) -> Sharded:
-    return weight.again()
-
-
-def _moved(weight: Sharded, *, dtype=None, device=None, **_: Any) -> Sharded | None:
-    return weight.again(lambda one: one.to(device, copy=True)) if dtype in (None, weight.dtype) else None
-
-
-def _flipped(weight: Sharded, first: int = -2, second: int = -1) -> Sharded | None:
-    last_two = weight.ndim > 1 and {first % weight.ndim, second % weight.ndim} == {weight.ndim - 2, weight.ndim - 1}
-    return weight.again(flip=True) if last_two else None
-
-
-def _viewed(weight: Sharded, shape: Any, **_: Any) -> Sharded | None:
-    return weight.again() if list(shape) == list(weight.shape) else None
-
-
-Sharded.kept = {
-    aten.detach.default: _same,
-    aten.alias.default: _same,
-    aten._to_copy.default: _moved,
-    aten.t.default: _flipped,
-    aten.transpose.int: _flipped,
-    aten.view.default: _viewed,
-    aten._unsafe_view.default: _viewed,
-    aten.expand.default: _viewed,
-}
 
 
 def shard(count: int, models: Sequence[nn.Module], without: Collection[str]) -> None:
