@@ -20,7 +20,8 @@ from .files import read_json
 from .resources import is_local
 
 NAME = ("model", "name")
-BITSANDBYTES, COMPRESSED = "bitsandbytes", "compressed-tensors"
+BITSANDBYTES, COMPRESSED, GPTQ, AWQ = "bitsandbytes", "compressed-tensors", "gptq", "awq"
+_FEW_BITS = (BITSANDBYTES, COMPRESSED, GPTQ, AWQ)
 _INDEX = "model.safetensors.index.json"
 GGUF = ".gguf"
 _OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", GGUF, ".pkl", ".npz")
@@ -50,9 +51,9 @@ def check_config(config: Mapping[str, Any], path: tuple[str, ...]) -> None:
         key = keys[-1]
         if key == "quantization_config" and value:
             method = value.get("quant_method") if isinstance(value, Mapping) else None
-            if method not in (BITSANDBYTES, COMPRESSED) or path != NAME:
+            if method not in _FEW_BITS or path != NAME:
                 said = f"the base model is quantised ({method or 'quantization_config'}), which is not supported"
-                others = f"or as {BITSANDBYTES} or {COMPRESSED} stores it"
+                others = f"or as {', '.join(_FEW_BITS[:-1])} or {_FEW_BITS[-1]} stores it"
                 raise SpecError(f"{said}; give it in float32, bfloat16, float16, {others}", path)
         if key.endswith("_implementation") and "/" in str(value):
             said = f"{'.'.join(keys)}: {value!r} asks for code of a hub, which is not run; take the key out"

@@ -13,13 +13,18 @@ from torch import Tensor
 
 from .algebra import Format, Quantised
 from .algebra.quantised import NF4, in_pairs
-from .base import BITSANDBYTES, NAME, weight_files
+from .base import AWQ, BITSANDBYTES, COMPRESSED, GPTQ, NAME, weight_files
 from .errors import SpecError
 
 # (name in the checkpoint, floating type) -> the weight.
 Held = Callable[[str, torch.dtype], Quantised]
 _PACKED = "weight_packed"
 _FORMAT = "pack-quantized"
+_ROWS = "qweight"
+# Layouts that are read, the default of those who write them first.
+_LAYOUTS = {GPTQ: ("gptq", "gptq_v2"), AWQ: ("gemm",)}
+# Where in eight packed numbers the first output is, the second, ...
+_AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
 def check_library(path: tuple[str, ...]) -> None:
@@ -44,18 +49,16 @@ def in_few_bits(section: Mapping[str, Any], location: str, revision: str) -> tup
     Raises:
         SpecError: there are none, they are of a hub, or of a kind that is not read; or a library is missing.
     """
-    if section["quant_method"] == BITSANDBYTES:
-        check_library(NAME)
-    files = weight_files(location, revision) or []
-    own = section["quant_method"] == BITSANDBYTES
-    forms = _of_bitsandbytes(files) if own else _compressed(section, files)
+    method, files = section["quant_method"], weight_files(location, revision) or []
+    forms = _FORMS[method](section, files)
     if not forms:
-        said = f"the base model is quantised by {section['quant_method']}, and its weights are not in a folder of it"
+        said = f"the base model is quantised by {method}, and its weights are not in a folder of it"
         raise SpecError(f"{said}; save it to one", NAME)
-    return forms, partial(_held if own else _unpacked, forms, files)
+    return forms, partial(_READERS[method], section, forms, files)
 
 
-def _of_bitsandbytes(files: Sequence[Path]) -> dict[str, Format]:
+def _of_bitsandbytes(_: Mapping[str, Any], files: Sequence[Path]) -> dict[str, Format]:
+    check_library(NAME)
     found: dict[str, Format] = {}
     for file in files:
         with safetensors.safe_open(file, "pt") as held:
@@ -72,7 +75,7 @@ def _of_bitsandbytes(files: Sequence[Path]) -> dict[str, Format]:
     return found
 
 
-def _held(forms: Mapping[str, Format], files: Sequence[Path], key: str, dtype: torch.dtype) -> Quantised:
+def _held(_: Any, forms: Mapping[str, Format], files: Sequence[Path], key: str, dtype: torch.dtype) -> Quantised:
     """A weight of bitsandbytes as one of ours."""
     form, tensors = forms[key], _tensors(files, key.removesuffix("weight"))
     codes = tensors["weight"]
@@ -121,7 +124,7 @@ def _compressed(section: Mapping[str, Any], files: Sequence[Path]) -> dict[str, 
     return found
 
 
-def _unpacked(forms: Mapping[str, Format], files: Sequence[Path], key: str, dtype: torch.dtype) -> Quantised:
+def _unpacked(_: Any, forms: Mapping[str, Format], files: Sequence[Path], key: str, dtype: torch.dtype) -> Quantised:
     """A weight of compressed-tensors as one of ours: its codes count from the least number, ours of int8 from zero."""
     form, tensors = forms[key], _tensors(files, f"{key}_")
     bits = int(form.method.removeprefix("int"))
@@ -134,7 +137,63 @@ def _unpacked(forms: Mapping[str, Format], files: Sequence[Path], key: str, dtyp
     return Quantised(in_pairs(codes), scales, zeros, form, dtype)
 
 
+def _of_rows(section: Mapping[str, Any], files: Sequence[Path]) -> dict[str, Format]:
+    """Of GPTQ and AWQ: whole numbers of 4 bits, a scale and a zero for a group of inputs, in order."""
+    method, bits, layout = section["quant_method"], section.get("bits"), _layout(section)
+    if bits != 4 or layout not in _LAYOUTS[method]:
+        said = f"the base model is stored by {method} in {bits} bits as {layout}"
+        raise SpecError(f"{said}; only 4 bits as {' or '.join(_LAYOUTS[method])} is read", NAME)
+    found: dict[str, Format] = {}
+    for file in files:
+        with safetensors.safe_open(file, "pt") as held:
+            for key in held.keys():  # noqa: SIM118 - no mapping
+                layer, _, name = key.rpartition(".")
+                if name != _ROWS:
+                    continue
+                inputs = held.get_slice(key).get_shape()[0] * (8 if method == GPTQ else 1)
+                groups, outputs = held.get_slice(f"{layer}.scales").get_shape()
+                if held.get_slice(f"{layer}.qzeros").get_shape()[1] * 8 != outputs:
+                    raise SpecError(f"{layer} of the base model is not in 4 bits as its config says", NAME)
+                group = inputs // groups
+                if f"{layer}.g_idx" in held.keys():  # noqa: SIM118 - no mapping
+                    order = held.get_tensor(f"{layer}.g_idx").long()
+                    if not torch.equal(order, torch.arange(inputs) // group):
+                        said = f"{layer} of the base model has its inputs in the order of desc_act, which is not read"
+                        raise SpecError(f"{said}; quantise it with desc_act: false", NAME)
+                found[f"{layer}.weight"] = Format("int4", group)
+    return found
+
+
+def _layout(section: Mapping[str, Any]) -> str:
+    """The key is another one by who wrote the checkpoint, and when."""
+    if section.get("is_marlin_format"):
+        return "marlin"
+    said = (section.get(key) for key in ("checkpoint_format", "version", "format"))
+    return str(next((one for one in said if one), _LAYOUTS[section["quant_method"]][0])).lower()
+
+
+def _by_rows(
+    section: Mapping[str, Any], forms: Mapping[str, Format], files: Sequence[Path], key: str, dtype: torch.dtype
+) -> Quantised:
+    """A weight of GPTQ or AWQ as one of ours: they have inputs before outputs. GPTQ packs codes along the inputs, and
+    writes zeros less one but in its second format; AWQ packs along the outputs, eight in an order of its own."""
+    tensors = _tensors(files, key.removesuffix("weight"))
+    codes, zeros = tensors[_ROWS], _numbers(tensors["qzeros"], 4)
+    if section["quant_method"] == GPTQ:
+        codes = _numbers(codes.t(), 4)
+        zeros = zeros if _layout(section) == "gptq_v2" else zeros + 1 & 15
+    else:
+        codes, zeros = (one.unflatten(1, (-1, 8))[..., _AWQ_ORDER].flatten(1) for one in (_numbers(codes, 4), zeros))
+        codes = codes.t()
+    scales = tensors["scales"].float().t().contiguous()
+    return Quantised(in_pairs(codes.contiguous()), scales, zeros.t().contiguous(), forms[key], dtype)
+
+
 def _numbers(packed: Tensor, bits: int) -> Tensor:
     """(rows, columns) uint8 of (rows, columns bits / 32) int32, the first number in the lowest bits."""
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
     return (packed.unsqueeze(-1) >> shifts & (2**bits - 1)).to(torch.uint8).flatten(-2)
+
+
+_FORMS = {BITSANDBYTES: _of_bitsandbytes, COMPRESSED: _compressed, GPTQ: _of_rows, AWQ: _of_rows}
+_READERS = {BITSANDBYTES: _held, COMPRESSED: _unpacked, GPTQ: _by_rows, AWQ: _by_rows}

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
+from transformers.pytorch_utils import Conv1D
 
 from rewriter import Rule, Session, SpecError, SubspanError, merge, plan, rewrite, trace, tuned_parameters
 from rewriter.adapters.ties import fingerprint
@@ -341,13 +342,98 @@ def test_other_checkpoints_of_compressed_tensors_are_refused(tmp_path, more):
         Session(spec).plan()
 
 
+ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # Of eight outputs, from the lowest bits on, as AutoAWQ packs them.
+
+
+def by_rows(folder, kind, config, group, layout, **more):
+    """A spec over a checkpoint as GPTQ or AWQ packs it, number by number, and the model that it means."""
+    torch.manual_seed(0)
+    model, held = hf.AutoModelForCausalLM.from_config(config), {}
+    generator = torch.Generator().manual_seed(2)
+    for name, layer in model.named_modules():
+        if not isinstance(layer, torch.nn.Linear | Conv1D) or name == "lm_head":
+            continue
+        n, m = reversed(layer.weight.shape) if isinstance(layer, torch.nn.Linear) else layer.weight.shape
+        codes = torch.randint(16, (n, m), generator=generator)
+        zeros = torch.randint(16, (n // (group or n), m), generator=generator)
+        scales = torch.rand(zeros.shape, generator=generator).half() / 100
+        weight = ((codes.unflatten(0, (-1, group or n)) - zeros[:, None]) * scales[:, None].float()).flatten(0, 1)
+        layer.weight.data = weight.t().contiguous() if isinstance(layer, torch.nn.Linear) else weight
+        if kind == "gptq":
+            own = zeros if layout == "gptq_v2" else (zeros - 1) % 16
+            parts = {"qweight": packed(codes.t(), 4).t(), "qzeros": packed(own, 4)}
+            parts["g_idx"] = (torch.arange(n) // (group or n)).int()
+        else:
+            own = (one.unflatten(1, (-1, 8))[..., ORDER].flatten(1) for one in (codes, zeros))
+            parts = dict(zip(("qweight", "qzeros"), (packed(one, 4) for one in own), strict=True))
+        held |= {f"{name}.{key}": value.contiguous() for key, value in (parts | {"scales": scales}).items()}
+    model.save_pretrained(folder / "few")
+    rest = load_file(folder / "few/model.safetensors")
+    packs = {f"{key.rpartition('.')[0]}.weight" for key in held}
+    rest = {key: value for key, value in rest.items() if key not in packs}
+    save_file(rest | held, folder / "few/model.safetensors", metadata={"format": "pt"})
+    section = {"quant_method": kind, "bits": 4, "group_size": group or -1, "checkpoint_format": layout} | more
+    written = json.loads((folder / "few/config.json").read_text())
+    (folder / "few/config.json").write_text(json.dumps(written | {"quantization_config": section}))
+    make_tokenizer().save_pretrained(folder / "few")
+    (folder / "data.txt").write_text("\n".join(["good film was the plot", "bad plot and a film"] * 12))
+    (folder / "spec.yaml").write_text(TEXT.format(model=folder / "few", data=folder / "data.txt"))
+    return folder / "spec.yaml", model.eval(), held
+
+
+@pytest.mark.parametrize("config", [hf.LlamaConfig(**LLAMA), hf.GPT2Config(**GPT2)], ids=["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("kind", "group", "layout"),
+    [("gptq", 32, "gptq"), ("gptq", 32, None), ("gptq", None, "gptq_v2"), ("awq", 32, "gemm"), ("awq", None, None)],
+)
+def test_checkpoints_of_gptq_and_awq_are_taken_over_with_their_codes(tmp_path, kind, group, layout, config):
+    spec, meant, held = by_rows(tmp_path, kind, config, group, layout)
+    if config.model_type == "gpt2":
+        spec.write_text(spec.read_text().replace("model.layers.*.self_attn.*_proj", "transformer.h.*.*.c_*"))
+    session = Session(spec)
+    own, planned = session.prepare().pretrained.model, session.plan()
+    assert planned.weight_bytes == sum(map(held_bytes, own.parameters()))
+    for name, value in meant.named_parameters():
+        found = own.get_parameter(name)
+        few = f"{name.removesuffix('.weight')}.qweight" in held
+        assert isinstance(found, Quantised) == few
+        torch.testing.assert_close(found.dense() if few else found, value)
+
+
+def test_a_checkpoint_of_gptq_is_tuned_and_merged(tmp_path):
+    spec, *_ = by_rows(tmp_path, "gptq", hf.LlamaConfig(**LLAMA), 32, "gptq")
+    session = Session(spec)
+    session.tune(tmp_path / "run")
+    report = session.export()
+    assert report["max_abs_diff"] < 1e-5 and report["requantised"]["method"] == "int4"
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "said"),
+    [
+        ("gptq", {"bits": 3}, "stored by gptq in 3 bits as gptq; only 4 bits as gptq or gptq_v2 is read"),
+        ("gptq", {"is_marlin_format": True}, "in 4 bits as marlin"),
+        ("awq", {"checkpoint_format": None, "version": "GEMV"}, "by awq in 4 bits as gemv; only 4 bits as gemm is"),
+        ("gptq", {"desc_act": True}, "self_attn.*in the order of desc_act, which is not read"),
+    ],
+)
+def test_other_checkpoints_of_gptq_and_awq_are_refused_before_weights_load(tmp_path, kind, more, said):
+    spec, *_ = by_rows(tmp_path, kind, hf.LlamaConfig(**LLAMA), 32, "gptq" if kind == "gptq" else "gemm", **more)
+    if "desc_act" in more:
+        files = load_file(tmp_path / "few/model.safetensors")
+        files |= {name: value.flip(0).contiguous() for name, value in files.items() if name.endswith("k_proj.g_idx")}
+        save_file(files, tmp_path / "few/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SubspanError, match=rf"spec.yaml:2:.*{said}"):
+        Session(spec).plan()
+
+
 def test_other_checkpoints_in_few_bits_are_refused_before_weights_load(tmp_path):
     spec, _ = by_bitsandbytes(tmp_path, load_in_4bit=True, bnb_4bit_quant_type="fp4")
     with pytest.raises(SubspanError, match="is stored in fp4; only nf4 is read"):
         Session(spec).plan()
     config = tmp_path / "few/config.json"
-    config.write_text(config.read_text().replace('"bitsandbytes"', '"gptq"'))
-    with pytest.raises(SubspanError, match=r"is quantised \(gptq\), which is not supported"):
+    config.write_text(config.read_text().replace('"bitsandbytes"', '"hqq"'))
+    with pytest.raises(SubspanError, match=r"is quantised \(hqq\), which is not supported"):
         Session(spec).plan()
 
 
