@@ -217,10 +217,12 @@ def genai_config(file: Path, config: Any, processor: Any, longest: int | None) -
     return {"model": {name: value for name, value in model.items() if value is not None}, "search": search}
 
 
-def step(session: Any, batch: Mapping[str, Tensor], past: Mapping[str, np.ndarray] | None = None) -> tuple[Any, dict]:
-    """Logits of the new tokens, and keys and values for the next ones."""
+def step(
+    session: Any, batch: Mapping[str, Tensor], past: Mapping[str, np.ndarray] | None = None, options: Any = None
+) -> tuple[Any, dict]:
+    """Logits of the new tokens, and keys and values for the next ones; `options` are ONNX Runtime's of a run."""
     names = [value.name for value in session.get_outputs()]
-    found = dict(zip(names, session.run(None, fed(session, batch, past)), strict=True))
+    found = dict(zip(names, session.run(None, fed(session, batch, past), options), strict=True))
     return found["logits"], {name.replace(PRESENT, PAST): value for name, value in found.items() if name != "logits"}
 
 
@@ -245,8 +247,9 @@ def stepping(model: nn.Module, batch: Mapping[str, Tensor]) -> Run:
     return run
 
 
-def decoding_stage(session: Any) -> Stage:
-    """Logits of whole rows, in four calls: the first half, two tokens one by one, and what is left."""
+def decoding_stage(session: Any, options: Any = None) -> Stage:
+    """Logits of whole rows, in four calls: the first half, two tokens one by one, and what is left; `options` as of
+    `step`."""
 
     def run(batch: dict[str, Tensor]) -> list[np.ndarray]:
         length, past, parts = batch["input_ids"].shape[1], None, []
@@ -254,7 +257,7 @@ def decoding_stage(session: Any) -> Stage:
         cuts = sorted({0, half, min(half + 1, length), min(half + 2, length), length})
         for start, stop in itertools.pairwise(cuts):
             some = {"input_ids": batch["input_ids"][:, start:stop], "attention_mask": batch["attention_mask"][:, :stop]}
-            logits, past = step(session, some, past)
+            logits, past = step(session, some, past, options)
             parts.append(logits)
         return [np.concatenate(parts, axis=1)]
 

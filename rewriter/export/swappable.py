@@ -8,23 +8,25 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..adapters.ties import fingerprint
 from ..algebra import Dense, as_dense
 from ..errors import SpecError, SubspanError
 from ..files import aside, digest, read_json, write_json
-from ..graph.traced import TracedModel
+from ..graph.traced import Inputs, TracedModel
 from ..passes.base import PREFIX
 from ..plan import Site, plan
+from ..pretrained import Pretrained, save_processor
 from ..quantise import dequantise
 from ..rewrite import rewrite
 from ..spec import Onnx, Rule, Spec
 from ..transforms import Leaf, SvdFactor, Transform, initial_value, named
 from ..tuned import TunedModel, adapter_tensors
+from .decoder import decoder_of, decoding_stage, genai_config
 from .onnx import export_onnx
-from .ship import load_tuned, random_inputs
-from .verify import apart, torch_stage
+from .ship import load_tuned, longest_of, random_inputs
+from .verify import Stage, apart, torch_stage
 
 MODEL = "model.onnx"
 _NEAR = 1e-5  # of the largest output
@@ -36,16 +38,16 @@ def ship_swappable(runs: Mapping[str, tuple[Spec, Path]], folder: Path) -> dict[
     Args:
         runs: name -> spec and folder of runs on one base, the first one's options of export are taken.
         folder: gets model.onnx, and for each run `<name>.onnx_adapter` with `<name>.json`: the tensors' names and
-            shapes, and the base that they are for.
+            shapes, and the base that they are for. A decoder has its cache, and what onnxruntime-genai reads beside it.
 
     Returns:
-        {"adapters": {name: largest difference}, "base": largest difference}.
+        {"adapters": {name: largest difference}, "base": largest difference, "cache": whether it has one, of a decoder}.
 
     Raises:
         SubspanError: runs of other bases, what stands on no activation, or a difference beyond rounding.
     """
     (spec, run), *_ = runs.values()
-    pretrained, _, inputs, traced, first = load_tuned(spec, run)
+    pretrained, processor, inputs, traced, first = load_tuned(spec, run)
     models = {name: load_tuned(*one)[4] if one[1] != run else first for name, one in runs.items()}
     base = fingerprint(first, first.plan.new)
     for name, model in models.items():
@@ -53,24 +55,33 @@ def ship_swappable(runs: Mapping[str, tuple[Spec, Path]], folder: Path) -> dict[
             raise SubspanError(f"{runs[name][1]}: of another base than {run}")
         if odd := next((site for site in model.plan.sites if site.rows), None):
             raise SubspanError(f"{name}: {odd.label}: no default undoes rows that are put before the sequence")
-    dequantise(traced, *models.values())
+    dequantise(traced, *models.values(), *([pretrained.model] if pretrained.model is pretrained.module else []))
     union, own = _together(traced, models)
     swapped = {there for names in own.values() for there in names.values()}
     with aside(folder) as (place,):
         place.mkdir()
         file = place / MODEL
-        export_onnx(union, inputs, file, (spec.export.onnx or Onnx()).opset, {"base": base}, optional=swapped)
+        decoder = _decoder(spec, pretrained, inputs, union)
+        graph, examples, called = decoder or (union, inputs, {})
+        opset = (spec.export.onnx or Onnx()).opset
+        export_onnx(graph, examples, file, opset, {"base": base}, called=called, optional=swapped)
         session, report = open_swappable(file), {"adapters": {}}
+        if spec.task.decodes:
+            report["cache"] = decoder is not None
+        if decoder:
+            save_processor(processor, place, spec.task)
+            config = genai_config(file, pretrained.model.config, processor, longest_of(pretrained, union))
+            write_json(place / "genai_config.json", config)
         batches = list(random_inputs(spec, pretrained, inputs, first))
         if not any(model.plan.new for model in models.values()):
-            report["base"] = _compared(session, traced, batches, "the base")
+            report["base"] = _compared(session, decoder is not None, traced, batches, "the base")
         for name, model in models.items():
             one, held = place / f"{name}.onnx_adapter", adapter_tensors(model)
             values = {there: held[leaf] for leaf, there in own[name].items()}
             _save(values, one)
             shapes = {leaf: list(value.shape) for leaf, value in values.items()}
             write_json(one.with_suffix(".json"), {"base": base, "adapter": digest(one), "tensors": shapes})
-            report["adapters"][name] = _compared(session, model, batches, name, one)
+            report["adapters"][name] = _compared(session, decoder is not None, model, batches, name, one)
         write_json(place / "swappable.json", report)
     return report
 
@@ -191,6 +202,18 @@ def _rules(chains: Mapping[tuple, Sequence[tuple[Any, Any]]]) -> list[Rule]:
     return rules
 
 
+def _decoder(
+    spec: Spec, pretrained: Pretrained, inputs: Inputs, union: TunedModel
+) -> tuple[nn.Module, Inputs, dict[str, str]] | None:
+    """The union with a cache, as `decoder_of`; None where there is none."""
+    if not spec.task.decodes or union.plan.new:
+        return None
+    try:
+        return decoder_of(pretrained.model, inputs, union, merged=False)
+    except SubspanError:
+        return None
+
+
 def _save(values: Mapping[str, Tensor], file: Path) -> None:
     made = ort.AdapterFormat()
     made.set_adapter_version(1)
@@ -202,12 +225,16 @@ def _save(values: Mapping[str, Tensor], file: Path) -> None:
 
 def _compared(
     session: ort.InferenceSession,
+    cache: bool,
     model: TracedModel,
     batches: Sequence[dict[str, Tensor]],
     what: str,
     file: Path | None = None,
 ) -> float:
     """The largest difference of the session's outputs, with an adapter, from a model's.
+
+    Args:
+        cache: the session's graph has one.
 
     Raises:
         SubspanError: it is more than rounding.
@@ -217,10 +244,14 @@ def _compared(
         adapter.Load(str(file))
         options.add_active_adapter(adapter)
 
-    def stage(batch: dict[str, Tensor]) -> list[np.ndarray]:
+    def whole(batch: dict[str, Tensor]) -> list[np.ndarray]:
         return session.run(None, {name: value.numpy() for name, value in batch.items()}, options)
 
-    largest, relative = apart(torch_stage(model), stage, batches)
+    def real(stage: Stage) -> Stage:  # A row's padding is at other positions with a cache than without.
+        return lambda batch: [value * batch["attention_mask"].unsqueeze(-1).numpy() for value in stage(batch)]
+
+    stages = torch_stage(model), decoding_stage(session, options) if cache else whole
+    largest, relative = apart(*(map(real, stages) if cache else stages), batches)
     if not relative <= _NEAR:
         raise SubspanError(f"{what} differs by {largest:.2e} in one graph with others; nothing is written")
     return largest

@@ -13,6 +13,7 @@ from rewriter.base import identity
 from rewriter.exchange import export_swappable
 from rewriter.export.merge import merge
 from rewriter.export.swappable import adapter_for, open_swappable
+from rewriter.export.verify import fed
 from rewriter.files import write_text
 from rewriter.pretrained import load_model
 from rewriter.session import example_inputs
@@ -61,7 +62,7 @@ def answered(session, batch, file=None, model=None):
     if file is not None:
         adapter = adapter_for(model, file)
         options.add_active_adapter(adapter)
-    return session.run(None, {name: value.numpy() for name, value in batch.items()}, options)[0]
+    return session.run(["logits"], fed(session, batch), options)[0]
 
 
 def test_every_adapter_is_its_merged_model_in_one_session(project):
