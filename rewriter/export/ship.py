@@ -197,7 +197,7 @@ def load_tuned(spec: Spec, run: Path) -> tuple[Pretrained, Any, Inputs, TracedMo
     processor = processor_of(spec, pretrained)
     set_ends(pretrained.model, spec.task.ends(spec.columns, processor))
     inputs = spec.task.inputs(pretrained.model, processor=processor)
-    traced = trace(pretrained.module, inputs, ("eval",), passes.off)
+    traced = trace(pretrained.module, inputs, ("eval",), passes.off, keep=spec.model.kept)
     tuned = load_adapter(traced, run / "adapter", without=passes.off, also=passes.on)
     return pretrained, processor, inputs, traced, tuned
 

@@ -25,9 +25,12 @@ import transformers
 
 from rewriter import Session
 from rewriter.answer import answerer
+from rewriter.exchange import export_swappable
 from rewriter.export.verify import open_file
 from rewriter.folder import spec_of
+from tests import tiny
 from tests.export.test_decoder import exported
+from tests.export.test_swappable import make
 from tests.pipelines.test_tasks import CASES, COMMON, LABELS, MORE, minilm, row, rows, sentence, text_model
 
 pytestmark = pytest.mark.slow
@@ -213,3 +216,49 @@ def test_onnxruntime_genai_generates(name, tmp_path):
     assert json.loads(done.stdout.splitlines()[-1]) == expected.tolist()
     written = json.loads((run / "onnx" / "genai_config.json").read_text())
     assert written["model"]["type"] == "decoder" and written["model"]["context_length"] == 64
+
+
+ADAPTED = """
+import json, sys, numpy, onnxruntime_genai as og
+folder, ids, names = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+model, found = og.Model(folder), []
+adapters = og.Adapters(model)
+for name in names:
+    adapters.load(f"{folder}/{name}.onnx_adapter", name)
+for name in [None, *names]:
+    options = og.GeneratorParams(model)
+    options.set_search_options(max_length=len(ids) + 12, min_length=len(ids) + 12)
+    generator = og.Generator(model, options)
+    if name:
+        generator.set_active_adapter(adapters, name)
+    generator.append_tokens(numpy.array([ids], dtype=numpy.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    found.append([int(one) for one in generator.get_sequence(0)])
+print(json.dumps(found))
+"""
+
+
+@genai
+def test_onnxruntime_genai_generates_by_the_adapter_that_is_set(tmp_path):
+    base = tiny.save_model(tmp_path / "model", "llama")
+    runs = dict(make(tmp_path, base, name, seed) for seed, name in enumerate(("lora", "ia3", "chain")))
+    first, *others = runs
+    assert export_swappable(first, others)["cache"]
+    ids = [5, 6, 7, 8]
+    names = json.dumps([run.name for run in runs])
+    line = [os.environ["SUBSPAN_GENAI"], "-c", ADAPTED, first / "swappable", json.dumps(ids), names]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    plain = transformers.AutoModelForCausalLM.from_pretrained(base)
+    expected = []
+    for model in (plain, *runs.values()):
+        row = torch.tensor([ids])
+        with torch.no_grad():
+            for _ in range(12):
+                logits = model(input_ids=row, attention_mask=torch.ones_like(row)).logits[:, -1]
+                logits[:, plain.config.eos_token_id] = -torch.inf  # As min_length has it.
+                row = torch.cat([row, logits.argmax(-1, keepdim=True)], dim=1)
+        expected.append(row[0].tolist())
+    assert json.loads(done.stdout.splitlines()[-1]) == expected
+    assert len({tuple(one) for one in expected}) > 1

@@ -12,9 +12,11 @@ from rewriter.adapters.store import save_adapter
 from rewriter.base import identity
 from rewriter.exchange import export_swappable
 from rewriter.export.merge import merge
+from rewriter.export.onnx import export_onnx
 from rewriter.export.swappable import adapter_for, open_swappable
 from rewriter.export.verify import fed
 from rewriter.files import write_text
+from rewriter.graph.traced import Inputs
 from rewriter.pretrained import load_model
 from rewriter.session import example_inputs
 from rewriter.spec import dump_spec, load_spec
@@ -65,24 +67,36 @@ def answered(session, batch, file=None, model=None):
     return session.run(["logits"], fed(session, batch), options)[0]
 
 
-def test_every_adapter_is_its_merged_model_in_one_session(project):
-    folder, base = project
-    made = {name: make(folder, base, name, i) for i, name in enumerate(CHAINS)}
+def in_turn(folder, base, names, onnx=False):
+    """Adapters of one session, in turn and once more, beside their merged models, which are ONNX files too."""
+    made = {name: make(folder, base, name, i) for i, name in enumerate(names)}
     runs = [run for run, _ in made.values()]
     report = export_swappable(runs[0], runs[1:])
     place = runs[0] / "swappable"
-    assert report["adapters"].keys() == CHAINS.keys() and report["base"] < 1e-5
+    assert list(report["adapters"]) == list(names) and report["base"] < 1e-5 and report["cache"]
     session, ids = open_swappable(place / "model.onnx"), torch.randint(3, 16, (2, 7))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     plain = answered(session, batch)
-    for _ in range(2):  # In turn, and once more.
-        for name, (_, merged) in made.items():
+    for _ in range(2):
+        for name, (run, merged) in made.items():
             found = answered(session, batch, place / f"{name}.onnx_adapter", place / "model.onnx")
             with torch.no_grad():
                 expected = merged(**batch).logits.numpy()
             np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
             assert np.abs(found - plain).max() > 1e-3
+            if onnx and not (file := run / "merged.onnx").exists():
+                export_onnx(merged, Inputs((), batch, {}), file)
+                np.testing.assert_allclose(found, answered(open_swappable(file), batch), rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(answered(session, batch), plain)
+
+
+def test_every_adapter_is_its_merged_model_in_one_session(project):
+    in_turn(*project, ("lora", "other_lora", "ia3", "chain"))
+
+
+@pytest.mark.slow
+def test_every_method_is_its_merged_file_in_one_session(tmp_path):
+    in_turn(tmp_path, tiny.save_model(tmp_path / "model", "llama"), CHAINS, onnx=True)
 
 
 def test_another_base_a_changed_file_and_rows_are_refused(project, tmp_path):
