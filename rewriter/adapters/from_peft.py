@@ -81,23 +81,28 @@ class Found:
         values = {name: value.to(dtype) if value.is_floating_point() else value for name, value in values.items()}
         return place_of(site, values, weight, wide)
 
-    def value(self, leaf: Leaf, site: Site, weight: Tensor | None) -> Tensor | None:
+    def value(self, leaf: Leaf, site: Site, weight: Tensor | None, number: int) -> Tensor | None:
         """A leaf's value, or None where the folder has none.
 
         Args:
             weight: W of the site.
+            number: of the module among the folder's, in the model's order.
 
         Raises:
-            SubspanError: it is of another shape.
+            SubspanError: it is of another shape, or of another base.
         """
         name, at = short_name(leaf), self.place(site, {}, weight)
         if name in self.peft.made:
             return self.peft.made[name](self.config, at)
         stored = stored_by(self.peft, self.table).get(name)
-        held = stored and (self.shared if stored.shared else self.tensors).get(stored.name if stored.shared else name)
+        called = f"{stored.name}.{number}" if stored and stored.numbered else stored and stored.name
+        held = stored and (self.shared.get(called) if stored.pathless else self.tensors.get(name))
         if held is None:
             return None
-        value = stored.ours(held, at)
+        try:
+            value = stored.ours(held, at)
+        except ValueError as error:
+            raise SubspanError(f"{self.module}: {error}") from None
         if tuple(value.shape) != leaf.shape:
             raise SubspanError(
                 f"{self.module}: {stored.name} of shape {tuple(held.shape)} does not fit a weight of {at.n} inputs and "
@@ -151,12 +156,17 @@ def _sorted(
     names = {stored.name for one in every for table in (one.tensors, one.tables) for stored in table.values()}
     names |= {name for one in every for name in one.further}
     shared_names = {stored.name for one in every for stored in one.tensors.values() if stored.shared}
+    numbered = {stored.name for one in every for stored in one.tensors.values() if stored.numbered}
     modules: dict[str, dict[str, Tensor]] = {}
     whole, shared = {}, {}
     for key, value in tensors.items():
         path = key.removeprefix(PATH) if key.startswith(PATH) else key.removeprefix(ROOT)
         name = max((one for one in names if path == one or path.endswith(f".{one}")), key=len, default=None)
-        if name is None:
+        if path.rpartition(".")[0] in numbered:
+            shared[path] = value
+        elif name is None and ".original_module." in path:
+            continue  # As it was before: what is trained stands beside it.
+        elif name is None:
             whole[path.replace(".modules_to_save.", ".").replace(".base_layer.", ".")] = value
         elif path == name and name in shared_names:
             shared[name] = value
@@ -177,7 +187,7 @@ def _found(
             stored = {name: leaf for leaf, name in _names(one.peft, table).items()}
             tensors = {stored[name]: value for name, value in parts.items() if name in stored}
             further = {name: value for name, value in parts.items() if name in one.peft.further}
-            needed = {leaf for leaf, how in stored_by(one.peft, table).items() if how.needed and not how.shared}
+            needed = {leaf for leaf, how in stored_by(one.peft, table).items() if how.needed and not how.pathless}
             whole = bool(tensors) and needed <= tensors.keys() and len(tensors) + len(further) == len(parts)
             if not whole or not one.peft.fits(config, tensors):
                 continue
@@ -197,7 +207,7 @@ def _found(
 
 
 def _names(peft: Peft, table: bool) -> dict[str, str]:
-    return {leaf: how.name for leaf, how in stored_by(peft, table).items() if not how.shared}
+    return {leaf: how.name for leaf, how in stored_by(peft, table).items() if not how.pathless}
 
 
 def _of_module(peft: Peft, config: Mapping[str, Any], module: str) -> dict[str, Any]:
@@ -290,9 +300,11 @@ def _tuned(
         rules.append(Rule(target=more, apply=[whole_one.name]))
     planned = plan(model, rules, new)
     values: dict[str, Tensor] = {}
+    order = [place for place in weights if place in at]
     for site in planned.sites:
         if site.place in at and site.chain[0][0] is not whole_one:
-            _take(at[site.place], site, weights, values)
+            number = order.index(site.place) if site.place in order else 0
+            _take(at[site.place], site, weights, values, number)
     for site in planned.sites:
         if site.chain[0][0] is whole_one:
             names = model.tied.get(site.place, [site.place])
@@ -349,16 +361,16 @@ def _before_embeddings(model: TracedModel) -> str:
     return paths(found[0])[-1]
 
 
-def _take(one: Found, site: Site, weights: Mapping[str, Tensor], values: dict[str, Tensor]) -> None:
-    """The values of a site's leaves, and of its module's bias by the bias's name."""
+def _take(one: Found, site: Site, weights: Mapping[str, Tensor], values: dict[str, Tensor], number: int) -> None:
+    """The values of a site's leaves, and of its module's bias by the bias's name; `number` as of `Found.value`."""
     own = {}
     weight = site.part(weights[site.place].detach()) if site.layout else None
     for leaf in site.leaves:
-        value = one.value(leaf, site, weight)
+        value = one.value(leaf, site, weight, number)
         if value is not None:
             own[short_name(leaf)] = values[leaf.name] = value
         elif leaf.role == "tuned" or any(
-            how.shared and key == short_name(leaf) for key, how in one.peft.tensors.items()
+            how.pathless and key == short_name(leaf) for key, how in one.peft.tensors.items()
         ):
             raise SubspanError(f"{one.module}: the folder lacks {one.peft.tensors[short_name(leaf)].name}")
     if one.peft.bias is None:

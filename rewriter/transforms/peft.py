@@ -1,5 +1,6 @@
 """How a folder of PEFT has a transform, declared beside its expression: `@transform(kind, peft=Peft(...))`."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +45,7 @@ class Stored:
         ours, theirs: from PEFT's tensor to the leaf's value, and back; `theirs` is None where PEFT computes it.
         shared: there is one for all modules, without a path.
         needed: every module has it.
+        numbered: there is one for each module, without a path, with the module's number in the model's order.
     """
 
     name: str
@@ -51,6 +53,11 @@ class Stored:
     theirs: View | None
     shared: bool = False
     needed: bool = True
+    numbered: bool = False
+
+    @property
+    def pathless(self) -> bool:
+        return self.shared or self.numbered
 
 
 def same(name: str, needed: bool = True) -> Stored:
@@ -92,6 +99,7 @@ class Peft:
         patterns: key -> the key that holds other values of it by module.
         made: leaf -> its value by the configuration, where PEFT draws it from a seed.
         further: names of other tensors that a module has, which follow from its weight or are of its bias.
+        beside: those that follow from the weight and the leaves, to write.
         tables: leaf -> how it is stored for an embedding.
         bias: what becomes of the layer's bias; None: nothing. It is never trained so here: the bias is tuned freely.
         bias_parts: from the layer's bias as it was and as it is tuned, to further tensors that say so.
@@ -115,6 +123,7 @@ class Peft:
     patterns: Mapping[str, str] = field(default_factory=dict)
     made: Mapping[str, Callable[[Config, Place], Tensor]] = field(default_factory=dict)
     further: tuple[str, ...] = ()
+    beside: Callable[[Place], dict[str, Tensor]] | None = None
     tables: Mapping[str, Stored] = field(default_factory=dict)
     bias: Callable[[Tensor, Place], Tensor] | None = None
     bias_parts: Callable[[Tensor, Tensor], dict[str, Tensor]] | None = None
@@ -126,13 +135,14 @@ class Peft:
     rows: bool = False
 
 
+_SIZES = re.compile(r"_\d+(x\d+)*$")
 RANKS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 
 
 def short_name(leaf: Leaf) -> str:
     """The name of a leaf in its transform."""
     name = leaf.name.rpartition(".")[2]
-    return name.rpartition("_")[0] if leaf.name.startswith(("frozen.", "tied.")) else name
+    return _SIZES.sub("", name) if leaf.role == "constant" or leaf.name.startswith("tied.") else name
 
 
 def stored_by(peft: Peft, table: bool) -> Mapping[str, Stored]:

@@ -88,8 +88,14 @@ class Scope:
         """
         return self._leaf(name, size, initial, "chosen", dtype=dtype, below=below, distinct=distinct)
 
-    def frozen(self, name: str, shape: tuple[int, ...], initial: Initial) -> Tensor:
-        """Declare a constant: drawn once for all sites, runs and seeds, so that no adapter has to hold it."""
+    def frozen(self, name: str, shape: tuple[int, ...], initial: Initial, apart: bool = False) -> Tensor:
+        """Declare a constant: drawn once for all sites, runs and seeds, so that no adapter has to hold it.
+
+        Args:
+            apart: every site holds its own, so that an adapter from elsewhere may bring others.
+        """
+        if apart:
+            return self._leaf(f"{name}_{'x'.join(map(str, shape))}", shape, initial, "constant")
         batch = "x".join(map(str, self.shape[:-2]))
         return self._shared(f"frozen.{batch}" if batch else "frozen", shape, name, shape, initial, "constant")
 

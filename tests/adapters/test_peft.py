@@ -18,7 +18,7 @@ from tests.architectures import build, inputs_of
 
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
 # PEFT computes these in float32, or starts from factors in float32.
-ROUGH = {"fourierft", "pissa", "psoft", "c3a", "deft", "waveft"}
+ROUGH = {"fourierft", "pissa", "psoft", "c3a", "deft", "waveft", "tinylora"}
 TASKS = {"bert": "SEQ_CLS", "gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM"}
 LAYERS = {
     "bert": ["query", "value", "intermediate.dense"],
@@ -97,6 +97,7 @@ CONFIGS = {
     "peanut": (peft.PeanutConfig, {"r": 3, "depth": 1}, LAYERS, "peanut"),
     "waveft": (peft.WaveFTConfig, {"n_frequency": 20, "scaling": 5.0}, LAYERS, "waveft"),
     "super_tuning": (peft.SupertuningConfig, {"sparsity": 0.875, "r": 3, "lora_alpha": 6}, LAYERS, "super_tuning"),
+    "tinylora": (peft.TinyLoraConfig, {"r": 2, "u": 5}, LAYERS, "tinylora"),
     "glora": (peft.GloraConfig, {"r": 3}, LAYERS, "glora"),
     "prompt": (
         peft.PromptTuningConfig,
@@ -155,6 +156,33 @@ def test_there_and_back(name, arch, tmp_path):
     save_peft(again, tmp_path / "again", task_type=TASKS[arch])
     back = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "again").eval().double()
     torch.testing.assert_close(back(**batch).logits, expected, **close)
+
+
+@pytest.mark.parametrize("biases", ["all", "lora_only"])
+def test_biases_that_are_trained_beside_come_in(biases, tmp_path):
+    base, _ = theirs("lora", "bert")
+    config = peft.LoraConfig(r=3, target_modules=["query"], bias=biases, task_type="SEQ_CLS")
+    their = peft.get_peft_model(copy.deepcopy(base), config)
+    for p in their.parameters():
+        p.data += 0.1 * torch.randn_like(p) * p.requires_grad
+    their.save_pretrained(tmp_path)
+    inputs, model = frozen("bert")
+    tuned, _ = tuned_from(model, tmp_path)
+    batch = inputs_of("bert", inputs, 3, 9)
+    expected = their.eval().double()(**batch).logits
+    torch.testing.assert_close(tuned.eval()(**batch).logits, expected, **CLOSE)
+    assert any(site.place.endswith("key.bias") for site in tuned.plan.sites) == (biases == "all")
+
+
+def test_another_base_s_singular_vectors_are_refused(tmp_path):
+    _, their = theirs("tinylora", "bert")
+    their.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    held = load_file(file)
+    key = next(name for name in held if name.endswith("query.tinylora_A"))
+    save_file(held | {key: held[key].flip(1).contiguous()}, file)
+    with pytest.raises(SubspanError, match="query: tinylora_A is not of the weight's singular vectors"):
+        load_adapter(frozen("bert")[1], tmp_path)
 
 
 LINEAR = {

@@ -335,7 +335,7 @@ def test_adamss():
 
 
 def test_tinylora():
-    """PEFT draws the projections for each layer, ours are drawn once: one layer is compared."""
+    """Their singular vectors, which are rounded to float32, and projections, which they draw for each layer, in ours."""
     net = Net(bias=True).float().double()
     theirs = peft.get_peft_model(copy.deepcopy(net), peft.TinyLoraConfig(r=2, u=5, target_modules=["first"])).double()
     graph = trace(net, Inputs(args=(torch.zeros(4, N, dtype=torch.float64),), dynamic={0: {0: "batch"}}))
@@ -346,7 +346,7 @@ def test_tinylora():
     root = buffers["subspan.first.weight.tinylora.s"][:2].sqrt()
     buffers["subspan.first.weight.tinylora.u"][:, :2] = one.tinylora_A["default"].T / root
     buffers["subspan.first.weight.tinylora.vt"][:2] = (one.tinylora_B["default"] / root).T
-    buffers["subspan.frozen.tinylora.p_5x2x2"].copy_(one.tinylora_P["default"].transpose(1, 2))
+    buffers["subspan.first.weight.tinylora.p_5x2x2"].copy_(one.tinylora_P["default"].transpose(1, 2))
     with torch.no_grad():
         mine.copy_(their.normal_())
     x, weights = torch.randn(5, N, dtype=torch.float64), torch.randn(5, N, dtype=torch.float64)
