@@ -20,8 +20,8 @@ from .files import read_json
 from .resources import is_local
 
 NAME = ("model", "name")
-BITSANDBYTES, COMPRESSED, GPTQ, AWQ = "bitsandbytes", "compressed-tensors", "gptq", "awq"
-_FEW_BITS = (BITSANDBYTES, COMPRESSED, GPTQ, AWQ)
+BITSANDBYTES, COMPRESSED, GPTQ, AWQ, FP8 = "bitsandbytes", "compressed-tensors", "gptq", "awq", "fp8"
+_FEW_BITS = (BITSANDBYTES, COMPRESSED, GPTQ, AWQ, FP8)
 _INDEX = "model.safetensors.index.json"
 GGUF = ".gguf"
 _OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", GGUF, ".pkl", ".npz")

@@ -1,6 +1,7 @@
 """Checkpoints whose weights are in few bits: how each is stored, and the weight over its own codes."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -13,14 +14,15 @@ from torch import Tensor
 
 from .algebra import Format, Quantised
 from .algebra.quantised import NF4, in_pairs
-from .base import AWQ, BITSANDBYTES, COMPRESSED, GPTQ, NAME, weight_files
+from .base import AWQ, BITSANDBYTES, COMPRESSED, FP8, GPTQ, NAME, weight_files
 from .errors import SpecError
 
 # (name in the checkpoint, floating type) -> the weight.
 Held = Callable[[str, torch.dtype], Quantised]
 _PACKED = "weight_packed"
-_FORMAT = "pack-quantized"
+_FORMAT, _FLOATS = "pack-quantized", "float-quantized"
 _ROWS = "qweight"
+_SCALES = ("_scale_inv", "_scale")  # Both are factors.
 # Layouts that are read, the default of those who write them first.
 _LAYOUTS = {GPTQ: ("gptq", "gptq_v2"), AWQ: ("gemm",)}
 # Where in eight packed numbers the first output is, the second, ...
@@ -102,8 +104,12 @@ def _tensors(files: Sequence[Path], start: str) -> dict[str, Tensor]:
 
 
 def _compressed(section: Mapping[str, Any], files: Sequence[Path]) -> dict[str, Format]:
-    """Of compressed-tensors: whole numbers of 4 bits, or of 8 around zero, a scale for a group or a whole row."""
-    for group in section.get("config_groups", {}).values():
+    """Of compressed-tensors: whole numbers of 4 bits, or of 8 around zero, a scale for a group or a whole row; or
+    floats of 8 bits."""
+    groups = section.get("config_groups", {}).values()
+    if groups and all((one.get("format") or section.get("format")) == _FLOATS for one in groups):
+        return _floats(section, files)
+    for group in groups:
         weights = group.get("weights") or {}
         bits, form = weights.get("num_bits"), group.get("format") or section.get("format")
         plain = weights.get("type") == "int" and weights.get("strategy") in ("group", "channel")
@@ -124,9 +130,64 @@ def _compressed(section: Mapping[str, Any], files: Sequence[Path]) -> dict[str, 
     return found
 
 
-def _unpacked(_: Any, forms: Mapping[str, Format], files: Sequence[Path], key: str, dtype: torch.dtype) -> Quantised:
+def _floats(section: Mapping[str, Any], files: Sequence[Path]) -> dict[str, Format]:
+    """Floats of 8 bits: a scale for a block of rows and columns, for a row, or one for all."""
+    found: dict[str, Format] = {}
+    for file in files:
+        with safetensors.safe_open(file, "pt") as held:
+            names = set(held.keys())
+            for key in names:
+                dtype = held.get_slice(key).get_dtype()
+                scale = next((one for end in _SCALES if (one := f"{key}{end}") in names), None)
+                if scale is None and dtype.startswith("F8") and not key.endswith(_SCALES):
+                    raise SpecError(f"{key} of the base model is stored in {dtype} without a scale", NAME)
+                if scale is None:
+                    continue
+                rows, columns = held.get_slice(key).get_shape()
+                shape = held.get_slice(scale).get_shape()
+                block = columns if _by_row(shape, rows) else _block(section)[1]
+                if dtype != "F8_E4M3" or (block != columns and len(shape) != 2):
+                    said = f"{key} of the base model is stored in {dtype} with scales of {' x '.join(map(str, shape))}"
+                    raise SpecError(f"{said}; only F8_E4M3 by blocks, rows or as a whole is read", NAME)
+                found[key] = Format("fp8", block)
+    return dict(sorted(found.items()))
+
+
+def _by_row(shape: Sequence[int], rows: int) -> bool:
+    """Whether scales are one for each row, or one for all."""
+    return math.prod(shape) == 1 or list(shape) in ([rows], [rows, 1])
+
+
+def _block(section: Mapping[str, Any]) -> Sequence[int]:
+    """Rows and columns that share a scale."""
+    groups = section.get("config_groups", {}).values()
+    said = [(one.get("weights") or {}).get("block_structure") for one in groups] or [section.get("weight_block_size")]
+    if not said[0] or any(one != said[0] for one in said):
+        raise SpecError("the base model's config does not say which blocks of its weights share a scale", NAME)
+    return said[0]
+
+
+def _of_floats(
+    section: Mapping[str, Any], forms: Mapping[str, Format], files: Sequence[Path], key: str, dtype: torch.dtype
+) -> Quantised:
+    """A weight in floats of 8 bits as one of ours, which has scales for every row."""
+    tensors = _tensors(files, key)
+    codes, scales = tensors[""], next(tensors[end] for end in _SCALES if end in tensors).float()
+    rows = codes.shape[0]
+    if _by_row(scales.shape, rows):
+        scales = scales.reshape(-1, 1).expand(rows, 1)
+    else:
+        scales = scales.repeat_interleave(_block(section)[0], 0)[:rows]
+    return Quantised(codes.view(torch.uint8), scales.contiguous(), None, forms[key], dtype)
+
+
+def _unpacked(
+    section: Mapping[str, Any], forms: Mapping[str, Format], files: Sequence[Path], key: str, dtype: torch.dtype
+) -> Quantised:
     """A weight of compressed-tensors as one of ours: its codes count from the least number, ours of int8 from zero."""
     form, tensors = forms[key], _tensors(files, f"{key}_")
+    if form.method == "fp8":
+        return _of_floats(section, forms, files, key, dtype)
     bits = int(form.method.removeprefix("int"))
     codes, scales = _numbers(tensors["packed"], bits), tensors["scale"].float()
     if bits == 8:
@@ -195,5 +256,5 @@ def _numbers(packed: Tensor, bits: int) -> Tensor:
     return (packed.unsqueeze(-1) >> shifts & (2**bits - 1)).to(torch.uint8).flatten(-2)
 
 
-_FORMS = {BITSANDBYTES: _of_bitsandbytes, COMPRESSED: _compressed, GPTQ: _of_rows, AWQ: _of_rows}
-_READERS = {BITSANDBYTES: _held, COMPRESSED: _unpacked, GPTQ: _by_rows, AWQ: _by_rows}
+_FORMS = {BITSANDBYTES: _of_bitsandbytes, COMPRESSED: _compressed, GPTQ: _of_rows, AWQ: _of_rows, FP8: _floats}
+_READERS = {BITSANDBYTES: _held, COMPRESSED: _unpacked, GPTQ: _by_rows, AWQ: _by_rows, FP8: _of_floats}

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .stored import Stored, aten
 
-NF4 = "nf4"
+NF4, FP8 = "nf4", "fp8"
+_E4M3 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Format:
 
     Attributes:
         method: "nf4" (4-bit normal floats, Dettmers et al., arXiv 2305.14314, by bitsandbytes), "int4" (whole numbers
-            with a zero point) or "int8" (symmetric whole numbers).
+            with a zero point), "int8" (symmetric whole numbers) or "fp8" (E4M3 floats, arXiv 2209.05433).
         group: entries of a row that share a scale.
     """
 
@@ -33,7 +34,8 @@ class Quantised(Stored):
     """A frozen weight of shape (..., rows, columns) by its codes and scales.
 
     Attributes:
-        codes: (..., rows, columns) of int8, or (..., rows, columns / 2) of uint8, two entries in each.
+        codes: (..., rows, columns) of int8, of uint8 for "fp8" (its bits), or (..., rows, columns / 2) of uint8, two
+            entries in each.
         scales: (..., rows, columns / group), float32.
         zeros: uint8 of the scales' shape for "int4", else None.
         form: how to read them.
@@ -181,6 +183,17 @@ def _from_int8(codes: Tensor, scales: Tensor) -> Tensor:
     return (codes.unflatten(-1, (scales.shape[-1], -1)) * scales.unsqueeze(-1)).flatten(-2)
 
 
+def _to_fp8(weight: Tensor, group: int) -> tuple[Tensor, Tensor, None]:
+    values = _grouped(weight, group)
+    scales = values.abs().amax(-1) / torch.finfo(_E4M3).max
+    codes = (values / _divisor(scales).unsqueeze(-1)).to(_E4M3).view(torch.uint8)
+    return codes.flatten(-2), scales, None
+
+
+def _from_fp8(codes: Tensor, scales: Tensor) -> Tensor:
+    return _from_int8(codes.view(_E4M3).to(scales.dtype), scales)
+
+
 def _to_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
     values = _grouped(weight, group)
     least, most = values.amin(-1).clamp_(max=0), values.amax(-1).clamp_(min=0)
@@ -239,3 +252,4 @@ _METHODS: dict[str, tuple[Callable[..., Any], Callable[..., Tensor]]] = {
     "int4": (_to_int4, _from_int4),
 }
 METHODS = tuple(_METHODS)
+_METHODS[FP8] = _to_fp8, _from_fp8  # Of checkpoints alone.

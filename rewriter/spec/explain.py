@@ -89,6 +89,8 @@ def _explain(problem: Mapping[str, Any], data: Any) -> SpecError:
     if kind == "value_error":
         return SpecError(str(context["error"]), tuple(path))
     message = problem["msg"][0].lower() + problem["msg"][1:]
+    if kind in ("model_type", "model_attributes_type") and (known := _known_keys(tuple(path))):
+        message = f"should be keys with values (known: {', '.join(known)})"
     shown = repr(problem["input"])
     if isinstance(problem["input"], str | int | float | bool) and len(shown) < 60:
         message += f", not {shown}"

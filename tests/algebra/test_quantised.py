@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from rewriter.algebra import Format, Quantised, held_bytes
-from rewriter.algebra.quantised import METHODS
+from rewriter.algebra.quantised import FP8, METHODS
 
 # Bits of a code, and of what a group has beside its codes.
-BITS = {"nf4": (4, 32), "int4": (4, 32 + 8), "int8": (8, 32)}
-FORMS = [Format(method, group) for method in METHODS for group in (32, 64)]
+BITS = {"nf4": (4, 32), "int4": (4, 32 + 8), "int8": (8, 32), "fp8": (8, 32)}
+FORMS = [Format(method, group) for method in (*METHODS, FP8) for group in (32, 64)]
 named = {"ids": lambda one: f"{one.method}-{one.group}"}
 
 
@@ -20,7 +20,7 @@ def weight(*shape, dtype=torch.float32):
 
 
 def test_every_method_is_tried():
-    assert set(BITS) == set(METHODS)
+    assert set(BITS) == {*METHODS, FP8}
 
 
 @pytest.mark.parametrize("form", FORMS, **named)
