@@ -13,11 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 
 from ..adapters.store import check_origins, origins
 from ..errors import SubspanError, reason
@@ -29,7 +24,6 @@ from .schedules import NOW, Budget, Sizes
 TUNED, OPTIMISER, BUDGET, STATE = ("tuned.safetensors", "optimizer.safetensors", "budget.safetensors", "state.json")
 PREDICTIONS = "predictions.safetensors"
 EARLIER = "trainer_state.json"  # Where versions up to 0.1 kept the step and the log.
-_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 @dataclass
@@ -127,7 +121,7 @@ def save(tuning: Tuning, progress: Progress, folder: Path, keep: int, best: int 
             "spec": _digest(tuning.spec),
             "tied": dict(tuning.tied),
         }
-        flat = get_optimizer_state_dict(tuning.model, tuning.optimiser, options=_FLAT)
+        flat = _by_name(tuning.model, tuning.optimiser)
         tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
         state["optimiser"] = {n: v for n, v in flat.items() if n.startswith("state.") and n not in tensors}
         with aside(place_of(folder, progress.step)) as (place,):
@@ -212,6 +206,19 @@ def load_weights(tuning: Tuning, place: Path) -> None:
     tuning.budget.load(load_tensors(place / BUDGET))
 
 
+def _by_name(
+    model: TunedModel, optimiser: torch.optim.Optimizer, written: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The optimiser's state by the names of its parameters, which `written` is put into."""
+    from torch.distributed.checkpoint import state_dict  # Half as long to import as torch: not before the first step.
+
+    options = state_dict.StateDictOptions(flatten_optimizer_state_dict=True)
+    found = state_dict.get_optimizer_state_dict(model, optimiser, options=options)
+    if written is not None:
+        state_dict.set_optimizer_state_dict(model, optimiser, {**found, **written}, options=options)
+    return found
+
+
 def _load_optimiser(tuning: Tuning, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
     model, optimiser = tuning.model, tuning.optimiser
     if not any(name.startswith("state.") for name in tensors) and not numbers:
@@ -223,8 +230,7 @@ def _load_optimiser(tuning: Tuning, tensors: dict[str, Tensor], numbers: dict[st
         optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
         return
     written = {**tensors, **numbers}
-    now = get_optimizer_state_dict(model, optimiser, options=_FLAT)
-    set_optimizer_state_dict(model, optimiser, {**now, **written}, options=_FLAT)
+    _by_name(model, optimiser, written)
     for name, parameter in model.named_parameters():  # What no gradient had reached yet has no state.
         if parameter in optimiser.state and not any(key.startswith(f"state.{name}.") for key in written):
             del optimiser.state[parameter]

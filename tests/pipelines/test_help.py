@@ -57,7 +57,10 @@ def test_help_loads_nothing_heavy(name, more):
         ("import rewriter", HEAVY),
         ("import rewriter; dir(rewriter)", HEAVY),
         ("from rewriter import Inputs, Rule, merge, plan, rewrite, save_adapter, trace", HEAVY - {"torch"}),
-        ("from rewriter import Session", {"onnx", "onnxruntime", "sklearn", "optuna", "peft"}),
+        (
+            "from rewriter import Session",
+            {"onnx", "onnxruntime", "sklearn", "optuna", "peft", "torch.distributed.checkpoint"},
+        ),
     ],
 )
 def test_names_are_imported_when_they_are_used(code, without):
