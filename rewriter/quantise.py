@@ -25,7 +25,8 @@ def quantise(model: nn.Module, how: Quantise, others: Collection[str] = ()) -> t
         others: names of parameters that stay as they are: heads.
 
     Returns:
-        A sentence for the matrices that stay as they are since their rows can't be divided into groups.
+        A sentence for the weights that stay as they are: rows can't be divided into groups, or what is done with them
+        is not known.
 
     Raises:
         SpecError: at `model.quantise`: nothing is quantised, or a library is missing.
@@ -43,10 +44,15 @@ def quantise(model: nn.Module, how: Quantise, others: Collection[str] = ()) -> t
         done += 1
     if not done:
         raise SpecError("there is nothing to quantise: no linear layer's rows divide into groups", PLACE)
-    if not stay:
-        return ()
-    said = f"{len(stay)} weights are not quantised, e.g. {stay[0]}"
-    return (f"{said}: their rows do not divide into groups of {how.group}",)
+    notes = []
+    if stay:
+        said = f"{len(stay)} weights are not quantised, e.g. {stay[0]}"
+        notes.append(f"{said}: their rows do not divide into groups of {how.group}")
+    many = [name for name, one in model.named_parameters() if one.ndim > 2 and one.shape[0] > 1]
+    if left := [name for name in many if name not in stay and not isinstance(model.get_parameter(name), Quantised)]:
+        said = f"{len(left)} weights of more than two dimensions are not quantised, e.g. {left[0]}"
+        notes.append(f"{said}: what is done with them is not known")
+    return tuple(notes)
 
 
 def adopt(model: nn.Module, forms: Mapping[str, Format], held: Held | None) -> set[str]:

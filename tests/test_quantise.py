@@ -93,6 +93,15 @@ def test_experts_are_quantised():
     } == {2, 3}
 
 
+def test_batches_of_weights_that_are_no_experts_stay_and_are_said():
+    model, _ = build("mixtral", torch.float32)
+    for module in model.modules():
+        if type(module).__name__.endswith("Experts"):
+            module.__class__ = type("Several", (type(module),), {})
+    (note,) = quantise(model, INT4)
+    assert note.startswith("4 weights of more than two dimensions are not quantised, e.g. model.layers.0.mlp.experts.")
+
+
 def test_rows_that_do_not_divide_stay_and_are_said():
     with pytest.raises(SpecError, match=r"nothing to quantise"):
         quantise(torch.nn.Sequential(torch.nn.Linear(48, 8)), Quantise(method="int4", group=32))
