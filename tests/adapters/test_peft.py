@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from rewriter import Rule, SubspanError, load_adapter, plan, rewrite, save_adapter, trace, tuned_parameters
 from rewriter.adapters.from_peft import tuned_from
 from rewriter.adapters.to_peft import save_peft
-from rewriter.transforms import TRANSFORMS, Place
 from tests.architectures import build, inputs_of
 
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
@@ -138,9 +137,25 @@ def frozen(arch):
     return inputs, trace(model.float().double(), inputs)
 
 
+# What is tuned here stands for PEFT's tensors otherwise than entry by entry, or PEFT changes the bias by it too;
+# tests/methods/test_oracle.py has their gradients. The backward of PEFT's C3A is not its forward's in blocks over 2.
+OTHERWISE = {"lokr", "boft", "road", "road, groups", "glora", "ia3", "c3a"}
+
+
+def gradients(folder, their, model):
+    """PEFT's gradients as our tensors have them: a folder that holds them in the place of the tensors."""
+    other = copy.deepcopy(their)
+    for p, q in zip(their.parameters(), other.parameters(), strict=True):
+        if p.requires_grad:
+            q.data = torch.zeros_like(p) if p.grad is None else p.grad.clone()
+    found, file = peft.get_peft_model_state_dict(other), folder / "adapter_model.safetensors"
+    save_file({name: found.get(name, value).double().clone() for name, value in load_file(file).items()}, file)
+    return {name: value.detach() for name, value in tuned_parameters(tuned_from(model, folder)[0]).items()}
+
+
 @pytest.mark.parametrize(("name", "arch"), CASES)
 def test_there_and_back(name, arch, tmp_path):
-    """Logits, gradients where the same tensors are tuned, our own adapter's file, and PEFT's folder again."""
+    """Logits, gradients, our own adapter's file, and PEFT's folder again."""
     base, their = theirs(name, arch)
     close = {"rtol": 5e-5, "atol": 5e-5} if name in ROUGH else CLOSE
     their.save_pretrained(tmp_path / "peft")
@@ -148,14 +163,23 @@ def test_there_and_back(name, arch, tmp_path):
     tuned, _ = tuned_from(model, tmp_path / "peft")
     assert CONFIGS[name][3] in {one.name for site in tuned.plan.sites for one, _ in site.chain}
     batch = inputs_of(arch, inputs, 3, 9)
-    expected = their.double()(**batch).logits
-    torch.testing.assert_close(tuned.eval()(**batch).logits, expected, **close)
+    found, expected = tuned.eval()(**batch).logits, their.double()(**batch).logits
+    torch.testing.assert_close(found, expected, **close)
     save_adapter(tuned, tmp_path / "ours")
     again = load_adapter(model, tmp_path / "ours").eval()
     torch.testing.assert_close(again(**batch).logits, expected, **close)
     save_peft(again, tmp_path / "again", task_type=TASKS[arch])
     back = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "again").eval().double()
     torch.testing.assert_close(back(**batch).logits, expected, **close)
+    if name in OTHERWISE:
+        return
+    for logits in (found, expected):
+        logits.square().sum().backward()
+    there = gradients(tmp_path / "peft", their, model)
+    for leaf, value in tuned_parameters(tuned).items():
+        grad = torch.zeros_like(value) if value.grad is None else value.grad  # Of what is not read.
+        # Of norms and factors that PEFT has in float32.
+        assert float((grad - there[leaf]).norm()) <= 2e-5 * float(there[leaf].norm()) + 1e-9, leaf
 
 
 @pytest.mark.parametrize("biases", ["all", "lora_only"])
@@ -183,48 +207,6 @@ def test_another_base_s_singular_vectors_are_refused(tmp_path):
     save_file(held | {key: held[key].flip(1).contiguous()}, file)
     with pytest.raises(SubspanError, match="query: tinylora_A is not of the weight's singular vectors"):
         load_adapter(frozen("bert")[1], tmp_path)
-
-
-LINEAR = {
-    "lora",
-    "dora",
-    "hra",
-    "miss",
-    "fourierft",
-    "hira",
-    "shira",
-    "gralora",
-    "deft",
-    "peanut",
-    "loha",
-    "waveft",
-}
-
-
-@pytest.mark.parametrize("name", sorted(LINEAR))
-def test_gradients_go_on_as_theirs(name, tmp_path):
-    _, their = theirs(name, "bert")
-    close = 1e-3 if name in ROUGH else 1e-6
-    their.save_pretrained(tmp_path)
-    inputs, model = frozen("bert")
-    tuned = load_adapter(model, tmp_path).eval()
-    their = their.double()
-    batch = inputs_of("bert", inputs, 3, 9)
-    for one in (tuned, their):
-        one(**batch).logits.square().sum().backward()
-    there = {n: p.grad for n, p in their.named_parameters() if p.grad is not None}
-    stored = TRANSFORMS[name].peft.tensors
-    checked = 0
-    for key, value in tuned_parameters(tuned).items():
-        place, _, leaf = key.rpartition(f".{name}.")
-        if leaf not in stored:
-            continue
-        end = f"{place.removesuffix('.weight')}.{stored[leaf].name}".replace(".weight", "")
-        (grad,) = [g for n, g in there.items() if end in n.replace(".default", "").replace(".weight", "")]
-        expected = stored[leaf].ours(grad, Place(0, 0, None)).reshape(value.shape)
-        assert float((value.grad - expected).norm()) <= close * float(expected.norm())
-        checked += 1
-    assert checked >= 4
 
 
 def edited(folder, **changes):
