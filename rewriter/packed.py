@@ -19,7 +19,9 @@ from .errors import SpecError
 
 # (name in the checkpoint, floating type) -> the weight.
 Held = Callable[[str, torch.dtype], Quantised]
-_PACKED = "weight_packed"
+# Name of a tensor -> its file; parts of a weight may be in several.
+Places = Mapping[str, Path]
+_PACKED = "packed"
 _FORMAT, _FLOATS = "pack-quantized", "float-quantized"
 _ROWS = "qweight"
 _SCALES = ("_scale_inv", "_scale")  # Both are factors.
@@ -51,35 +53,89 @@ def in_few_bits(section: Mapping[str, Any], location: str, revision: str) -> tup
     Raises:
         SpecError: there are none, they are of a hub, or of a kind that is not read; or a library is missing.
     """
-    method, files = section["quant_method"], weight_files(location, revision) or []
-    forms = _FORMS[method](section, files)
-    if not forms:
+    method, places = section["quant_method"], {}
+    for file in weight_files(location, revision) or []:
+        with safetensors.safe_open(file, "pt") as held:
+            places |= dict.fromkeys(held.keys(), file)
+    if not places:
         said = f"the base model is quantised by {method}, and its weights are not in a folder of it"
         raise SpecError(f"{said}; save it to one", NAME)
-    return forms, partial(_READERS[method], section, forms, files)
+    forms = _FORMS[method](section, places)
+    if not forms:
+        raise SpecError(f"its config says that the base model is quantised by {method}, and no weight of it is", NAME)
+    return forms, partial(_READERS[method], section, forms, places)
 
 
-def _of_bitsandbytes(_: Mapping[str, Any], files: Sequence[Path]) -> dict[str, Format]:
+def _tensor(places: Places, key: str) -> Tensor:
+    with safetensors.safe_open(places[key], "pt") as held:
+        return held.get_tensor(key)
+
+
+def _tensors(places: Places, start: str) -> dict[str, Tensor]:
+    """What is stored under names that start so, by the rest of them."""
+    return {key.removeprefix(start): _tensor(places, key) for key in places if key.startswith(start)}
+
+
+def _described(places: Places, key: str, types: Sequence[str] | None, dimensions: int | None = 2) -> list[int]:
+    """The shape of a tensor.
+
+    Args:
+        types: of safetensors, that it may have; None: any.
+        dimensions: that it has; None: any.
+
+    Raises:
+        SpecError: it is missing, or not so.
+    """
+    if key not in places:
+        raise SpecError(f"{key} of the base model is missing", NAME)
+    with safetensors.safe_open(places[key], "pt") as held:
+        part = held.get_slice(key)
+        shape, dtype = part.get_shape(), part.get_dtype()
+    if (types and dtype not in types) or dimensions not in (None, len(shape)):
+        said = f"{key} of the base model is {' x '.join(map(str, shape)) or 'a number'} of {dtype}"
+        raise SpecError(f"{said}, which is not what its config says", NAME)
+    return shape
+
+
+_FLOATING = ("F32", "F16", "BF16")
+
+
+def _group(section: Mapping[str, Any], layer: str, columns: int, groups: int, said: Sequence[int | None]) -> int:
+    """Entries of a row that share a scale.
+
+    Args:
+        said: by the config; None or -1: all.
+
+    Raises:
+        SpecError: the file has others.
+    """
+    for one in said:
+        size = columns if one in (None, -1) else one
+        if size * groups == columns:
+            return size
+    own = " or ".join("rows" if one in (None, -1) else f"groups of {one}" for one in said)
+    raise SpecError(f"{layer} of the base model has {groups} scales for {columns} inputs; {own} are read", NAME)
+
+
+def _of_bitsandbytes(_: Mapping[str, Any], places: Places) -> dict[str, Format]:
     check_library(NAME)
     found: dict[str, Format] = {}
-    for file in files:
-        with safetensors.safe_open(file, "pt") as held:
-            for key in held.keys():  # noqa: SIM118 - no mapping
-                weight, _, kind = key.partition(f".quant_state.{BITSANDBYTES}__")
-                if kind:
-                    if kind != NF4:
-                        raise SpecError(f"{weight} of the base model is stored in {kind}; only {NF4} is read", NAME)
-                    state = json.loads(bytes(held.get_tensor(key).tolist()))
-                    found[weight] = Format(NF4, state["blocksize"])
-                elif key.endswith(".SCB"):
-                    weight = f"{key.removesuffix('.SCB')}.weight"
-                    found[weight] = Format("int8", held.get_slice(weight).get_shape()[-1])
+    for key in places:
+        weight, _, kind = key.partition(f".quant_state.{BITSANDBYTES}__")
+        if kind:
+            if kind != NF4:
+                raise SpecError(f"{weight} of the base model is stored in {kind}; only {NF4} is read", NAME)
+            state = json.loads(bytes(_tensor(places, key).tolist()))
+            found[weight] = Format(NF4, state["blocksize"])
+        elif key.endswith(".SCB"):
+            weight = f"{key.removesuffix('.SCB')}.weight"
+            found[weight] = Format("int8", _described(places, weight, ("I8",))[-1])
     return found
 
 
-def _held(_: Any, forms: Mapping[str, Format], files: Sequence[Path], key: str, dtype: torch.dtype) -> Quantised:
+def _held(_: Any, forms: Mapping[str, Format], places: Places, key: str, dtype: torch.dtype) -> Quantised:
     """A weight of bitsandbytes as one of ours."""
-    form, tensors = forms[key], _tensors(files, key.removesuffix("weight"))
+    form, tensors = forms[key], _tensors(places, key.removesuffix("weight"))
     codes = tensors["weight"]
     if form.method != NF4:
         return Quantised(codes, tensors["SCB"].float().view(-1, 1) / 127, None, form, dtype)
@@ -93,64 +149,70 @@ def _held(_: Any, forms: Mapping[str, Format], files: Sequence[Path], key: str, 
     return Quantised(codes, scales.float().view(rows, columns // form.group), None, form, dtype)
 
 
-def _tensors(files: Sequence[Path], start: str) -> dict[str, Tensor]:
-    """What is stored under names that start so, by the rest of them."""
-    found = {}
-    for file in files:
-        with safetensors.safe_open(file, "pt") as held:
-            own = [name for name in held.keys() if name.startswith(start)]  # noqa: SIM118 - no mapping
-            found |= {name.removeprefix(start): held.get_tensor(name) for name in own}
-    return found
-
-
-def _compressed(section: Mapping[str, Any], files: Sequence[Path]) -> dict[str, Format]:
+def _compressed(section: Mapping[str, Any], places: Places) -> dict[str, Format]:
     """Of compressed-tensors: whole numbers of 4 bits, or of 8 around zero, a scale for a group or a whole row; or
     floats of 8 bits."""
-    groups = section.get("config_groups", {}).values()
-    if groups and all((one.get("format") or section.get("format")) == _FLOATS for one in groups):
-        return _floats(section, files)
-    for group in groups:
-        weights = group.get("weights") or {}
-        bits, form = weights.get("num_bits"), group.get("format") or section.get("format")
-        plain = weights.get("type") == "int" and weights.get("strategy") in ("group", "channel")
-        plain &= not weights.get("actorder") and not group.get("input_activations")
-        if not plain or form != _FORMAT or bits not in (4, 8) or not (bits == 4 or weights.get("symmetric", True)):
-            said = f"the base model is stored as {form}, {weights.get('type')}{bits} by {weights.get('strategy')}"
+    for key in ("transform_config", "sparsity_config"):
+        if section.get(key) and section[key].get("format") != "dense":
+            raise SpecError(f"the base model's weights are stored with a {key}, which is not read", NAME)
+    groups = list(section.get("config_groups", {}).values())
+    weights = [one.get("weights") or {} for one in groups]
+    formats = [one.get("format") or section.get("format") for one in groups]
+    if groups and set(formats) == {_FLOATS}:
+        return _floats(section, places)
+    for group, own, form in zip(groups, weights, formats, strict=True):
+        bits = own.get("num_bits")
+        plain = own.get("type") == "int" and own.get("strategy") in ("group", "channel")
+        plain &= not own.get("actorder") and not group.get("input_activations")
+        if not plain or form != _FORMAT or bits not in (4, 8) or not (bits == 4 or own.get("symmetric", True)):
+            said = f"the base model is stored as {form}, {own.get('type')}{bits} by {own.get('strategy')}"
             said += f"; only {_FORMAT} of weights alone, int4 or symmetric int8, by group or channel, in order, is read"
             raise SpecError(said, NAME)
     found: dict[str, Format] = {}
-    for file in files:
-        with safetensors.safe_open(file, "pt") as held:
-            for key in held.keys():  # noqa: SIM118 - no mapping
-                if key.endswith(f".{_PACKED}"):
-                    _, columns = held.get_tensor(key.replace(_PACKED, "weight_shape")).tolist()
-                    bits = 32 * held.get_slice(key).get_shape()[1] // columns
-                    groups = held.get_slice(key.replace(_PACKED, "weight_scale")).get_shape()[1]
-                    found[key.replace(_PACKED, "weight")] = Format(f"int{bits}", columns // groups)
+    for key in places:
+        name = key.removesuffix(f"_{_PACKED}")
+        if name == key or not key.endswith(f".weight_{_PACKED}"):
+            continue
+        _described(places, f"{name}_shape", None, 1)
+        rows, columns = _tensor(places, f"{name}_shape").tolist()
+        shape = _described(places, key, ("I32",))
+        fitting = [own for own in weights if shape == [rows, -(-columns * own["num_bits"] // 32)]]
+        zero = f"{name}_zero_point" in places
+        fitting = [own for own in fitting if own.get("symmetric", True) != zero]
+        if not fitting or f"{name}_g_idx" in places:
+            words = f"{' x '.join(map(str, shape))} words of codes"
+            how = "an order of inputs" if fitting else f"{words}, with{'' if zero else 'out'} zero points"
+            raise SpecError(f"{name} of the base model is stored in {how}; its config says otherwise", NAME)
+        scales = _described(places, f"{name}_scale", _FLOATING)
+        said = [own.get("group_size") if own["strategy"] == "group" else None for own in fitting]
+        found[name] = Format(f"int{fitting[0]['num_bits']}", _group(section, name, columns, scales[1], said))
     return found
 
 
-def _floats(section: Mapping[str, Any], files: Sequence[Path]) -> dict[str, Format]:
+def _floats(section: Mapping[str, Any], places: Places) -> dict[str, Format]:
     """Floats of 8 bits: a scale for a block of rows and columns, for a row, or one for all."""
     found: dict[str, Format] = {}
-    for file in files:
+    for key, file in places.items():
         with safetensors.safe_open(file, "pt") as held:
-            names = set(held.keys())
-            for key in names:
-                dtype = held.get_slice(key).get_dtype()
-                scale = next((one for end in _SCALES if (one := f"{key}{end}") in names), None)
-                if scale is None and dtype.startswith("F8") and not key.endswith(_SCALES):
-                    raise SpecError(f"{key} of the base model is stored in {dtype} without a scale", NAME)
-                if scale is None:
-                    continue
-                rows, columns = held.get_slice(key).get_shape()
-                shape = held.get_slice(scale).get_shape()
-                block = columns if _by_row(shape, rows) else _block(section)[1]
-                if dtype != "F8_E4M3" or (block != columns and len(shape) != 2):
-                    said = f"{key} of the base model is stored in {dtype} with scales of {' x '.join(map(str, shape))}"
-                    raise SpecError(f"{said}; only F8_E4M3 by blocks, rows or as a whole is read", NAME)
-                found[key] = Format("fp8", block)
-    return dict(sorted(found.items()))
+            dtype = held.get_slice(key).get_dtype()
+        scale = next((one for end in _SCALES if (one := f"{key}{end}") in places), None)
+        if scale is None and dtype.startswith("F8") and not key.endswith(_SCALES):
+            raise SpecError(f"{key} of the base model is stored in {dtype} without a scale", NAME)
+        if scale is None:
+            continue
+        rows, columns = _described(places, key, ("F8_E4M3",))
+        shape = _described(places, scale, (*_FLOATING, "F8_E8M0"), None)
+        if f"{key}_zero_point" in places:
+            raise SpecError(f"{key} of the base model is stored with zero points, which are not read", NAME)
+        if _by_row(shape, rows):
+            found[key] = Format("fp8", columns)
+            continue
+        high, wide = _block(section)
+        if shape != [-(-rows // high), -(-columns // wide)]:
+            said = f"{scale} of the base model is {' x '.join(map(str, shape))}"
+            raise SpecError(f"{said}, and {rows} x {columns} weights are not so many blocks of {high} x {wide}", NAME)
+        found[key] = Format("fp8", wide)
+    return found
 
 
 def _by_row(shape: Sequence[int], rows: int) -> bool:
@@ -162,16 +224,19 @@ def _block(section: Mapping[str, Any]) -> Sequence[int]:
     """Rows and columns that share a scale."""
     groups = section.get("config_groups", {}).values()
     said = [(one.get("weights") or {}).get("block_structure") for one in groups] or [section.get("weight_block_size")]
-    if not said[0] or any(one != said[0] for one in said):
-        raise SpecError("the base model's config does not say which blocks of its weights share a scale", NAME)
-    return said[0]
+    first = said[0]
+    sizes = isinstance(first, list) and len(first) == 2 and all(isinstance(one, int) and one > 0 for one in first)
+    if not sizes or any(one != first for one in said):
+        said = "the base model's config does not say how many rows and columns of its weights share a scale"
+        raise SpecError(f"{said}, e.g. [128, 128]", NAME)
+    return first
 
 
 def _of_floats(
-    section: Mapping[str, Any], forms: Mapping[str, Format], files: Sequence[Path], key: str, dtype: torch.dtype
+    section: Mapping[str, Any], forms: Mapping[str, Format], places: Places, key: str, dtype: torch.dtype
 ) -> Quantised:
     """A weight in floats of 8 bits as one of ours, which has scales for every row."""
-    tensors = _tensors(files, key)
+    tensors = _tensors(places, key)
     codes, scales = tensors[""], next(tensors[end] for end in _SCALES if end in tensors).float()
     rows = codes.shape[0]
     if _by_row(scales.shape, rows):
@@ -182,46 +247,49 @@ def _of_floats(
 
 
 def _unpacked(
-    section: Mapping[str, Any], forms: Mapping[str, Format], files: Sequence[Path], key: str, dtype: torch.dtype
+    section: Mapping[str, Any], forms: Mapping[str, Format], places: Places, key: str, dtype: torch.dtype
 ) -> Quantised:
     """A weight of compressed-tensors as one of ours: its codes count from the least number, ours of int8 from zero."""
-    form, tensors = forms[key], _tensors(files, f"{key}_")
+    form, tensors = forms[key], _tensors(places, f"{key}_")
     if form.method == "fp8":
-        return _of_floats(section, forms, files, key, dtype)
+        return _of_floats(section, forms, places, key, dtype)
     bits = int(form.method.removeprefix("int"))
-    codes, scales = _numbers(tensors["packed"], bits), tensors["scale"].float()
+    rows, columns = tensors["shape"].tolist()
+    codes, scales = _numbers(tensors[_PACKED], bits)[:, :columns], tensors["scale"].float()
     if bits == 8:
         return Quantised((codes.int() - 128).to(torch.int8), scales, None, form, dtype)
     zeros = torch.full_like(scales, 8, dtype=torch.uint8)
     if "zero_point" in tensors:  # Packed along the rows.
-        zeros = _numbers(tensors["zero_point"].t().contiguous(), bits).t()[: len(scales)].contiguous()
+        zeros = _numbers(tensors["zero_point"].t().contiguous(), bits).t()[:rows].contiguous()
     return Quantised(in_pairs(codes), scales, zeros, form, dtype)
 
 
-def _of_rows(section: Mapping[str, Any], files: Sequence[Path]) -> dict[str, Format]:
+def _of_rows(section: Mapping[str, Any], places: Places) -> dict[str, Format]:
     """Of GPTQ and AWQ: whole numbers of 4 bits, a scale and a zero for a group of inputs, in order."""
     method, bits, layout = section["quant_method"], section.get("bits"), _layout(section)
     if bits != 4 or layout not in _LAYOUTS[method]:
-        said = f"the base model is stored by {method} in {bits} bits as {layout}"
+        said = f"the base model is stored by {method} in {bits!r} bits as {layout}"
         raise SpecError(f"{said}; only 4 bits as {' or '.join(_LAYOUTS[method])} is read", NAME)
     found: dict[str, Format] = {}
-    for file in files:
-        with safetensors.safe_open(file, "pt") as held:
-            for key in held.keys():  # noqa: SIM118 - no mapping
-                layer, _, name = key.rpartition(".")
-                if name != _ROWS:
-                    continue
-                inputs = held.get_slice(key).get_shape()[0] * (8 if method == GPTQ else 1)
-                groups, outputs = held.get_slice(f"{layer}.scales").get_shape()
-                if held.get_slice(f"{layer}.qzeros").get_shape()[1] * 8 != outputs:
-                    raise SpecError(f"{layer} of the base model is not in 4 bits as its config says", NAME)
-                group = inputs // groups
-                if f"{layer}.g_idx" in held.keys():  # noqa: SIM118 - no mapping
-                    order = held.get_tensor(f"{layer}.g_idx").long()
-                    if not torch.equal(order, torch.arange(inputs) // group):
-                        said = f"{layer} of the base model has its inputs in the order of desc_act, which is not read"
-                        raise SpecError(f"{said}; quantise it with desc_act: false", NAME)
-                found[f"{layer}.weight"] = Format("int4", group)
+    for key in places:
+        layer, _, name = key.rpartition(".")
+        if name != _ROWS:
+            continue
+        first, second = _described(places, key, ("I32",))
+        groups, outputs = _described(places, f"{layer}.scales", _FLOATING)
+        inputs = first * 8 if method == GPTQ else first
+        words = -(-outputs // 8)
+        packed = outputs if method == GPTQ else words
+        if second != packed or _described(places, f"{layer}.qzeros", ("I32",)) != [groups, words]:
+            raise SpecError(f"{layer} of the base model is not in 4 bits as {method} packs them", NAME)
+        group = _group(section, layer, inputs, groups, [section.get("group_size")])
+        order = _tensor(places, f"{layer}.g_idx").long() if f"{layer}.g_idx" in places else None
+        plain = torch.arange(inputs) // group
+        if not section.get("desc_act") if order is None else torch.equal(order, plain):
+            found[f"{layer}.weight"] = Format("int4", group)
+            continue
+        said = f"{layer} of the base model has its inputs in the order of desc_act, which is not read"
+        raise SpecError(f"{said}; quantise it with desc_act: false", NAME)
     return found
 
 
@@ -234,11 +302,11 @@ def _layout(section: Mapping[str, Any]) -> str:
 
 
 def _by_rows(
-    section: Mapping[str, Any], forms: Mapping[str, Format], files: Sequence[Path], key: str, dtype: torch.dtype
+    section: Mapping[str, Any], forms: Mapping[str, Format], places: Places, key: str, dtype: torch.dtype
 ) -> Quantised:
     """A weight of GPTQ or AWQ as one of ours: they have inputs before outputs. GPTQ packs codes along the inputs, and
     writes zeros less one but in its second format; AWQ packs along the outputs, eight in an order of its own."""
-    tensors = _tensors(files, key.removesuffix("weight"))
+    tensors = _tensors(places, key.removesuffix("weight"))
     codes, zeros = tensors[_ROWS], _numbers(tensors["qzeros"], 4)
     if section["quant_method"] == GPTQ:
         codes = _numbers(codes.t(), 4)
@@ -247,6 +315,7 @@ def _by_rows(
         codes, zeros = (one.unflatten(1, (-1, 8))[..., _AWQ_ORDER].flatten(1) for one in (_numbers(codes, 4), zeros))
         codes = codes.t()
     scales = tensors["scales"].float().t().contiguous()
+    zeros = zeros[:, : len(scales)]
     return Quantised(in_pairs(codes.contiguous()), scales, zeros.t().contiguous(), forms[key], dtype)
 
 

@@ -71,12 +71,14 @@ def adopt(model: nn.Module, forms: Mapping[str, Format], held: Held | None) -> s
     """
     done = set()
     names = {name for name, _ in model.named_parameters()}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - names
     base = f"{model.base_model_prefix}."
     for key, form in forms.items():
         there = [one for one in (key, f"{base}{key}", key.removeprefix(base)) if one in names]
         layer = model.get_submodule(there[0].rpartition(".")[0]) if there else None
         if not isinstance(layer, nn.Linear | Conv1D):
             said = "the model has no such weight" if layer is None else "it is none of a linear layer"
+            said = "the config ties it to another weight" if key in tied else said
             raise SpecError(f"{key} is stored in few bits, and {said}", ("model", "name"))
         turned = isinstance(layer, Conv1D)  # It has inputs before outputs, codes have them after.
         weight = layer.weight.t() if turned else layer.weight

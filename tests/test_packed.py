@@ -125,15 +125,16 @@ def test_the_type_that_is_asked_for_is_what_is_computed_in(tmp_path, dtype):
 
 
 def packed(numbers, bits):
-    """Numbers from 0 on, the first in the lowest bits of int32, along the last dimension."""
+    """Numbers from 0 on, the first in the lowest bits of int32, along the last dimension, which is filled up."""
+    numbers = torch.nn.functional.pad(numbers, (0, -numbers.shape[-1] % (32 // bits)))
     some = numbers.long().unflatten(-1, (-1, 32 // bits)) << torch.arange(0, 32, bits)
     return some.sum(-1).to(torch.int32)
 
 
-def by_compressed_tensors(folder, bits, group, symmetric, **more):
+def by_compressed_tensors(folder, bits, group, symmetric, sizes=None, **more):
     """A spec over a checkpoint as compressed-tensors packs it, and the model that it means."""
     torch.manual_seed(0)
-    model, held = hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA)), {}
+    model, held = hf.LlamaForCausalLM(hf.LlamaConfig(**(LLAMA | (sizes or {})))), {}
     half = 2 ** (bits - 1)
     for name, layer in model.named_modules():
         if isinstance(layer, torch.nn.Linear) and name != "lm_head":
@@ -174,6 +175,54 @@ def test_checkpoints_of_compressed_tensors_are_taken_over_with_their_codes(tmp_p
         session.tune(tmp_path / "run")
         report = session.export()
         assert report["max_abs_diff"] < 1e-5 and report["requantised"]["method"] == f"int{bits}"
+
+
+NARROW = {"hidden_size": 36, "intermediate_size": 44, "num_attention_heads": 3, "num_key_value_heads": 3}
+
+
+@pytest.mark.parametrize(("bits", "group", "symmetric"), [(4, None, True), (4, 4, False), (8, None, True)])
+def test_rows_that_fill_no_whole_words(tmp_path, bits, group, symmetric):
+    spec, meant = by_compressed_tensors(tmp_path, bits, group, symmetric, NARROW)
+    own = Session(spec).prepare().pretrained.model
+    for name, value in meant.named_parameters():
+        found = own.get_parameter(name)
+        torch.testing.assert_close(found.dense() if "_proj" in name else found, value)
+
+
+def changed(folder, change, **section):
+    """few/ with other tensors, and other keys in what its config says of them."""
+    file, config = folder / "few/model.safetensors", folder / "few/config.json"
+    save_file({name: one.contiguous() for name, one in change(load_file(file)).items()}, file, {"format": "pt"})
+    written = json.loads(config.read_text())
+    config.write_text(json.dumps(written | {"quantization_config": written["quantization_config"] | section}))
+
+
+def without(end):
+    return lambda held: {name: one for name, one in held.items() if not name.endswith(end)}
+
+
+def also(end, value):
+    return lambda held: held | {f"model.layers.0.self_attn.q_proj.{end}": value}
+
+
+@pytest.mark.parametrize(
+    ("symmetric", "change", "section", "said"),
+    [
+        (False, without("0.mlp.up_proj.weight_zero_point"), {}, "up_proj.weight of .*without zero points; its config"),
+        (True, also("weight_zero_point", torch.zeros(8, 2, dtype=torch.int32)), {}, "with zero points; its config"),
+        (True, also("weight_g_idx", torch.arange(64).int()), {}, "q_proj.weight of .* in an order of inputs"),
+        (True, also("weight_scale", torch.ones(64, 4)), {}, "4 scales for 64 inputs; groups of 32 are read"),
+        (True, without("0.mlp.up_proj.weight_scale"), {}, "up_proj.weight_scale of the base model is missing"),
+        (True, dict, {"transform_config": {"config_groups": {"u": {}}}}, "stored with a transform_config, which"),
+        (True, dict, {"sparsity_config": {"format": "sparse-24-bitmask"}}, "stored with a sparsity_config, which"),
+    ],
+    ids=["no zeros", "zeros", "order", "groups", "no scale", "turned", "sparse"],
+)
+def test_files_that_their_config_contradicts_are_refused(tmp_path, symmetric, change, section, said):
+    spec, _ = by_compressed_tensors(tmp_path, 4, 32, symmetric)
+    changed(tmp_path, change, **section)
+    with pytest.raises(SubspanError, match=rf"spec.yaml:2:.*{said}"):
+        Session(spec).plan()
 
 
 @pytest.mark.parametrize(
@@ -252,6 +301,48 @@ def test_a_checkpoint_of_gptq_is_tuned_and_merged(tmp_path):
     assert report["max_abs_diff"] < 1e-5 and report["requantised"]["method"] == "int4"
 
 
+@pytest.mark.parametrize(
+    ("kind", "change", "section", "said"),
+    [
+        ("gptq", also("qzeros", torch.zeros(1, 8, dtype=torch.int32)), {}, "q_proj of .* not in 4 bits as gptq packs"),
+        ("gptq", also("qweight", torch.zeros(8, 64, dtype=torch.int8)), {}, "q_proj.qweight of .* 8 x 64 of I8, which"),
+        ("gptq", also("scales", torch.ones(2, 64, dtype=torch.int32)), {}, "q_proj.scales of .* 2 x 64 of I32, which"),
+        ("gptq", dict, {"group_size": 16}, "scales for .* inputs; groups of 16 are read"),
+        ("gptq", dict, {"bits": "4"}, "by gptq in '4' bits"),
+        ("gptq", dict, {"quant_method": "awq", "checkpoint_format": "gemm"}, "not in 4 bits as awq packs them"),
+        ("awq", dict, {"desc_act": True}, "in the order of desc_act"),
+        ("awq", without("q_proj.scales"), {}, "q_proj.scales of the base model is missing"),
+    ],
+    ids=["zeros", "type", "scales", "groups", "text", "other", "order", "missing"],
+)
+def test_files_of_rows_that_their_config_contradicts_are_refused(tmp_path, kind, change, section, said):
+    spec, *_ = by_rows(tmp_path, kind, hf.LlamaConfig(**LLAMA), 32, "gptq" if kind == "gptq" else "gemm")
+    changed(tmp_path, change, **section)
+    with pytest.raises(SubspanError, match=rf"spec.yaml:2:.*{said}"):
+        Session(spec).plan()
+
+
+@pytest.mark.parametrize("kind", ["gptq", "compressed-tensors", "fp8"])
+def test_a_weight_s_parts_may_lie_in_several_files(tmp_path, kind):
+    if kind == "gptq":
+        spec, meant, _ = by_rows(tmp_path, kind, hf.LlamaConfig(**LLAMA), 32, "gptq")
+    elif kind == "fp8":
+        spec, meant, _ = by_floats(tmp_path, BLOCKS, "_scale_inv", (32, 16))
+    else:
+        spec, meant = by_compressed_tensors(tmp_path, 4, 32, False)
+    file = tmp_path / "few/model.safetensors"
+    held = load_file(file)
+    index = {name: f"model-0000{i % 3 + 1}-of-00003.safetensors" for i, name in enumerate(sorted(held))}
+    for one in set(index.values()):
+        save_file({name: held[name] for name in held if index[name] == one}, file.with_name(one), {"format": "pt"})
+    file.with_suffix(".safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    file.unlink()
+    own = Session(spec).prepare().pretrained.model
+    for name, value in meant.named_parameters():
+        found = own.get_parameter(name)
+        torch.testing.assert_close(found.dense() if isinstance(found, Quantised) else found, value)
+
+
 def by_floats(folder, section, scale, block=None):
     """A spec over a checkpoint in floats of 8 bits, and the model that it means.
 
@@ -319,10 +410,17 @@ def test_checkpoints_in_floats_of_8_bits_are_taken_over_with_their_codes(tmp_pat
     ("section", "changed", "said"),
     [
         (BLOCKS, lambda held: {k: v for k, v in held.items() if "q_proj" not in k or "scale" not in k}, "without a"),
-        (BLOCKS, lambda held: {k: v.to(torch.float8_e5m2) for k, v in held.items()}, "F8_E5M2 with scales of . x ."),
-        ({"quant_method": "fp8"}, lambda held: held, "does not say which blocks"),
+        (BLOCKS, lambda held: {k: v.to(torch.float8_e5m2) for k, v in held.items()}, "of F8_E5M2, which is not what"),
+        (
+            BLOCKS,
+            lambda held: {k: v.int() if "scale" in k else v for k, v in held.items()},
+            "of I32, which is not what",
+        ),
+        (BLOCKS | {"weight_block_size": [64, 16]}, dict, "are not so many blocks of 64 x 16"),
+        (BLOCKS | {"weight_block_size": ["32", "16"]}, dict, "does not say how many rows and columns"),
+        ({"quant_method": "fp8"}, dict, "does not say how many rows and columns"),
     ],
-    ids=["no scale", "e5m2", "no blocks"],
+    ids=["no scale", "e5m2", "whole scales", "blocks", "texts", "no blocks"],
 )
 def test_other_floats_of_8_bits_are_refused_before_weights_load(tmp_path, section, changed, said):
     spec, _, held = by_floats(tmp_path, section, "_scale_inv", (32, 16))

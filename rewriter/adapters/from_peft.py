@@ -135,6 +135,8 @@ def modules_of(folder: Path) -> tuple[list[Found], dict[str, Tensor], list[str]]
     known = [one for one in TRANSFORMS.values() if one.peft and one.peft.kind == kind]
     if not known or not kind:
         raise SubspanError(f"{folder / CONFIG}: peft_type {kind!r}: no transform computes that")
+    if config.get("save_projection") is False:
+        raise SubspanError(f"{folder / CONFIG}: save_projection: False: the frozen tensors are not in the folder")
     if not (folder / TENSORS).is_file():
         raise SubspanError(f"{folder / TENSORS} is missing: tensors are read from safetensors alone")
     modules, whole, shared = _sorted(load_tensors(folder / TENSORS), known)
@@ -203,6 +205,9 @@ def _found(
             except ValueError as error:
                 raise SubspanError(str(error)) from None
             return Found(module, one, given, own, tensors, shared, further, table)
+    for key, allowed in known[0].peft.fixed.items() if len(known) == 1 else ():
+        if config.get(key, allowed[0]) not in allowed:
+            raise SubspanError(f"{key}: {config[key]!r} is nothing that {known[0].name} can say")
     raise SubspanError(f"{module}: {', '.join(sorted(parts))} are no whole set of tensors of {config['peft_type']}")
 
 
@@ -287,6 +292,8 @@ def _tuned(
     for name in [name for name in whole if model.aliases.get(name) in at]:  # PEFT saves embeddings that it adapts.
         if not torch.equal(whole.pop(name).double(), weights[model.aliases[name]].detach().double()):
             raise SubspanError(f"{name} is another than the model's, and is adapted")
+    for name in whole:
+        _check_tied(model, name, whole, weights)
     if unknown := [name for name in whole if name not in model.aliases]:
         raise SubspanError(f"{unknown[0]} is nothing that the model has")
     if both := sorted(whole.keys() & biases):
@@ -318,6 +325,19 @@ def _tuned(
                 )
             values[site.leaves[0].name] = site.layout.present(value).dense()
     return rewrite(model, planned, values=values, without=without, also=also)
+
+
+def _check_tied(model: TracedModel, name: str, whole: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Refuse a weight that PEFT saves apart from the one that it is tied to.
+
+    Raises:
+        SubspanError: the folder has not the same of both.
+    """
+    place = model.aliases.get(name, "")
+    for other in model.tied.get(place, []):
+        value = whole.get(other, weights[place].detach())
+        if other != name and not torch.equal(whole[name].double(), value.double()):
+            raise SubspanError(f"modules_to_save: {name} is tied to {other}; PEFT trains a copy of one")
 
 
 def _target(model: TracedModel, one: Found) -> str:

@@ -252,7 +252,12 @@ def _common(entries: list[tuple[Site, Stored, Tensor, Place]]) -> Tensor:
     Raises:
         SubspanError: theirs are not.
     """
+    _, stored, _, at = entries[0]
     held = max((stored.theirs(value, at) for _, stored, value, at in entries), key=Tensor.numel)
+    if stored.size:  # What no module reads of it is not known here.
+        shape = stored.size(max(at.n for *_, at in entries), max(at.m for *_, at in entries), at.options)
+        part, held = held, held.new_zeros(shape)
+        held[tuple(slice(size) for size in part.shape)] = part
     for site, stored, value, at in entries:
         seen = stored.ours(held, at)
         if seen.shape != value.shape or not torch.equal(seen, value):
@@ -282,7 +287,9 @@ def _joined(
                 )
             if any(map(_batched, sites)):
                 raise SubspanError(f"{module}: {key} is another than elsewhere; beside batches of weights PEFT has one")
-            config.setdefault(peft.patterns[key], {})[re.escape(module)] = own[key]
+            first, _, rest = map(re.escape, module.partition("."))
+            named = rf"(?<=^{first}\.){rest}" if peft.after_dot else re.escape(module)
+            config.setdefault(peft.patterns[key], {})[named] = own[key]
     for site in sites:
         one, module = site.chain[0][0].peft, site.place.removesuffix(".weight")
         if one.listed:

@@ -174,10 +174,12 @@ def _heads(chain: Sequence[tuple[Transform, Any]], site: str) -> dict[tuple[Any,
 @torch.no_grad()
 def _bound(model: TunedModel, site: Site) -> bool:
     """Whether a chain, as it starts on the frozen weight, changes another weight: then it has to stand first."""
-    if site.layout is None or site.replaces:
+    if site.layout is None:
         return False
-    if any(isinstance(leaf.initial, SvdFactor) for leaf in site.leaves):
+    if any(leaf.role == "constant" and leaf.name.startswith(f"{site.name}.") for leaf in site.leaves):
         return True
+    if site.replaces:
+        return False
     w = site.part(as_dense(model.get_parameter(site.place).detach()))
     made: dict[str, Tensor] = {}
 
@@ -208,6 +210,8 @@ def _decoder(
     """The union with a cache, as `decoder_of`; None where there is none."""
     if not spec.task.decodes or union.plan.new:
         return None
+    if hasattr(pretrained.model, "set_experts_implementation"):
+        pretrained.model.set_experts_implementation("batched_mm")  # As `for_onnx`.
     try:
         return decoder_of(pretrained.model, inputs, union, merged=False)
     except SubspanError:

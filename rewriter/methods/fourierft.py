@@ -24,6 +24,7 @@ def drawn(config, at: Place) -> Tensor:
         write=lambda _: {"random_loc_seed": 777},
         ignored=frozenset({"random_loc_seed"}),
         patterns={"n_frequency": "n_frequency_pattern"},
+        after_dot=True,
     ),
 )
 def fourierft(w: Operator, site: Scope, *, frequencies: Count = 1000, scale: Positive = 150.0) -> Operator:

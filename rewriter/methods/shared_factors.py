@@ -76,8 +76,20 @@ def _as_bases(value: Tensor, at: Place) -> Tensor:
         {
             "d": same("randlora_lambda"),
             "g": same("randlora_gamma"),
-            "a": Stored("randlora_A", lambda value, at: value[:, :1, : min(at.n, at.m)], lambda value, at: value, True),
-            "b": Stored("randlora_B", _bases, _as_bases, True),
+            "a": Stored(
+                "randlora_A",
+                lambda value, at: value[:, :1, : min(at.n, at.m)],
+                lambda value, at: value,
+                shared=True,
+                size=lambda n, m, options: (options.rank, 1, min(n, m)),
+            ),
+            "b": Stored(
+                "randlora_B",
+                _bases,
+                _as_bases,
+                shared=True,
+                size=lambda n, m, options: (max(n, m), math.ceil(min(n, m) / options.rank), options.rank),
+            ),
         },
         {"rank": "r", "alpha": "randlora_alpha"},
         write=lambda options: {"randlora_alpha": options.alpha or 20 * options.rank},

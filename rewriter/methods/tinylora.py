@@ -19,8 +19,8 @@ def _factors(at: Place) -> dict[str, Tensor]:
 def _turned(value: Tensor, at: Place) -> Tensor:
     """P_i transposed, in our singular vectors; theirs have other signs."""
     ours, theirs = _factors(at)["tinylora_A"], at.further["tinylora_A"]
-    signs = (ours * theirs.to(ours)).sum(1, keepdim=True).sign()
-    if ours.shape != theirs.shape or (ours * signs - theirs.to(ours)).norm() > _SAME * ours.norm():
+    signs = (ours * theirs.to(ours)).sum(1, keepdim=True).sign() if ours.shape == theirs.shape else ours.new_zeros(1, 1)
+    if not signs.all() or (ours * signs - theirs.to(ours)).norm() > _SAME * ours.norm():
         raise ValueError("tinylora_A is not of the weight's singular vectors: is it of another base?")
     return (signs * value.to(ours) * signs.mT).mT
 

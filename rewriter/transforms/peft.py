@@ -46,6 +46,7 @@ class Stored:
         shared: there is one for all modules, without a path.
         needed: every module has it.
         numbered: there is one for each module, without a path, with the module's number in the model's order.
+        size: of what is shared, by the most inputs and the most outputs that a module has, and the options.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Stored:
     shared: bool = False
     needed: bool = True
     numbered: bool = False
+    size: Callable[[int, int, Any], tuple[int, ...]] | None = None
 
     @property
     def pathless(self) -> bool:
@@ -97,6 +99,7 @@ class Peft:
         fixed: key -> the values with which it computes the same.
         ignored: keys that change nothing of what is computed, `fixed` and those of every kind apart.
         patterns: key -> the key that holds other values of it by module.
+        after_dot: what these expressions match comes after a dot.
         made: leaf -> its value by the configuration, where PEFT draws it from a seed.
         further: names of other tensors that a module has, which follow from its weight or are of its bias.
         beside: those that follow from the weight and the leaves, to write.
@@ -121,6 +124,7 @@ class Peft:
     fixed: Mapping[str, tuple] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
     patterns: Mapping[str, str] = field(default_factory=dict)
+    after_dot: bool = False
     made: Mapping[str, Callable[[Config, Place], Tensor]] = field(default_factory=dict)
     further: tuple[str, ...] = ()
     beside: Callable[[Place], dict[str, Tensor]] | None = None

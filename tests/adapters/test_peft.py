@@ -17,7 +17,7 @@ from tests.architectures import build, inputs_of
 
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
 # PEFT computes these in float32, or starts from factors in float32.
-ROUGH = {"fourierft", "pissa", "psoft", "c3a", "deft", "waveft", "tinylora"}
+ROUGH = {"fourierft, patterns", "c3a, patterns", "fourierft", "pissa", "psoft", "c3a", "deft", "waveft", "tinylora"}
 TASKS = {"bert": "SEQ_CLS", "gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM"}
 LAYERS = {
     "bert": ["query", "value", "intermediate.dense"],
@@ -86,6 +86,19 @@ CONFIGS = {
     "road, groups": (peft.RoadConfig, {"group_size": 8}, {n: LAYERS[n] for n in ("bert", "llama")}, "road"),
     "miss": (peft.MissConfig, {"r": 3}, LAYERS, "miss"),
     "randlora": (peft.RandLoraConfig, {"r": 3, "randlora_alpha": 6}, LAYERS, "randlora"),
+    "randlora, both ways": (peft.RandLoraConfig, {"r": 3}, {"llama": ["q_proj", "up_proj", "down_proj"]}, "randlora"),
+    "fourierft, patterns": (
+        peft.FourierFTConfig,
+        {"n_frequency": 20, "scaling": 30.0, "n_frequency_pattern": {"query": 10}},
+        {"bert": ["query", "value"]},
+        "fourierft",
+    ),
+    "c3a, patterns": (
+        peft.C3AConfig,
+        {"block_size": 8, "block_size_pattern": {"value": 4}},
+        {"bert": ["query", "value"]},
+        "c3a",
+    ),
     "fourierft": (peft.FourierFTConfig, {"n_frequency": 20, "scaling": 30.0}, LAYERS, "fourierft"),
     "hira": (peft.HiraConfig, {"r": 3}, LAYERS, "hira"),
     "shira": (peft.ShiraConfig, {"r": 2}, LAYERS, "shira"),
@@ -139,7 +152,7 @@ def frozen(arch):
 
 # What is tuned here stands for PEFT's tensors otherwise than entry by entry, or PEFT changes the bias by it too;
 # tests/methods/test_oracle.py has their gradients. The backward of PEFT's C3A is not its forward's in blocks over 2.
-OTHERWISE = {"lokr", "boft", "road", "road, groups", "glora", "ia3", "c3a"}
+OTHERWISE = {"lokr", "boft", "road", "road, groups", "glora", "ia3", "c3a", "c3a, patterns"}
 
 
 def gradients(folder, their, model):
@@ -325,6 +338,29 @@ def test_a_tied_weight_is_not_changed_in_both_places(tmp_path):
     their.save_pretrained(tmp_path)
     with pytest.raises(SubspanError, match=r"its weight is tied to transformer.wte.weight; PEFT changes one"):
         load_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize("saved", [["lm_head"], ["wte"], ["wte", "lm_head"]], ids="-".join)
+def test_a_copy_of_a_tied_weight_is_refused(saved, tmp_path):
+    _, model = frozen("gpt2")
+    config = peft.LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=saved)
+    their = peft.get_peft_model(build("gpt2")[0].float(), config)
+    their.save_pretrained(tmp_path)
+    load_adapter(model, tmp_path)  # As long as the copy is the weight.
+    for p in their.parameters():
+        p.data += 0.1 * torch.randn_like(p) * p.requires_grad
+    their.save_pretrained(tmp_path)
+    with pytest.raises(SubspanError, match=r"modules_to_save: .* is tied to .*; PEFT trains a copy of one"):
+        load_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["vera", "randlora", "tinylora"])
+def test_frozen_tensors_that_are_not_in_the_folder_are_missed_by_the_key(name, tmp_path):
+    kind, options, layers, _ = CONFIGS[name]
+    config = kind(**options, target_modules=layers["bert"], save_projection=False)
+    peft.get_peft_model(build("bert")[0].float(), config).save_pretrained(tmp_path)
+    with pytest.raises(SubspanError, match="save_projection: False: the frozen tensors are not in the folder"):
+        load_adapter(frozen("bert")[1], tmp_path)
 
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

@@ -27,7 +27,8 @@ CHAINS = {
     "lora": [{"lora": {"rank": 3}}], "other_lora": [{"lora": {"rank": 5, "alpha": 2.0}}], "ssb": ["ssb"],
     "ia3": ["ia3"], "oft": [{"oft": {"block": 4, "terms": 5}}], "vera": [{"vera": {"rank": 2}}],
     "miss": [{"miss": {"rank": 2}}], "delora": [{"delora": {"rank": 2}}], "loha": [{"loha": {"rank": 2}}],
-    "hira": [{"hira": {"rank": 2}}], "shira": [{"shira": {"rank": 2}}], "chain": ["ssl", {"dora": {"rank": 2}}],
+    "hira": [{"hira": {"rank": 2}}], "shira": [{"shira": {"rank": 2}}], "pissa": [{"pissa": {"rank": 2}}],
+    "chain": ["ssl", {"dora": {"rank": 2}}],
 }  # fmt: skip
 
 
@@ -96,7 +97,28 @@ def test_every_adapter_is_its_merged_model_in_one_session(project):
 
 @pytest.mark.slow
 def test_every_method_is_its_merged_file_in_one_session(tmp_path):
-    in_turn(tmp_path, tiny.save_model(tmp_path / "model", "llama"), CHAINS, onnx=True)
+    """Of methods that start from the frozen weight one graph has one."""
+    base = tiny.save_model(tmp_path / "model", "llama")
+    in_turn(tmp_path, base, [name for name in CHAINS if name != "pissa"], onnx=True)
+    (tmp_path / "more").mkdir()
+    in_turn(tmp_path / "more", base, ["lora", "pissa"])
+    with pytest.raises(SubspanError, match="chain and pissa can't stand in one graph: each has a method that starts"):
+        export_swappable(tmp_path / "chain", [tmp_path / "more/pissa"])
+
+
+@pytest.mark.slow
+def test_experts_stand_as_batched_products(tmp_path, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.TARGET", "model.layers.*.self_attn.{q,v}_proj.weight")
+    base = tiny.save_model(tmp_path / "model", "mixtral")
+    run, merged = make(tmp_path, base, "lora")
+    assert export_swappable(run)["cache"]
+    ids = torch.randint(3, 16, (2, 7))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    place = run / "swappable"
+    session = open_swappable(place / "model.onnx")
+    found = answered(session, batch, place / "lora.onnx_adapter", place / "model.onnx")
+    with torch.no_grad():
+        np.testing.assert_allclose(found, merged(**batch).logits.numpy(), rtol=1e-5, atol=1e-5)
 
 
 def test_another_base_a_changed_file_and_rows_are_refused(project, tmp_path):
