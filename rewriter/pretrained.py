@@ -21,7 +21,7 @@ from .errors import SpecError, SubspanError, UnreachableError, reason
 from .gguf import location_of
 from .graph.traced import Inputs, released
 from .packed import Held, in_few_bits
-from .quantise import adopt, quantise
+from .quantise import LeftOut, adopt, quantise
 from .resources import is_local
 from .spec import Model, Spec
 from .tasks import Task, task_of
@@ -92,12 +92,14 @@ def load_model(spec: Spec, meta: bool = False) -> Pretrained:
             ignore_mismatched_sizes=True,
             dtype=dtype if dtype == "auto" else _type(dtype),
             device_map="meta" if meta else None,
+            quantization_config=LeftOut(forms) if forms else None,
             **options,
         )
     model.eval()
-    adopted = adopt(model, forms, read)
+    adopted = adopt(model, forms, None if meta else read)
     info["mismatched_keys"] = [one for one in info["mismatched_keys"] if one[0] not in adopted]
     info["missing_keys"] = set(info["missing_keys"]) - adopted
+    info["unexpected_keys"] = set(info["unexpected_keys"]) - forms.keys()
     new, missing = _made(spec, model, info, [name for name in whole_numbers(held) if name not in forms])
     if spec.task.headed and not new - missing:
         check_order(written, named)

@@ -1,9 +1,13 @@
 """A base model in few bits: which of its weights, and how each is stored."""
 
 from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .algebra import Format, Quantised, as_dense
 from .algebra.quantised import NF4
@@ -55,13 +59,65 @@ def quantise(model: nn.Module, how: Quantise, others: Collection[str] = ()) -> t
     return tuple(notes)
 
 
+_LEFT_OUT = "subspan"
+
+
+@register_quantization_config(_LEFT_OUT)
+class LeftOut(QuantizationConfigMixin):
+    """For transformers: the weights that a checkpoint has in few bits are not made while the others load.
+
+    Args:
+        forms: as of `adopt`.
+    """
+
+    def __init__(self, forms: Mapping[str, Format]):
+        self.quant_method, self.forms = _LEFT_OUT, forms
+
+
+@register_quantizer(_LEFT_OUT)
+class _Leaving(HfQuantizer):
+    """Leaves nothing of weights before the checkpoint loads; they are on the meta device afterwards."""
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        self.shapes = {}
+        for key in self.quantization_config.forms:
+            name = _name_of(model, key)
+            path = name.removesuffix(".weight")
+            layer = model.get_submodule(path) if name.endswith(".weight") else None
+            if isinstance(layer, nn.Linear | Conv1D):
+                self.shapes[path] = layer.weight.shape, layer.weight.dtype
+                layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        for path, (shape, dtype) in self.shapes.items():
+            empty = torch.empty(shape, dtype=dtype, device="meta")
+            model.get_submodule(path).weight = nn.Parameter(empty, requires_grad=False)
+        self.remove_quantization_config(model)
+        for module in model.modules():
+            if hasattr(module, "config"):
+                vars(module.config).pop("_is_quantized", None)
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def _name_of(model: nn.Module, key: str) -> str:
+    """What a weight of a checkpoint is called in the model; empty where it has no such weight."""
+    names, base = {name for name, _ in model.named_parameters()}, f"{model.base_model_prefix}."
+    return next((one for one in (key, f"{base}{key}", key.removeprefix(base)) if one in names), "")
+
+
 def adopt(model: nn.Module, forms: Mapping[str, Format], held: Held | None) -> set[str]:
     """Put the weights that a checkpoint has in few bits into the model. In place.
 
     Args:
         model: as transformers loads it with a config of dense weights.
         forms: name in the checkpoint -> how it is stored.
-        held: see `packed.in_few_bits`.
+        held: see `packed.in_few_bits`; None: shapes alone.
 
     Returns:
         Their names in the model.
@@ -72,10 +128,9 @@ def adopt(model: nn.Module, forms: Mapping[str, Format], held: Held | None) -> s
     done = set()
     names = {name for name, _ in model.named_parameters()}
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - names
-    base = f"{model.base_model_prefix}."
     for key, form in forms.items():
-        there = [one for one in (key, f"{base}{key}", key.removeprefix(base)) if one in names]
-        layer = model.get_submodule(there[0].rpartition(".")[0]) if there else None
+        name = _name_of(model, key)
+        layer = model.get_submodule(name.rpartition(".")[0]) if name else None
         if not isinstance(layer, nn.Linear | Conv1D):
             said = "the model has no such weight" if layer is None else "it is none of a linear layer"
             said = "the config ties it to another weight" if key in tied else said
@@ -84,12 +139,12 @@ def adopt(model: nn.Module, forms: Mapping[str, Format], held: Held | None) -> s
         weight = layer.weight.t() if turned else layer.weight
         if weight.shape[1] % form.group:
             raise SpecError(f"the rows of {key} do not divide into groups of {form.group}", ("model", "name"))
-        own = Quantised.of(weight, form) if weight.is_meta else held(key, weight.dtype)
+        own = Quantised.of(weight, form) if held is None else held(key, weight.dtype)
         if own.shape != weight.shape:
             shapes = " and ".join(" x ".join(map(str, one.shape)) for one in (own, weight))
             raise SpecError(f"{key} does not fit the config: {shapes}", ("model", "name"))
-        assign(model, {there[0]: nn.Parameter(own.t() if turned else own, requires_grad=False)})
-        done.add(there[0])
+        assign(model, {name: nn.Parameter(own.t() if turned else own, requires_grad=False)})
+        done.add(name)
     return done
 
 

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
 from rewriter import Session, SubspanError
-from rewriter.algebra import Quantised, held_bytes
+from rewriter.algebra import Format, Quantised, held_bytes
+from rewriter.quantise import LeftOut
 from tests.tiny import make_tokenizer, project
 
 LLAMA = {
@@ -291,6 +292,17 @@ def test_checkpoints_of_gptq_and_awq_are_taken_over_with_their_codes(tmp_path, k
         few = f"{name.removesuffix('.weight')}.qweight" in held
         assert isinstance(found, Quantised) == few
         torch.testing.assert_close(found.dense() if few else found, value)
+
+
+def test_dense_weights_are_not_made_while_a_checkpoint_loads(tmp_path):
+    _, meant, held = by_rows(tmp_path, "gptq", hf.LlamaConfig(**LLAMA), 32, "gptq")
+    config = hf.AutoConfig.from_pretrained(tmp_path / "few")
+    del config.quantization_config
+    forms = {f"{name.removesuffix('.qweight')}.weight": Format("int4", 32) for name in held if "qweight" in name}
+    model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "few", config=config, quantization_config=LeftOut(forms))
+    for name, value in model.named_parameters():
+        assert value.is_meta == (name in forms) and value.shape == meant.get_parameter(name).shape
+    assert not model.is_quantized and not hasattr(model.config, "quantization_config")
 
 
 def test_a_checkpoint_of_gptq_is_tuned_and_merged(tmp_path):
