@@ -67,13 +67,15 @@ def import_peft(
     written, here = read_json(folder / CONFIG).get("task_type"), TASK_TYPES.get(spec.task.auto)
     if written and written != here:
         raise SubspanError(f"{folder / CONFIG}: task_type {written}, and --task {task} is {here or 'none of PEFT’s'}")
-    check_folder(spec, out, False, overwrite)
+    check_folder(spec, out, None, overwrite)
     pretrained, traced, new = _base(spec)
     tuned, notes = tuned_from(traced, folder, new)
     held = {site.place for site in tuned.plan.sites if site.replaces}
     if random := sorted((pretrained.new | pretrained.missing) & traced.read() - held):
         raise SubspanError(f"{random[0]} is neither in {base} nor in {folder}: it would be random")
     spec = spec.model_copy(update={"rules": list(tuned.plan.rules)})
+    if pretrained.labels and all(one == f"LABEL_{i}" for i, one in enumerate(pretrained.labels)):
+        notes.append(f"labels are {', '.join(pretrained.labels)}; --set model.labels=[...] gives their names")
     for note in notes:
         tell(note)
     _write(spec, tuned, out, overwrite, _measured(spec, pretrained, tuned, _validation(spec, pretrained, traced)))
@@ -121,7 +123,7 @@ def fit_to(
     out, loaded = Path(out), load_spec(spec, list(settings))
     if unknown := [name for name in methods if name not in TRANSFORMS]:
         raise SubspanError(f"--method {unknown[0]}: there is none; subspan schema lists all")
-    check_folder(loaded, out, False, overwrite)
+    check_folder(loaded, out, None, overwrite)
     pretrained, traced, new = _base(loaded)
     plain = {"gguf": None, "revision": None, "quantise": None}
     there = loaded.model.model_copy(update={"name": str(Path(tuned).absolute()), **plain})
@@ -272,7 +274,7 @@ def combine_runs(
     _check_terms(rank, error)
     specs = [spec_of(folder) for folder in folders]
     spec = specs[0]
-    check_folder(spec, out, False, overwrite)
+    check_folder(spec, out, None, overwrite)
     pretrained, traced, new, read, entries = _read_runs(folders, specs, weights, tell)
     report = {"how": how, "density": density, "seed": seed, "runs": entries}
     made = combine.combined([change for change, _ in read], weights, how, density or 1.0, seed)

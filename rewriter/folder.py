@@ -44,8 +44,11 @@ WRITTEN = (
 )  # fmt: skip
 
 
-def check_folder(spec: Spec, out: Path, resume: bool, overwrite: bool) -> None:
+def check_folder(spec: Spec, out: Path, resume: bool | None, overwrite: bool) -> None:
     """Refuse to mix runs, and to touch what is not a run.
+
+    Args:
+        resume: None: the command can't.
 
     Raises:
         SubspanError: saying which option is meant.
@@ -58,7 +61,8 @@ def check_folder(spec: Spec, out: Path, resume: bool, overwrite: bool) -> None:
     if not out.exists() or all(_of_a_start(file) for file in out.iterdir()):
         return
     if not (resume or overwrite):
-        what = "--resume goes on with that run, --overwrite deletes it" if is_run(out) else "choose a new folder"
+        on = "" if resume is None else "--resume goes on with that run, "
+        what = f"{on}--overwrite deletes it" if is_run(out) else "choose a new folder"
         raise SubspanError(f"--out {out}: there is something in it; {what}")
     if not is_run(out):
         option = "--resume" if resume else "--overwrite"

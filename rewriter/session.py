@@ -163,7 +163,7 @@ class Session:
             _check_sizes(spec, traced, pretrained)
         raise_all(exceeded(spec.limits, found))
         check_training(spec, found, pretrained.labels)
-        return found
+        return replace(found, notes=(*found.notes, *pretrained.notes))
 
     @_placed
     def cost(self) -> StepCost:
@@ -370,7 +370,8 @@ class Session:
             check_start(spec, self.shapes()[0], planned, adapter)
         job = self.prepare()
         for note in job.notes if main else ():
-            tell(note)
+            if note not in planned.notes:
+                tell(note)
         if main and resume and (last := checkpoints(out / "checkpoints")[-1:]):
             tell(f"goes on from {last[0].name}")
         traced = trace(job.pretrained.module, job.inputs, without=spec.train.passes.off, keep=spec.model.kept)

@@ -49,7 +49,9 @@ def parts_of(found: Plan) -> tuple[list[Site], list[Site]]:
     whole = [site for site in found.sites if len(site.chain) == 1 and (one := site.chain[0][0].peft) and one.whole]
     sites = [site for site in found.sites if not any(site is one for one in whole)]
     if not sites:
-        raise SubspanError("nothing but whole parameters is tuned: that is no adapter of PEFT's")
+        raise SubspanError(
+            "nothing but whole parameters is tuned: no adapter of PEFT's; export --adapter can write low-rank terms"
+        )
     for site in sites:
         if len(site.chain) > 1:
             raise _no(site, f"PEFT has no chains ({site.transform})")
@@ -169,7 +171,8 @@ def _check_sites(model: TracedModel, sites: list[Site]) -> None:
         if any(how.shared for how in peft.tensors.values()) and shapes.setdefault("", shape) != shape:
             raise _no(site, "PEFT has one set of frozen factors; sites of other shapes have others here")
         if peft.made:
-            raise _no(site, f"PEFT draws {', '.join(peft.made)} from a seed, and draws others than are tuned here")
+            said = f"PEFT draws {', '.join(peft.made)} from a seed, and draws others than are tuned here"
+            raise _no(site, f"{said}; export --adapter can write low-rank terms")
         if peft.bias and not peft.bias_parts and site.place.removesuffix("weight") + "bias" in model.aliases:
             raise _no(site, "PEFT changes the layer's bias too")
 
@@ -192,7 +195,8 @@ def _written(model: TunedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
         configs[module] = own = _config(site)
         for name, make in peft.made.items():
             if not torch.equal(make(own, at).to(values[name].device), values[name]):
-                raise _no(site, f"PEFT draws {name} from a seed, and draws others than are tuned here")
+                said = f"PEFT draws {name} from a seed, and draws others than are tuned here"
+                raise _no(site, f"{said}; export --adapter can write low-rank terms")
         for name, stored in stored_by(peft, bool(site.layout) and not (site.linear or _batched(site))).items():
             if stored.shared:
                 shared.setdefault(stored.name, []).append((site, stored, values[name], at))

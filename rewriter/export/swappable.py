@@ -68,8 +68,8 @@ def ship_swappable(runs: Mapping[str, tuple[Spec, Path]], folder: Path) -> dict[
         session, report = open_swappable(file), {"adapters": {}}
         if spec.task.decodes:
             report["cache"] = decoder is not None
+        save_processor(processor, place, spec.task)
         if decoder:
-            save_processor(processor, place, spec.task)
             config = genai_config(file, pretrained.model.config, processor, longest_of(pretrained, union))
             write_json(place / "genai_config.json", config)
         batches = list(random_inputs(spec, pretrained, inputs, first))
@@ -94,7 +94,8 @@ def open_swappable(model: str | Path) -> ort.InferenceSession:
 
 
 def adapter_for(model: str | Path, file: str | Path) -> ort.LoraAdapter:
-    """An adapter, opened for a model: `RunOptions().add_active_adapter(adapter)` makes a run use it.
+    """An adapter, opened for a model: `RunOptions().add_active_adapter(adapter)` makes a run use it. It has to be kept
+    for as long as these options are: they do not hold it.
 
     Raises:
         SubspanError: it is for another base, or not the file that its manifest was written with.
