@@ -86,7 +86,8 @@ class _Leaving(HfQuantizer):
             layer = model.get_submodule(path) if name.endswith(".weight") else None
             if isinstance(layer, nn.Linear | Conv1D):
                 self.shapes[path] = layer.weight.shape, layer.weight.dtype
-                layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
+                nothing = layer.weight.new_empty(0, layer.weight.shape[1])  # Initialisers want two dimensions.
+                layer.weight = nn.Parameter(nothing, requires_grad=False)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
         for path, (shape, dtype) in self.shapes.items():
