@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import transformers
@@ -20,8 +20,8 @@ from .files import read_json
 from .resources import is_local
 
 NAME = ("model", "name")
-BITSANDBYTES, COMPRESSED, GPTQ, AWQ, FP8 = "bitsandbytes", "compressed-tensors", "gptq", "awq", "fp8"
-_FEW_BITS = (BITSANDBYTES, COMPRESSED, GPTQ, AWQ, FP8)
+BITSANDBYTES, COMPRESSED, GPTQ, AWQ, FINE_GRAINED = "bitsandbytes", "compressed-tensors", "gptq", "awq", "fp8"
+_FEW_BITS = (BITSANDBYTES, COMPRESSED, GPTQ, AWQ, FINE_GRAINED)
 _INDEX = "model.safetensors.index.json"
 GGUF = ".gguf"
 _OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", GGUF, ".pkl", ".npz")
@@ -104,21 +104,43 @@ def stored(location: str, revision: str, quantised: bool = False) -> dict[str, t
     Raises:
         SpecError: its weights are no safetensors, lie elsewhere, are broken, or quantised though nothing says how.
     """
+    there = places(location, revision)
+    if there is None:
+        return None
+    found: dict[str, tuple[str, int]] = {}
+    for name, place in there.items():
+        few = place.dtype.startswith(_QUANTISED) and place.dtype not in _DTYPES and place.dtype not in _WHOLE
+        if few and not quantised:
+            said = f"{name} of the base model is stored in {place.dtype}, and its config does not say how"
+            raise SpecError(said, NAME)
+        found[name] = place.dtype, math.prod(place.shape)
+    return found
+
+
+class Place(NamedTuple):
+    """Where a tensor of a base model is, its type as safetensors calls it, and its shape."""
+
+    file: Path
+    dtype: str
+    shape: list[int]
+
+
+def places(location: str, revision: str) -> dict[str, Place] | None:
+    """Name -> place of every tensor of a base model; empty where its folder holds a config alone, None for a hub id.
+
+    Raises:
+        SpecError: its weights are no safetensors, lie elsewhere, or are broken.
+    """
     files = weight_files(location, revision)
     if files is None:
         return None
-    found: dict[str, tuple[str, int]] = {}
+    found: dict[str, Place] = {}
     for file in files:
         try:
             with safetensors.safe_open(file, "pt") as held:
                 for name in held.keys():  # noqa: SIM118 - no mapping
                     part = held.get_slice(name)
-                    dtype = part.get_dtype()
-                    few = dtype.startswith(_QUANTISED) and dtype not in _DTYPES and dtype not in _WHOLE
-                    if few and not quantised:
-                        said = f"{name} of the base model is stored in {dtype}, and its config does not say how"
-                        raise SpecError(said, NAME)
-                    found[name] = dtype, math.prod(part.get_shape())
+                    found[name] = Place(file, part.get_dtype(), part.get_shape())
         except (OSError, safetensors.SafetensorError) as error:
             raise SpecError(f"{file}: truncated, or not a safetensors file ({error})", NAME) from None
     return found

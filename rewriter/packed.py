@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -13,14 +12,14 @@ import torch
 from torch import Tensor
 
 from .algebra import Format, Quantised
-from .algebra.quantised import NF4, in_pairs
-from .base import AWQ, BITSANDBYTES, COMPRESSED, FP8, GPTQ, NAME, weight_files
+from .algebra.quantised import FP8, NF4, in_pairs
+from .base import AWQ, BITSANDBYTES, COMPRESSED, FINE_GRAINED, GPTQ, NAME, Place, places
 from .errors import SpecError
 
 # (name in the checkpoint, floating type) -> the weight.
 Held = Callable[[str, torch.dtype], Quantised]
-# Name of a tensor -> its file; parts of a weight may be in several.
-Places = Mapping[str, Path]
+# By name; parts of a weight may be in several files.
+Places = Mapping[str, Place]
 _PACKED = "packed"
 _FORMAT, _FLOATS = "pack-quantized", "float-quantized"
 _ROWS = "qweight"
@@ -53,30 +52,27 @@ def in_few_bits(section: Mapping[str, Any], location: str, revision: str) -> tup
     Raises:
         SpecError: there are none, they are of a hub, or of a kind that is not read; or a library is missing.
     """
-    method, places = section["quant_method"], {}
-    for file in weight_files(location, revision) or []:
-        with safetensors.safe_open(file, "pt") as held:
-            places |= dict.fromkeys(held.keys(), file)
-    if not places:
+    method, there = section["quant_method"], places(location, revision)
+    if not there:
         said = f"the base model is quantised by {method}, and its weights are not in a folder of it"
         raise SpecError(f"{said}; save it to one", NAME)
-    forms = _FORMS[method](section, places)
+    forms = _FORMS[method](section, there)
     if not forms:
         raise SpecError(f"its config says that the base model is quantised by {method}, and no weight of it is", NAME)
-    return forms, partial(_READERS[method], section, forms, places)
+    return forms, partial(_READERS[method], section, forms, there)
 
 
-def _tensor(places: Places, key: str) -> Tensor:
-    with safetensors.safe_open(places[key], "pt") as held:
+def _tensor(there: Places, key: str) -> Tensor:
+    with safetensors.safe_open(there[key].file, "pt") as held:
         return held.get_tensor(key)
 
 
-def _tensors(places: Places, start: str) -> dict[str, Tensor]:
+def _tensors(there: Places, start: str) -> dict[str, Tensor]:
     """What is stored under names that start so, by the rest of them."""
-    return {key.removeprefix(start): _tensor(places, key) for key in places if key.startswith(start)}
+    return {key.removeprefix(start): _tensor(there, key) for key in there if key.startswith(start)}
 
 
-def _described(places: Places, key: str, types: Sequence[str] | None, dimensions: int | None = 2) -> list[int]:
+def _described(there: Places, key: str, types: Sequence[str] | None, dimensions: int | None = 2) -> list[int]:
     """The shape of a tensor.
 
     Args:
@@ -86,11 +82,9 @@ def _described(places: Places, key: str, types: Sequence[str] | None, dimensions
     Raises:
         SpecError: it is missing, or not so.
     """
-    if key not in places:
+    if key not in there:
         raise SpecError(f"{key} of the base model is missing", NAME)
-    with safetensors.safe_open(places[key], "pt") as held:
-        part = held.get_slice(key)
-        shape, dtype = part.get_shape(), part.get_dtype()
+    _, dtype, shape = there[key]
     if (types and dtype not in types) or dimensions not in (None, len(shape)):
         said = f"{key} of the base model is {' x '.join(map(str, shape)) or 'a number'} of {dtype}"
         raise SpecError(f"{said}, which is not what its config says", NAME)
@@ -100,7 +94,7 @@ def _described(places: Places, key: str, types: Sequence[str] | None, dimensions
 _FLOATING = ("F32", "F16", "BF16")
 
 
-def _group(section: Mapping[str, Any], layer: str, columns: int, groups: int, said: Sequence[int | None]) -> int:
+def _group(layer: str, columns: int, groups: int, said: Sequence[int | None]) -> int:
     """Entries of a row that share a scale.
 
     Args:
@@ -117,25 +111,25 @@ def _group(section: Mapping[str, Any], layer: str, columns: int, groups: int, sa
     raise SpecError(f"{layer} of the base model has {groups} scales for {columns} inputs; {own} are read", NAME)
 
 
-def _of_bitsandbytes(_: Mapping[str, Any], places: Places) -> dict[str, Format]:
+def _of_bitsandbytes(_: Mapping[str, Any], there: Places) -> dict[str, Format]:
     check_library(NAME)
     found: dict[str, Format] = {}
-    for key in places:
+    for key in there:
         weight, _, kind = key.partition(f".quant_state.{BITSANDBYTES}__")
         if kind:
             if kind != NF4:
                 raise SpecError(f"{weight} of the base model is stored in {kind}; only {NF4} is read", NAME)
-            state = json.loads(bytes(_tensor(places, key).tolist()))
+            state = json.loads(bytes(_tensor(there, key).tolist()))
             found[weight] = Format(NF4, state["blocksize"])
         elif key.endswith(".SCB"):
             weight = f"{key.removesuffix('.SCB')}.weight"
-            found[weight] = Format("int8", _described(places, weight, ("I8",))[-1])
+            found[weight] = Format("int8", _described(there, weight, ("I8",))[-1])
     return found
 
 
-def _held(_: Any, forms: Mapping[str, Format], places: Places, key: str, dtype: torch.dtype) -> Quantised:
+def _held(_: Any, forms: Mapping[str, Format], there: Places, key: str, dtype: torch.dtype) -> Quantised:
     """A weight of bitsandbytes as one of ours."""
-    form, tensors = forms[key], _tensors(places, key.removesuffix("weight"))
+    form, tensors = forms[key], _tensors(there, key.removesuffix("weight"))
     codes = tensors["weight"]
     if form.method != NF4:
         return Quantised(codes, tensors["SCB"].float().view(-1, 1) / 127, None, form, dtype)
@@ -149,7 +143,7 @@ def _held(_: Any, forms: Mapping[str, Format], places: Places, key: str, dtype: 
     return Quantised(codes, scales.float().view(rows, columns // form.group), None, form, dtype)
 
 
-def _compressed(section: Mapping[str, Any], places: Places) -> dict[str, Format]:
+def _compressed(section: Mapping[str, Any], there: Places) -> dict[str, Format]:
     """Of compressed-tensors: whole numbers of 4 bits, or of 8 around zero, a scale for a group or a whole row; or
     floats of 8 bits."""
     for key in ("transform_config", "sparsity_config"):
@@ -159,7 +153,7 @@ def _compressed(section: Mapping[str, Any], places: Places) -> dict[str, Format]
     weights = [one.get("weights") or {} for one in groups]
     formats = [one.get("format") or section.get("format") for one in groups]
     if groups and set(formats) == {_FLOATS}:
-        return _floats(section, places)
+        return _floats(section, there)
     for group, own, form in zip(groups, weights, formats, strict=True):
         bits = own.get("num_bits")
         plain = own.get("type") == "int" and own.get("strategy") in ("group", "channel")
@@ -169,49 +163,47 @@ def _compressed(section: Mapping[str, Any], places: Places) -> dict[str, Format]
             said += f"; only {_FORMAT} of weights alone, int4 or symmetric int8, by group or channel, in order, is read"
             raise SpecError(said, NAME)
     found: dict[str, Format] = {}
-    for key in places:
-        name = key.removesuffix(f"_{_PACKED}")
-        if name == key or not key.endswith(f".weight_{_PACKED}"):
+    for key in there:
+        if not key.endswith(f".weight_{_PACKED}"):
             continue
-        _described(places, f"{name}_shape", None, 1)
-        rows, columns = _tensor(places, f"{name}_shape").tolist()
-        shape = _described(places, key, ("I32",))
+        name = key.removesuffix(f"_{_PACKED}")
+        _described(there, f"{name}_shape", None, 1)
+        rows, columns = _tensor(there, f"{name}_shape").tolist()
+        shape = _described(there, key, ("I32",))
         fitting = [own for own in weights if shape == [rows, -(-columns * own["num_bits"] // 32)]]
-        zero = f"{name}_zero_point" in places
+        zero = f"{name}_zero_point" in there
         fitting = [own for own in fitting if own.get("symmetric", True) != zero]
-        if not fitting or f"{name}_g_idx" in places:
+        if not fitting or f"{name}_g_idx" in there:
             words = f"{' x '.join(map(str, shape))} words of codes"
             how = "an order of inputs" if fitting else f"{words}, with{'' if zero else 'out'} zero points"
             raise SpecError(f"{name} of the base model is stored in {how}; its config says otherwise", NAME)
-        scales = _described(places, f"{name}_scale", _FLOATING)
+        scales = _described(there, f"{name}_scale", _FLOATING)
         said = [own.get("group_size") if own["strategy"] == "group" else None for own in fitting]
-        found[name] = Format(f"int{fitting[0]['num_bits']}", _group(section, name, columns, scales[1], said))
+        found[name] = Format(f"int{fitting[0]['num_bits']}", _group(name, columns, scales[1], said))
     return found
 
 
-def _floats(section: Mapping[str, Any], places: Places) -> dict[str, Format]:
+def _floats(section: Mapping[str, Any], there: Places) -> dict[str, Format]:
     """Floats of 8 bits: a scale for a block of rows and columns, for a row, or one for all."""
     found: dict[str, Format] = {}
-    for key, file in places.items():
-        with safetensors.safe_open(file, "pt") as held:
-            dtype = held.get_slice(key).get_dtype()
-        scale = next((one for end in _SCALES if (one := f"{key}{end}") in places), None)
-        if scale is None and dtype.startswith("F8") and not key.endswith(_SCALES):
-            raise SpecError(f"{key} of the base model is stored in {dtype} without a scale", NAME)
+    for key, (_, dtype, _) in there.items():
+        scale = next((one for end in _SCALES if (one := f"{key}{end}") in there), None)
         if scale is None:
+            if dtype.startswith("F8") and not key.endswith(_SCALES):
+                raise SpecError(f"{key} of the base model is stored in {dtype} without a scale", NAME)
             continue
-        rows, columns = _described(places, key, ("F8_E4M3",))
-        shape = _described(places, scale, (*_FLOATING, "F8_E8M0"), None)
-        if f"{key}_zero_point" in places:
+        rows, columns = _described(there, key, ("F8_E4M3",))
+        shape = _described(there, scale, (*_FLOATING, "F8_E8M0"), None)
+        if f"{key}_zero_point" in there:
             raise SpecError(f"{key} of the base model is stored with zero points, which are not read", NAME)
         if _by_row(shape, rows):
-            found[key] = Format("fp8", columns)
+            found[key] = Format(FP8, columns)
             continue
         high, wide = _block(section)
         if shape != [-(-rows // high), -(-columns // wide)]:
             said = f"{scale} of the base model is {' x '.join(map(str, shape))}"
             raise SpecError(f"{said}, and {rows} x {columns} weights are not so many blocks of {high} x {wide}", NAME)
-        found[key] = Format("fp8", wide)
+        found[key] = Format(FP8, wide)
     return found
 
 
@@ -233,10 +225,10 @@ def _block(section: Mapping[str, Any]) -> Sequence[int]:
 
 
 def _of_floats(
-    section: Mapping[str, Any], forms: Mapping[str, Format], places: Places, key: str, dtype: torch.dtype
+    section: Mapping[str, Any], forms: Mapping[str, Format], there: Places, key: str, dtype: torch.dtype
 ) -> Quantised:
     """A weight in floats of 8 bits as one of ours, which has scales for every row."""
-    tensors = _tensors(places, key)
+    tensors = _tensors(there, key)
     codes, scales = tensors[""], next(tensors[end] for end in _SCALES if end in tensors).float()
     rows = codes.shape[0]
     if _by_row(scales.shape, rows):
@@ -247,12 +239,12 @@ def _of_floats(
 
 
 def _unpacked(
-    section: Mapping[str, Any], forms: Mapping[str, Format], places: Places, key: str, dtype: torch.dtype
+    section: Mapping[str, Any], forms: Mapping[str, Format], there: Places, key: str, dtype: torch.dtype
 ) -> Quantised:
     """A weight of compressed-tensors as one of ours: its codes count from the least number, ours of int8 from zero."""
-    form, tensors = forms[key], _tensors(places, f"{key}_")
-    if form.method == "fp8":
-        return _of_floats(section, forms, places, key, dtype)
+    form, tensors = forms[key], _tensors(there, f"{key}_")
+    if form.method == FP8:
+        return _of_floats(section, forms, there, key, dtype)
     bits = int(form.method.removeprefix("int"))
     rows, columns = tensors["shape"].tolist()
     codes, scales = _numbers(tensors[_PACKED], bits)[:, :columns], tensors["scale"].float()
@@ -264,32 +256,31 @@ def _unpacked(
     return Quantised(in_pairs(codes), scales, zeros, form, dtype)
 
 
-def _of_rows(section: Mapping[str, Any], places: Places) -> dict[str, Format]:
+def _of_rows(section: Mapping[str, Any], there: Places) -> dict[str, Format]:
     """Of GPTQ and AWQ: whole numbers of 4 bits, a scale and a zero for a group of inputs, in order."""
     method, bits, layout = section["quant_method"], section.get("bits"), _layout(section)
     if bits != 4 or layout not in _LAYOUTS[method]:
         said = f"the base model is stored by {method} in {bits!r} bits as {layout}"
         raise SpecError(f"{said}; only 4 bits as {' or '.join(_LAYOUTS[method])} is read", NAME)
     found: dict[str, Format] = {}
-    for key in places:
+    for key in there:
         layer, _, name = key.rpartition(".")
         if name != _ROWS:
             continue
-        first, second = _described(places, key, ("I32",))
-        groups, outputs = _described(places, f"{layer}.scales", _FLOATING)
+        first, second = _described(there, key, ("I32",))
+        groups, outputs = _described(there, f"{layer}.scales", _FLOATING)
         inputs = first * 8 if method == GPTQ else first
         words = -(-outputs // 8)
         packed = outputs if method == GPTQ else words
-        if second != packed or _described(places, f"{layer}.qzeros", ("I32",)) != [groups, words]:
+        if second != packed or _described(there, f"{layer}.qzeros", ("I32",)) != [groups, words]:
             raise SpecError(f"{layer} of the base model is not in 4 bits as {method} packs them", NAME)
-        group = _group(section, layer, inputs, groups, [section.get("group_size")])
-        order = _tensor(places, f"{layer}.g_idx").long() if f"{layer}.g_idx" in places else None
-        plain = torch.arange(inputs) // group
-        if not section.get("desc_act") if order is None else torch.equal(order, plain):
-            found[f"{layer}.weight"] = Format("int4", group)
-            continue
-        said = f"{layer} of the base model has its inputs in the order of desc_act, which is not read"
-        raise SpecError(f"{said}; quantise it with desc_act: false", NAME)
+        group = _group(layer, inputs, groups, [section.get("group_size")])
+        order = _tensor(there, f"{layer}.g_idx").long() if f"{layer}.g_idx" in there else None
+        other = section.get("desc_act") if order is None else not torch.equal(order, torch.arange(inputs) // group)
+        if other:
+            said = f"{layer} of the base model has its inputs in the order of desc_act, which is not read"
+            raise SpecError(f"{said}; quantise it with desc_act: false", NAME)
+        found[f"{layer}.weight"] = Format("int4", group)
     return found
 
 
@@ -302,11 +293,11 @@ def _layout(section: Mapping[str, Any]) -> str:
 
 
 def _by_rows(
-    section: Mapping[str, Any], forms: Mapping[str, Format], places: Places, key: str, dtype: torch.dtype
+    section: Mapping[str, Any], forms: Mapping[str, Format], there: Places, key: str, dtype: torch.dtype
 ) -> Quantised:
     """A weight of GPTQ or AWQ as one of ours: they have inputs before outputs. GPTQ packs codes along the inputs, and
     writes zeros less one but in its second format; AWQ packs along the outputs, eight in an order of its own."""
-    tensors = _tensors(places, key.removesuffix("weight"))
+    tensors = _tensors(there, key.removesuffix("weight"))
     codes, zeros = tensors[_ROWS], _numbers(tensors["qzeros"], 4)
     if section["quant_method"] == GPTQ:
         codes = _numbers(codes.t(), 4)
@@ -325,5 +316,5 @@ def _numbers(packed: Tensor, bits: int) -> Tensor:
     return (packed.unsqueeze(-1) >> shifts & (2**bits - 1)).to(torch.uint8).flatten(-2)
 
 
-_FORMS = {BITSANDBYTES: _of_bitsandbytes, COMPRESSED: _compressed, GPTQ: _of_rows, AWQ: _of_rows, FP8: _floats}
-_READERS = {BITSANDBYTES: _held, COMPRESSED: _unpacked, GPTQ: _by_rows, AWQ: _by_rows, FP8: _of_floats}
+_FORMS = {BITSANDBYTES: _of_bitsandbytes, COMPRESSED: _compressed, GPTQ: _of_rows, AWQ: _of_rows, FINE_GRAINED: _floats}
+_READERS = {BITSANDBYTES: _held, COMPRESSED: _unpacked, GPTQ: _by_rows, AWQ: _by_rows, FINE_GRAINED: _of_floats}

@@ -80,8 +80,7 @@ class _Leaving(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
         self.shapes = {}
-        for key in self.quantization_config.forms:
-            name = _name_of(model, key)
+        for name in _named(model, self.quantization_config.forms).values():
             path = name.removesuffix(".weight")
             layer = model.get_submodule(path) if name.endswith(".weight") else None
             if isinstance(layer, nn.Linear | Conv1D):
@@ -106,10 +105,11 @@ class _Leaving(HfQuantizer):
         return False
 
 
-def _name_of(model: nn.Module, key: str) -> str:
-    """What a weight of a checkpoint is called in the model; empty where it has no such weight."""
+def _named(model: nn.Module, keys: Collection[str]) -> dict[str, str]:
+    """What weights of a checkpoint are called in the model; empty where it has no such weight."""
     names, base = {name for name, _ in model.named_parameters()}, f"{model.base_model_prefix}."
-    return next((one for one in (key, f"{base}{key}", key.removeprefix(base)) if one in names), "")
+    every = {key: (key, f"{base}{key}", key.removeprefix(base)) for key in keys}
+    return {key: next((one for one in some if one in names), "") for key, some in every.items()}
 
 
 def adopt(model: nn.Module, forms: Mapping[str, Format], held: Held | None) -> set[str]:
@@ -126,15 +126,14 @@ def adopt(model: nn.Module, forms: Mapping[str, Format], held: Held | None) -> s
     Raises:
         SpecError: a weight of these is nowhere in the model, or its rows do not divide into groups.
     """
-    done = set()
-    names = {name for name, _ in model.named_parameters()}
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - names
+    done, named = set(), _named(model, forms)
+    once, every = (dict(model.named_parameters(remove_duplicate=one)).keys() for one in (True, False))
     for key, form in forms.items():
-        name = _name_of(model, key)
+        name = named[key]
         layer = model.get_submodule(name.rpartition(".")[0]) if name else None
         if not isinstance(layer, nn.Linear | Conv1D):
             said = "the model has no such weight" if layer is None else "it is none of a linear layer"
-            said = "the config ties it to another weight" if key in tied else said
+            said = "the config ties it to another weight" if key in every - once else said
             raise SpecError(f"{key} is stored in few bits, and {said}", ("model", "name"))
         turned = isinstance(layer, Conv1D)  # It has inputs before outputs, codes have them after.
         weight = layer.weight.t() if turned else layer.weight

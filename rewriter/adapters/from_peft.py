@@ -205,9 +205,9 @@ def _found(
             except ValueError as error:
                 raise SubspanError(str(error)) from None
             return Found(module, one, given, own, tensors, shared, further, table)
-    for key, allowed in known[0].peft.fixed.items() if len(known) == 1 else ():
-        if config.get(key, allowed[0]) not in allowed:
-            raise SubspanError(f"{key}: {config[key]!r} is nothing that {known[0].name} can say")
+    for key in known[0].peft.fixed if len(known) == 1 else ():
+        if key in config:
+            _check_fixed(known[0], key, config[key])
     raise SubspanError(f"{module}: {', '.join(sorted(parts))} are no whole set of tensors of {config['peft_type']}")
 
 
@@ -241,15 +241,24 @@ def _checked(found: Found, config: Mapping[str, Any]) -> Iterator[str]:
         said.add("target_parameters")
     for key, value in config.items():
         if key in peft.fixed:
-            if value not in peft.fixed[key]:
-                allowed = " or ".join(map(repr, peft.fixed[key]))
-                raise SubspanError(f"{key}: {value!r} is nothing that {found.transform.name} can say, {allowed} is")
+            _check_fixed(found.transform, key, value)
         elif key in said or not value:
             continue
         elif key.endswith("dropout"):
             yield f"{CONFIG}: {key}: {value} counts in training alone and is not taken over"
         else:
             raise SubspanError(f"{key}: {value!r} is nothing that {found.transform.name} can say")
+
+
+def _check_fixed(one: Transform, key: str, value: Any) -> None:
+    """Refuse another value than those with which PEFT computes the same.
+
+    Raises:
+        SubspanError: naming the key.
+    """
+    if value not in one.peft.fixed[key]:
+        allowed = " or ".join(map(repr, one.peft.fixed[key]))
+        raise SubspanError(f"{key}: {value!r} is nothing that {one.name} can say, {allowed} is")
 
 
 def tuned_from(

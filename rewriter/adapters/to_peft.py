@@ -185,7 +185,7 @@ def _written(model: TunedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors: dict[str, Tensor] = {}
     shared: dict[str, list[tuple[Site, Stored, Tensor, Place]]] = {}
     spoken: set[str] = set()  # biases that follow from what stands at their weights
-    order = sorted(sites, key=lambda site: names.index(site.place) if site.place in names else 0)
+    order = [name for name in names if any(site.place == name for site in sites)]
     for site in sites:
         peft, module = site.chain[0][0].peft, site.place.removesuffix(".weight")
         _check_name(model, site)
@@ -201,7 +201,7 @@ def _written(model: TunedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
             if stored.shared:
                 shared.setdefault(stored.name, []).append((site, stored, values[name], at))
             elif stored.numbered:
-                tensors[f"{ROOT}{stored.name}.{order.index(site)}"] = stored.theirs(values[name], at)
+                tensors[f"{ROOT}{stored.name}.{order.index(site.place)}"] = stored.theirs(values[name], at)
             elif stored.theirs and name in values:
                 key = f"{PATH}{_path(site, sites, names)}.{stored.name}" if not peft.rows else stored.name
                 tensors[key] = stored.theirs(values[name], at)

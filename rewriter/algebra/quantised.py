@@ -250,6 +250,6 @@ _METHODS: dict[str, tuple[Callable[..., Any], Callable[..., Tensor]]] = {
     NF4: (_to_nf4, _from_nf4),
     "int8": (_to_int8, _from_int8),
     "int4": (_to_int4, _from_int4),
+    FP8: (_to_fp8, _from_fp8),  # Of checkpoints alone.
 }
-METHODS = tuple(_METHODS)
-_METHODS[FP8] = _to_fp8, _from_fp8  # Of checkpoints alone.
+METHODS = tuple(name for name in _METHODS if name != FP8)

@@ -1,5 +1,7 @@
 """TinyLoRA: a handful of numbers for a whole weight."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ def _turned(value: Tensor, at: Place) -> Tensor:
     peft=Peft(
         "TINYLORA",
         {
-            "v": Stored("tinylora_v", same("").ours, same("").theirs, numbered=True),
+            "v": replace(same("tinylora_v"), numbered=True),
             "p": Stored("tinylora_P", _turned, lambda value, _: value.mT),
         },
         {"rank": "r", "numbers": "u"},
