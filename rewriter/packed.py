@@ -187,13 +187,15 @@ def _floats(section: Mapping[str, Any], there: Places) -> dict[str, Format]:
     """Floats of 8 bits: a scale for a block of rows and columns, for a row, or one for all."""
     found: dict[str, Format] = {}
     for key, (_, dtype, _) in there.items():
-        scale = next((one for end in _SCALES if (one := f"{key}{end}") in there), None)
-        if scale is None:
+        scales = [one for end in _SCALES if (one := f"{key}{end}") in there]
+        if len(scales) > 1:
+            raise SpecError(f"{key} of the base model has {' and '.join(scales)}: which one counts is not known", NAME)
+        if not scales:
             if dtype.startswith("F8") and not key.endswith(_SCALES):
                 raise SpecError(f"{key} of the base model is stored in {dtype} without a scale", NAME)
             continue
         rows, columns = _described(there, key, ("F8_E4M3",))
-        shape = _described(there, scale, (*_FLOATING, "F8_E8M0"), None)
+        shape = _described(there, scales[0], (*_FLOATING, "F8_E8M0"), None)
         if f"{key}_zero_point" in there:
             raise SpecError(f"{key} of the base model is stored with zero points, which are not read", NAME)
         if _by_row(shape, rows):
@@ -201,7 +203,7 @@ def _floats(section: Mapping[str, Any], there: Places) -> dict[str, Format]:
             continue
         high, wide = _block(section)
         if shape != [-(-rows // high), -(-columns // wide)]:
-            said = f"{scale} of the base model is {' x '.join(map(str, shape))}"
+            said = f"{scales[0]} of the base model is {' x '.join(map(str, shape))}"
             raise SpecError(f"{said}, and {rows} x {columns} weights are not so many blocks of {high} x {wide}", NAME)
         found[key] = Format(FP8, wide)
     return found

@@ -428,11 +428,12 @@ def test_checkpoints_in_floats_of_8_bits_are_taken_over_with_their_codes(tmp_pat
             lambda held: {k: v.int() if "scale" in k else v for k, v in held.items()},
             "of I32, which is not what",
         ),
+        (BLOCKS, lambda held: held | {k.removesuffix("_inv"): v.clone() for k, v in held.items()}, "which one counts"),
         (BLOCKS | {"weight_block_size": [64, 16]}, dict, "are not so many blocks of 64 x 16"),
         (BLOCKS | {"weight_block_size": ["32", "16"]}, dict, "does not say how many rows and columns"),
         ({"quant_method": "fp8"}, dict, "does not say how many rows and columns"),
     ],
-    ids=["no scale", "e5m2", "whole scales", "blocks", "texts", "no blocks"],
+    ids=["no scale", "e5m2", "whole scales", "both", "blocks", "texts", "no blocks"],
 )
 def test_other_floats_of_8_bits_are_refused_before_weights_load(tmp_path, section, changed, said):
     spec, _, held = by_floats(tmp_path, section, "_scale_inv", (32, 16))
