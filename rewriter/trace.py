@@ -190,6 +190,7 @@ def trace(
         graphs[mode], signatures[mode] = one.graph, one.signature
         constants |= one.constants
     out = TracedModel(graphs, signatures, aliases)
+    out.config = getattr(model, "config", None)
     shared: dict[int, nn.Parameter] = {}
     for name, p in parameters.items():
         out.add(name, shared.setdefault(id(p), nn.Parameter(p.detach(), requires_grad=p.requires_grad)))

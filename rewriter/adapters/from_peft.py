@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..errors import SpecError, SubspanError
 from ..files import load_tensors, read_json
-from ..graph.sublayers import embeddings, paths
+from ..graph.positions import turns
+from ..graph.sublayers import attentions, embeddings, paths
 from ..graph.traced import TracedModel
 from ..plan import Site, plan
 from ..rewrite import rewrite
@@ -55,7 +56,7 @@ class Found:
         module: its path in the base model.
         transform: with `options`, as a rule has them.
         config: with what patterns say of this module.
-        tensors: leaf -> as it is stored.
+        tensors: leaf -> as it is stored; several where it is stored in parts.
         shared: the folder's tensors without a path.
         further: other tensors of the module.
         table: it is an embedding.
@@ -65,7 +66,7 @@ class Found:
     transform: Transform
     options: dict[str, Any]
     config: Mapping[str, Any]
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor | tuple[Tensor, ...]]
     shared: dict[str, Tensor]
     further: dict[str, Tensor]
     table: bool
@@ -74,49 +75,47 @@ class Found:
     def peft(self) -> Peft:
         return self.transform.peft
 
-    def place(self, site: Site, values: Mapping[str, Tensor], weight: Tensor | None = None) -> Place:
-        """Where its tensors are."""
-        dtype = None if weight is None else weight.dtype
-        wide = {name: value.to(dtype) for name, value in self.further.items()}
-        values = {name: value.to(dtype) if value.is_floating_point() else value for name, value in values.items()}
-        return place_of(site, values, weight, wide)
+    def place(self, site: Site, weight: Tensor | None, **more: Any) -> Place:
+        """Where its tensors are; `more` as of `Place`."""
+        own = {stored_by(self.peft, self.table)[leaf].name: value for leaf, value in self.tensors.items()}
+        further = {name: _wide(value, weight) for name, value in (own | self.further).items()}
+        return place_of(site, weight=weight, further=further, **more)
 
-    def value(self, leaf: Leaf, site: Site, weight: Tensor | None, number: int) -> Tensor | None:
+    def value(self, leaf: Leaf, at: Place) -> Tensor | None:
         """A leaf's value, or None where the folder has none.
-
-        Args:
-            weight: W of the site.
-            number: of the module among the folder's, in the model's order.
 
         Raises:
             SubspanError: it is of another shape, or of another base.
         """
-        name, at = short_name(leaf), self.place(site, {}, weight)
-        if name in self.peft.made:
-            return self.peft.made[name](self.config, at)
+        name = short_name(leaf)
         stored = stored_by(self.peft, self.table).get(name)
-        called = f"{stored.name}.{number}" if stored and stored.numbered else stored and stored.name
-        held = stored and (self.shared.get(called) if stored.pathless else self.tensors.get(name))
-        if held is None:
-            return None
+        place = self.shared.get(stored.called(self.module, at.number)) if stored and stored.pathless else None
+        held = place if place is not None else self.tensors.get(name)
         try:
+            if name in self.peft.made:
+                return self.peft.made[name](self.config, at)
+            if held is None:
+                return None
             value = stored.ours(held, at)
         except ValueError as error:
             raise SubspanError(f"{self.module}: {error}") from None
         if tuple(value.shape) != leaf.shape:
-            raise SubspanError(
-                f"{self.module}: {stored.name} of shape {tuple(held.shape)} does not fit a weight of {at.n} inputs and "
-                f"{at.m} outputs"
-            )
+            shape = " and ".join(str(tuple(one.shape)) for one in (held if stored.parts else (held,)))
+            weight = f"a weight of {at.n} inputs and {at.m} outputs"
+            raise SubspanError(f"{self.module}: {stored.name} of shape {shape} does not fit {weight}")
         return value.clone()  # What is shared may be a view of it.
 
 
-def place_of(
-    site: Site, values: Mapping[str, Tensor], weight: Tensor | None, further: Mapping[str, Tensor] | None = None
-) -> Place:
-    """A site as PEFT's counterparts see it; arguments as of `Place`."""
+def _wide(value: Any, weight: Tensor | None) -> Any:
+    """In a weight's type, if it is a tensor of numbers."""
+    known = isinstance(value, Tensor) and value.is_floating_point() and weight is not None
+    return value.to(weight.dtype) if known else value
+
+
+def place_of(site: Site, **more: Any) -> Place:
+    """A site as PEFT's counterparts see it; `more` as of `Place`."""
     batch = site.shape[0] if len(site.shape) == 3 else None
-    return Place(*site.shape[-2:], site.chain[0][1], values, weight, further or {}, batch)
+    return Place(*site.shape[-2:], site.chain[0][1], batch=batch, kind=site.kind, **more)
 
 
 def is_peft(folder: Path) -> bool:
@@ -157,15 +156,23 @@ def _sorted(
     every = [one.peft for one in known]
     names = {stored.name for one in every for table in (one.tensors, one.tables) for stored in table.values()}
     names |= {name for one in every for name in one.further}
-    shared_names = {stored.name for one in every for stored in one.tensors.values() if stored.shared}
-    numbered = {stored.name for one in every for stored in one.tensors.values() if stored.numbered}
-    modules: dict[str, dict[str, Tensor]] = {}
+    each = [stored for one in every for stored in one.tensors.values()]
+    shared_names = {stored.name for stored in each if stored.shared}
+    ended = {stored.name for stored in each if stored.ending} | {name for one in every for name in one.further}
+    parts = {stored.name for stored in each if stored.parts}
+    modules: dict[str, dict[str, Any]] = {}
     whole, shared = {}, {}
-    for key, value in tensors.items():
-        path = key.removeprefix(PATH) if key.startswith(PATH) else key.removeprefix(ROOT)
+    for key in sorted(tensors, key=lambda key: re.sub(r"\d+", lambda digits: digits[0].zfill(9), key)):
+        value, path = tensors[key], key.removeprefix(PATH) if key.startswith(PATH) else key.removeprefix(ROOT)
+        before, _, last = path.rpartition(".")
+        if last.isdigit() and any(before.endswith(f".{one}") for one in parts):
+            path = before
         name = max((one for one in names if path == one or path.endswith(f".{one}")), key=len, default=None)
-        if path.rpartition(".")[0] in numbered:
+        if before in ended:
             shared[path] = value
+        elif name in parts:
+            held = modules.setdefault(path.removesuffix(name).removesuffix("."), {})
+            held[name] = (*held.get(name, ()), value)
         elif name is None and ".original_module." in path:
             continue  # As it was before: what is trained stands beside it.
         elif name is None:
@@ -295,7 +302,7 @@ def _tuned(
     also: Collection[str],
 ) -> TunedModel:
     whole_one = entire()
-    at = {_target(model, one): one for one in found}
+    at = {place: one for one in found for place in _targets(model, one)}
     weights = dict(model.named_parameters(remove_duplicate=False))
     biases = [f"{one.module}.bias" for one in found if one.peft.bias and f"{one.module}.bias" in model.aliases]
     for name in [name for name in whole if model.aliases.get(name) in at]:  # PEFT saves embeddings that it adapts.
@@ -316,11 +323,11 @@ def _tuned(
         rules.append(Rule(target=more, apply=[whole_one.name]))
     planned = plan(model, rules, new)
     values: dict[str, Tensor] = {}
-    order = [place for place in weights if place in at]
+    order = [place for place in weights if place in at] or list(at)
     for site in planned.sites:
         if site.place in at and site.chain[0][0] is not whole_one:
-            number = order.index(site.place) if site.place in order else 0
-            _take(at[site.place], site, weights, values, number)
+            turn = turned(model, site) if site.kind == "keys" else None
+            _take(at[site.place], site, weights, values, number=order.index(site.place), turn=turn)
     for site in planned.sites:
         if site.chain[0][0] is whole_one:
             names = model.tied.get(site.place, [site.place])
@@ -349,10 +356,34 @@ def _check_tied(model: TracedModel, name: str, whole: Mapping[str, Tensor], weig
             raise SubspanError(f"modules_to_save: {name} is tied to {other}; PEFT trains a copy of one")
 
 
+def turned(model: TracedModel, site: Site) -> Tensor:
+    """What the positions of the rows at a site do to keys, as `Place.turn`.
+
+    Raises:
+        SubspanError: PEFT's rows move the tokens' positions, and here they do not.
+    """
+    try:
+        return turns(model, site.rows)[site.place]
+    except SubspanError as error:
+        raise SubspanError(f"PEFT's rows move the tokens on by {site.rows} positions; in this model, {error}") from None
+
+
+def _targets(model: TracedModel, one: Found) -> list[str]:
+    """What a rule says of a module: its weight, or what its rows precede."""
+    if not one.peft.rows:
+        return [_target(model, one)]
+    if "embeddings" in one.transform.on:
+        return [_before_embeddings(model)]
+    return attending(model)
+
+
+def attending(model: TracedModel) -> list[str]:
+    """The modules of self-attention, in the graph's order."""
+    found = attentions(next(iter(model.graphs.values())))
+    return list(dict.fromkeys(one.module for one in found if not one.cross))
+
+
 def _target(model: TracedModel, one: Found) -> str:
-    """What a rule says of a module: its weight, or the table whose rows are preceded."""
-    if one.peft.rows:
-        return _before_embeddings(model)
     name = f"{one.module}.weight"
     if name not in model.aliases:
         name = _parameter(model, one) or name
@@ -390,23 +421,24 @@ def _before_embeddings(model: TracedModel) -> str:
     return paths(found[0])[-1]
 
 
-def _take(one: Found, site: Site, weights: Mapping[str, Tensor], values: dict[str, Tensor], number: int) -> None:
-    """The values of a site's leaves, and of its module's bias by the bias's name; `number` as of `Found.value`."""
-    own = {}
+def _take(one: Found, site: Site, weights: Mapping[str, Tensor], values: dict[str, Tensor], **more: Any) -> None:
+    """The values of a site's leaves, and of its module's bias by the bias's name; `more` as of `Place`."""
+    own: dict[str, Tensor] = {}
     weight = site.part(weights[site.place].detach()) if site.layout else None
+    stored = weights.get(f"{one.module}.bias")
+    at = one.place(site, weight, values=own, bias=None if stored is None else stored.detach(), **more)
     for leaf in site.leaves:
-        value = one.value(leaf, site, weight, number)
+        value = one.value(leaf, at)
         if value is not None:
-            own[short_name(leaf)] = values[leaf.name] = value
+            values[leaf.name], own[short_name(leaf)] = value, _wide(value, weight)
         elif leaf.role == "tuned" or any(
             how.pathless and key == short_name(leaf) for key, how in one.peft.tensors.items()
         ):
             raise SubspanError(f"{one.module}: the folder lacks {one.peft.tensors[short_name(leaf)].name}")
     if one.peft.bias is None:
         return
-    stored = weights.get(f"{one.module}.bias")
     before = torch.zeros(site.shape[-1], dtype=weight.dtype) if stored is None else stored.detach()
-    after = one.peft.bias(before, one.place(site, own, weight))
+    after = one.peft.bias(before, at)
     if stored is not None:
         values[f"{one.module}.bias"] = after
     elif after.any():

@@ -17,7 +17,7 @@ from ..graph.traced import TracedModel
 from ..plan import Plan, Site
 from ..transforms import TRANSFORMS, Peft, Place, Stored, short_name, stored_by
 from ..tuned import TunedModel, adapter_tensors
-from .from_peft import CONFIG, PATH, ROOT, TENSORS, place_of
+from .from_peft import CONFIG, PATH, ROOT, TENSORS, attending, place_of, turned
 
 
 def save_peft(model: TunedModel, folder: str | Path, base: str | None = None, task_type: str | None = None) -> None:
@@ -165,6 +165,8 @@ def _check_sites(model: TracedModel, sites: list[Site]) -> None:
         SpecError: with the site and why.
     """
     shapes: dict[str, tuple[int, ...]] = {}
+    base = model.base if isinstance(model, TunedModel) else model
+    _check_rows(base, sites)
     for site in sites:
         peft, shape = site.chain[0][0].peft, site.shape
         _check_name(model, site)
@@ -177,33 +179,48 @@ def _check_sites(model: TracedModel, sites: list[Site]) -> None:
             raise _no(site, "PEFT changes the layer's bias too")
 
 
+def _check_rows(base: TracedModel, sites: list[Site]) -> None:
+    """Refuse rows before keys and values that PEFT does not have, or whose positions it has otherwise.
+
+    Raises:
+        SubspanError: with which.
+    """
+    rows = [site for site in sites if site.kind in ("keys", "values")]
+    if rows and sorted(site.place for site in rows) != sorted(2 * attending(base)):
+        raise _no(rows[0], "PEFT has rows before the keys and values of every layer")
+    for site in rows:
+        turned(base, site)
+
+
 def _written(model: TunedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
     sites, whole = parts_of(model.plan)
+    _check_rows(model.base, sites)
     weights = dict(model.named_parameters(remove_duplicate=False))
     leaves, names = adapter_tensors(model), list(weights)
     configs: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
     shared: dict[str, list[tuple[Site, Stored, Tensor, Place]]] = {}
     spoken: set[str] = set()  # biases that follow from what stands at their weights
-    order = [name for name in names if any(site.place == name for site in sites)]
+    order = [name for name in names if any(site.place == name for site in sites)] or attending(model.base)
     for site in sites:
         peft, module = site.chain[0][0].peft, site.place.removesuffix(".weight")
         _check_name(model, site)
         values = {short_name(leaf): leaves[leaf.name].detach() for leaf in site.leaves}
-        weight = site.part(as_dense(weights[site.place].detach())) if site.layout else None
-        at = place_of(site, values, weight)
+        at = _place(model, site, values, weights, order)
         configs[module] = own = _config(site)
         for name, make in peft.made.items():
             if not torch.equal(make(own, at).to(values[name].device), values[name]):
                 said = f"PEFT draws {name} from a seed, and draws others than are tuned here"
                 raise _no(site, f"{said}; export --adapter can write low-rank terms")
         for name, stored in stored_by(peft, bool(site.layout) and not (site.linear or _batched(site))).items():
-            if stored.shared:
-                shared.setdefault(stored.name, []).append((site, stored, values[name], at))
-            elif stored.numbered:
-                tensors[f"{ROOT}{stored.name}.{order.index(site.place)}"] = stored.theirs(values[name], at)
+            key = f"{PATH}{_path(site, sites, names)}.{stored.name}" if not peft.rows else stored.name
+            if stored.joined or (stored.pathless and stored.theirs):
+                key = stored.name if peft.rows else ROOT + stored.called(module, at.number)
+                shared.setdefault(key, []).append((site, stored, values.get(name), at))
+            elif stored.parts:
+                own = enumerate(stored.theirs(values[name], at))
+                tensors |= {f"{key}.{i}": value for i, value in own}
             elif stored.theirs and name in values:
-                key = f"{PATH}{_path(site, sites, names)}.{stored.name}" if not peft.rows else stored.name
                 tensors[key] = stored.theirs(values[name], at)
         if peft.beside:
             tensors |= {f"{PATH}{module}.{name}": value for name, value in peft.beside(at).items()}
@@ -211,8 +228,12 @@ def _written(model: TunedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if parts is not None:
             spoken.add(f"{module}.bias")
             tensors |= {f"{PATH}{module}.{name}": value for name, value in parts.items()}
-    for name, entries in shared.items():
-        tensors[ROOT + name] = _common(entries)
+    for key, entries in shared.items():
+        try:
+            joined = entries[0][1].joined
+            tensors[key] = joined([(value, at) for *_, value, at in entries]) if joined else _common(entries)
+        except ValueError as error:
+            raise _no(entries[0][0], str(error)) from None
     peft = sites[0].chain[0][0].peft
     config = _joined(sites, configs, leaves) | {"peft_type": peft.kind}
     if not peft.rows:
@@ -226,6 +247,21 @@ def _written(model: TunedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
         config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in saved})
     root = ROOT if peft.rows else PATH
     return config, tensors | {root + name: value for name, value in saved.items()}
+
+
+def _place(
+    model: TunedModel, site: Site, values: Mapping[str, Tensor], weights: Mapping[str, Tensor], order: list[str]
+) -> Place:
+    """A site as PEFT's counterparts see it; `order` are the places that are tuned, as the model has them."""
+    bias = weights.get(site.place.removesuffix("weight") + "bias") if site.layout else None
+    return place_of(
+        site,
+        values=values,
+        weight=site.part(as_dense(weights[site.place].detach())) if site.layout else None,
+        bias=None if bias is None else bias.detach(),
+        number=order.index(site.place) if site.place in order else 0,
+        turn=turned(model.base, site) if site.kind == "keys" else None,
+    )
 
 
 def _bias(
@@ -244,7 +280,10 @@ def _bias(
         if other.place == name and (there := other.chain[0][0].peft) and there.whole:
             tuned = leaves[other.leaves[0].name].detach().reshape(stored.shape)
     if peft.bias_parts:
-        return peft.bias_parts(stored, tuned)
+        try:
+            return peft.bias_parts(stored, tuned, at)
+        except ValueError as error:
+            raise _no(site, str(error)) from None
     if not torch.allclose(peft.bias(stored, at), tuned, rtol=1e-6, atol=1e-7):
         raise _no(site, "PEFT changes the layer's bias too")
     return {}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SubspanError
+from ..graph.traced import TracedModel
 from . import compare
 from .decoder import stepping
 from .kernels import fallen, lacking
@@ -150,8 +151,8 @@ def _beside(module: nn.Module, batch: Mapping[str, Tensor], device: str, steps: 
     """The runs of a module on a batch."""
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     given = cast(batch, dtype, device)
-    if steps:
-        return {"eager": stepping(module, given)}
+    if steps:  # A traced model has no cache to take a step with.
+        return {} if isinstance(module, TracedModel) else {"eager": stepping(module, given)}
     runs = {"eager": forward(module, given), "products": products(module, given)}
     # One CUDA graph, like the files.
     compiled = torch.compile(module, mode="reduce-overhead" if device == "cuda" else "default", dynamic=False)

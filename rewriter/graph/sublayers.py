@@ -173,18 +173,23 @@ def _repeats(node: fx.Node) -> int:
     return 1
 
 
-def _source(node: fx.Node) -> fx.Node | None:
-    """The input of the nearest linear op above a node."""
+def nearest_linear(node: fx.Node) -> fx.Node | None:
+    """The nearest linear op above a node."""
     queue, seen = [node], set()
     while queue:
         node = queue.pop(0)
         if node in seen:
             continue
         seen.add(node)
-        if (read := linear_input(node)) is not None:
-            return read
+        if linear_input(node) is not None:
+            return node
         queue += node.all_input_nodes
     return None
+
+
+def _source(node: fx.Node) -> fx.Node | None:
+    found = nearest_linear(node)
+    return found and linear_input(found)
 
 
 def linear_input(node: fx.Node) -> fx.Node | None:

@@ -102,12 +102,14 @@ class TracedModel(nn.Module):
         aliases: parameter name -> the first name of the same tensor, for tied weights.
         tied: first name -> all names, where there is more than one.
         lowered: graph's name -> what rewrites of this model have traced, for the next one.
+        config: of the module that was traced, where it is one of transformers'.
     """
 
     def __init__(self, graphs: dict[str, fx.Graph], signatures: dict[str, Signature], aliases: dict[str, str]):
         super().__init__()
         self.graphs, self.signatures, self.aliases = graphs, signatures, aliases
         self.lowered = Lowered()
+        self.config: Any = None
         self._forwards: dict[str, Any] = {}
 
     @property
@@ -180,7 +182,7 @@ class TracedModel(nn.Module):
     def _with(self, graphs: dict[str, fx.Graph]) -> Self:
         """A model like this one with other graphs and no tensors yet."""
         other = TracedModel(graphs, dict(self.signatures), dict(self.aliases))
-        other.lowered = self.lowered
+        other.lowered, other.config = self.lowered, self.config
         return other
 
     def run(self, name: str, *args, **kwargs) -> Any:

@@ -33,7 +33,7 @@ def _biased(bias: Tensor, at: Place) -> Tensor:
             f"glora_{part}" for part in ("C.X", "C.Xd", "C.Xu", "D.X", "E.X", "C.zeros", "D.zeros", "E.zeros")
         ),
         bias=_biased,
-        bias_parts=lambda before, after: {"glora_D.X": torch.zeros_like(before), "glora_E.X": after - before},
+        bias_parts=lambda before, after, _: {"glora_D.X": torch.zeros_like(before), "glora_E.X": after - before},
     ),
 )
 def glora(w: Operator, site: Scope, *, rank: Rank) -> Operator:

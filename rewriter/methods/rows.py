@@ -1,5 +1,6 @@
 """Rows before the sequence: prefixes on keys and values, prompts before the embeddings. (13)(14)"""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +13,12 @@ from rewriter.transforms import (
     HiddenWidth,
     Length,
     Peft,
+    Place,
     Pool,
     Rank,
     Schedule,
     Scope,
+    Stored,
     kaiming_uniform,
     normal,
     same,
@@ -38,7 +41,36 @@ class Fold(Schedule):
             one.values["p"] = _made(*(one[leaf].detach() for leaf in ("e", "a", "a_bias", "b", "b_bias")))
 
 
-@transform("reconstruction", on=("keys", "values"))
+def _of_layer(value: Tensor, at: Place) -> Tensor:
+    """P (length, m) of a layer's keys or values out of (length, layers 2 m); keys at the positions of the tokens."""
+    own = value.unflatten(1, (-1, 2, at.m))[:, at.number, int(at.kind == "values")]
+    return own if at.turn is None else _turned(own, at.turn.mT)
+
+
+def _turned(rows: Tensor, turn: Tensor) -> Tensor:
+    return (rows.unflatten(-1, (-1, len(turn))) @ turn.to(rows)).flatten(-2)
+
+
+def _of_all(values: Sequence[tuple[Tensor, Place]]) -> Tensor:
+    order = sorted(values, key=lambda one: (one[1].number, one[1].kind))
+    return torch.cat([value if at.turn is None else _turned(value, at.turn) for value, at in order], dim=1)
+
+
+_MODEL = {"num_attention_heads", "num_layers", "token_dim"}  # What the base's configuration says.
+
+
+@transform(
+    "reconstruction",
+    on=("keys", "values"),
+    peft=Peft(
+        "PREFIX_TUNING",
+        {"p": Stored("prompt_embeddings", _of_layer, None, joined=_of_all)},
+        {"length": "num_virtual_tokens"},
+        fixed={"num_transformer_submodules": (1, None)},
+        ignored=frozenset({*_MODEL, "encoder_hidden_size", "prefix_projection"}),
+        rows=True,
+    ),
+)
 def prefix(w: Operator, site: Scope, *, length: Length, hidden: HiddenWidth = None) -> Operator:
     """concat(P, xW) on keys and on values, P small and random at the start. (13)(14), ref. 56
 
@@ -61,12 +93,10 @@ def prefix(w: Operator, site: Scope, *, length: Length, hidden: HiddenWidth = No
         {"length": "num_virtual_tokens"},
         ignored=frozenset(
             {
-                "num_attention_heads",
-                "num_layers",
+                *_MODEL,
                 "num_transformer_submodules",
                 "prompt_tuning_init",
                 "prompt_tuning_init_text",
-                "token_dim",
                 "tokenizer_kwargs",
                 "tokenizer_name_or_path",
             }

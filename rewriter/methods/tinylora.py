@@ -32,7 +32,7 @@ def _turned(value: Tensor, at: Place) -> Tensor:
     peft=Peft(
         "TINYLORA",
         {
-            "v": replace(same("tinylora_v"), numbered=True),
+            "v": replace(same("tinylora_v"), ending=lambda _, number: str(number)),
             "p": Stored("tinylora_P", _turned, lambda value, _: value.mT),
         },
         {"rank": "r", "numbers": "u"},

@@ -1,7 +1,7 @@
 """How a folder of PEFT has a transform, declared beside its expression: `@transform(kind, peft=Peft(...))`."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +20,13 @@ class Place:
     Attributes:
         values: leaf -> value.
         weight: W itself, where it is at hand.
-        further: the module's other tensors in the folder, by their names there.
+        further: the module's tensors in the folder, by their names there.
         batch: how many of them there are, of a parameter that is a batch of weights (experts).
+        bias: the layer's.
+        kind: of the site.
+        number: of the module among those that are tuned so, in the model's order.
+        turn: of keys that positions rotate: R (head width, head width), a key at a position times R^t is that at the
+            rows' number of positions on.
     """
 
     n: int
@@ -31,6 +36,10 @@ class Place:
     weight: Tensor | None = None
     further: Tensors = field(default_factory=dict)
     batch: int | None = None
+    bias: Tensor | None = None
+    kind: str = "matrix"
+    number: int = 0
+    turn: Tensor | None = None
 
 
 View = Callable[[Tensor, Place], Tensor]
@@ -45,7 +54,10 @@ class Stored:
         ours, theirs: from PEFT's tensor to the leaf's value, and back; `theirs` is None where PEFT computes it.
         shared: there is one for all modules, without a path.
         needed: every module has it.
-        numbered: there is one for each module, without a path, with the module's number in the model's order.
+        ending: there is one for each of these, without a path: what stands after its name and a dot, by a module's path
+            and its number in the model's order.
+        parts: there are several of a module, numbered after a dot; `ours` takes a tuple of them, `theirs` gives one.
+        joined: one of all modules that share it, from (value, place) of each; instead of `theirs`.
         size: of what is shared, by the most inputs and the most outputs that a module has, and the options.
     """
 
@@ -54,12 +66,18 @@ class Stored:
     theirs: View | None
     shared: bool = False
     needed: bool = True
-    numbered: bool = False
+    ending: Callable[[str, int], str] | None = None
+    parts: bool = False
+    joined: Callable[[Sequence[tuple[Tensor, Place]]], Tensor] | None = None
     size: Callable[[int, int, Any], tuple[int, ...]] | None = None
 
     @property
     def pathless(self) -> bool:
-        return self.shared or self.numbered
+        return self.shared or self.ending is not None
+
+    def called(self, module: str, number: int) -> str:
+        """Its name in the folder, without the module's path."""
+        return f"{self.name}.{self.ending(module, number)}" if self.ending else self.name
 
 
 def same(name: str, needed: bool = True) -> Stored:
@@ -105,14 +123,14 @@ class Peft:
         beside: those that follow from the weight and the leaves, to write.
         tables: leaf -> how it is stored for an embedding.
         bias: what becomes of the layer's bias; None: nothing. It is never trained so here: the bias is tuned freely.
-        bias_parts: from the layer's bias as it was and as it is tuned, to further tensors that say so.
+        bias_parts: from the layer's bias as it was and as it is tuned, and the place, to further tensors that say so.
         listed: the key that lists the modules of this transform beside all.
         by_module: leaf's value -> (pattern's key, the end of the module's key, what stands there).
         factors: leaves A and B, where it is W + A B with its other options as by default.
         batched: whether a module's tensors can be those of a batch of weights of a shape (b, n, m) or (b, m, n); None:
             PEFT has none of a batch.
         whole: it stands for the parameter itself, which is stored by its own name.
-        rows: it stands before the embeddings, its tensors have no path.
+        rows: it stands before the embeddings, or before the keys and values of all layers; its tensors have no path.
     """
 
     kind: str
@@ -130,7 +148,7 @@ class Peft:
     beside: Callable[[Place], dict[str, Tensor]] | None = None
     tables: Mapping[str, Stored] = field(default_factory=dict)
     bias: Callable[[Tensor, Place], Tensor] | None = None
-    bias_parts: Callable[[Tensor, Tensor], dict[str, Tensor]] | None = None
+    bias_parts: Callable[[Tensor, Tensor, Place], dict[str, Tensor]] | None = None
     listed: str | None = None
     by_module: Callable[[Tensors], tuple[str, str, Any]] | None = None
     factors: tuple[str, str] | None = None

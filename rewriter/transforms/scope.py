@@ -117,11 +117,19 @@ class Scope:
         Raises:
             SpecError: the weight is already transformed, so its decomposition would change while training.
         """
-        if not self.untouched:
-            raise SpecError(f"{self.transform} decomposes the frozen weight, so it must be the first of its chain")
+        self.check_first()
         k = min(self.n, self.m)
         shapes = {"u": (self.n, k), "s": k, "vt": (k, self.m)}
         return tuple(self._leaf(name, shape, SvdFactor(name), "constant") for name, shape in shapes.items())
+
+    def check_first(self) -> None:
+        """Refuse to stand on a weight that is already transformed.
+
+        Raises:
+            SpecError: it does.
+        """
+        if not self.untouched:
+            raise SpecError(f"{self.transform} decomposes the frozen weight, so it must be the first of its chain")
 
     def divided(self, size: int, of: str = "inputs") -> int:
         """How many blocks of a size the inputs or outputs are.

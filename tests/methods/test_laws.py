@@ -59,7 +59,7 @@ COUNTS |= {
 COUNTS |= {
     "hira": (("rank",), lambda n, m, r: r * (n + m)),
     "shira": (("rank",), lambda n, m, r: min(n * m, r * (n + m))),
-    "frod": ({"density": 0.2}, lambda n, m, r: (k := min(n, m)) + min(round(0.2 * k * k), k * (k - 1))),
+    "frod": ({"density": 0.2}, lambda n, m, r: (k := min(n, m)) + min(max(1, int(0.2 * k * k)), k * (k - 1))),
     "gralora": ({"rank": 4, "blocks": 2}, lambda n, m, r: 4 * (n + m)),
     "c3a": ({"block": 2}, lambda n, m, r: n * m // 2),
     "deft": (("rank", "alpha"), lambda n, m, r: r * (n + m)),

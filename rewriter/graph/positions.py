@@ -1,0 +1,89 @@
+"""What positions do to the keys of attention, found by running the part of the graph that does it."""
+
+from collections.abc import Mapping
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..errors import SubspanError
+from .sublayers import Attention, attentions, nearest_linear, shape_of
+from .traced import TracedModel
+
+# Types of rotation whose angles are linear in the position at any length.
+_LINEAR = {"default", "linear", "llama3", "yarn"}
+_CLOSE = 1e-4  # float32's rounding of cosines
+
+
+def turns(model: TracedModel, length: int) -> dict[str, Tensor]:
+    """Module of attention -> R (head width, head width), float64, in the graph's order: what stands `length` positions
+    on is a key k (a row) as k R. RoPE, arXiv 2104.09864
+
+    Raises:
+        SubspanError: positions enter in another way than by rotated queries and keys.
+    """
+    _check_rotary(model.config)
+    graph = next(iter(model.graphs.values()))
+    return {one.module: _turn(model, graph, one, length) for one in attentions(graph) if not one.cross}
+
+
+def _check_rotary(config: Any) -> None:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    rope = getattr(text, "rope_parameters", None)
+    if not rope or not hasattr(text, "use_cache"):
+        raise SubspanError("its positions are not those of a decoder that rotates queries and keys alone")
+    each = [one for one in rope.values() if isinstance(one, Mapping)] or [rope]
+    if others := {one.get("rope_type", "default") for one in each} - _LINEAR:
+        raise SubspanError(f"its rotation ({', '.join(sorted(map(str, others)))}) depends on the length")
+    windows = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+    if windows or (getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)):
+        raise SubspanError("its attention has a window, in which rows that move the positions count")
+
+
+def _turn(model: TracedModel, graph: fx.Graph, one: Attention, length: int) -> Tensor:
+    source, width = nearest_linear(one.keys), shape_of(one.keys)[-1]
+    if one.product is not None or source is None:
+        raise SubspanError(f"{one.module}: where positions meet the keys is not known")
+    steps = length + 2
+    unit = torch.eye(width, dtype=torch.float64).repeat(1, shape_of(source)[-1] // width)
+    unit = unit.unsqueeze(1).expand(-1, steps, -1)
+    keys = _run(model, graph, one.keys, {source: unit if len(shape_of(source)) == 3 else unit.flatten(0, 1)}, steps)
+    at = keys.double().permute(1, 2, 0, 3)  # (heads, positions, unit vector, head width)
+    found = torch.linalg.solve(at[:, :1], at[:, [1, length, length + 1]])
+    turn = found[0, 1]
+    same = (found - found[:1]).abs().max() < _CLOSE and (found[0, 0] @ turn - found[0, 2]).abs().max() < _CLOSE
+    rotation = (turn @ turn.mT - torch.eye(width)).abs().max() < _CLOSE
+    if not (same and rotation) or (turn - torch.eye(width)).abs().max() < _CLOSE:
+        raise SubspanError(f"{one.module}: positions do not rotate its keys")
+    return turn
+
+
+def _run(model: TracedModel, graph: fx.Graph, end: fx.Node, given: dict[fx.Node, Tensor], steps: int) -> Tensor:
+    """The value of a node for given values of others, on ones in the place of inputs."""
+    above, queue = set(), [end]
+    while queue:
+        node = queue.pop()
+        if node not in above:
+            above.add(node)
+            queue += [] if node in given else node.all_input_nodes
+    batch = next(iter(given.values())).shape[0]
+    batch = batch if next(iter(given.values())).ndim == 3 else batch // steps
+    ranges = {(one.place, one.dimension) for one in next(iter(model.signatures.values())).ranges}
+    values, place = dict(given), -1
+    with torch.no_grad():
+        for node in graph.nodes:
+            place += node.op == "placeholder"
+            if node not in above or node in given:
+                continue
+            if node.op == "placeholder":
+                shape = [
+                    (batch, steps)[dim] if (place, dim) in ranges and dim < 2 else int(size)
+                    for dim, size in enumerate(shape_of(node))
+                ]
+                values[node] = torch.ones(shape, dtype=node.meta["val"].dtype)
+            elif node.op == "get_attr":
+                values[node] = attrgetter(node.target)(model)
+            else:
+                values[node] = node.target(*fx.map_arg(node.args, values.get), **fx.map_arg(node.kwargs, values.get))
+    return values[end]
