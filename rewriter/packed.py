@@ -23,6 +23,7 @@ Places = Mapping[str, Place]
 _PACKED = "packed"
 _FORMAT, _FLOATS = "pack-quantized", "float-quantized"
 _ROWS = "qweight"
+_ORDERED = ("group", "dynamic")  # compressed-tensors' `actorder` that groups inputs by it
 _SCALES = ("_scale_inv", "_scale")  # Both are factors.
 # Layouts that are read, the default of those who write them first.
 _LAYOUTS = {GPTQ: ("gptq", "gptq_v2"), AWQ: ("gemm",)}
@@ -157,7 +158,7 @@ def _compressed(section: Mapping[str, Any], there: Places) -> dict[str, Format]:
     for group, own, form in zip(groups, weights, formats, strict=True):
         bits = own.get("num_bits")
         plain = own.get("type") == "int" and own.get("strategy") in ("group", "channel")
-        plain &= not own.get("actorder") and not group.get("input_activations")
+        plain &= not group.get("input_activations")
         if not plain or form != _FORMAT or bits not in (4, 8) or not (bits == 4 or own.get("symmetric", True)):
             said = f"the base model is stored as {form}, {own.get('type')}{bits} by {own.get('strategy')}"
             said += f"; only {_FORMAT} of weights alone, int4 or symmetric int8, by group or channel, in order, is read"
@@ -173,13 +174,19 @@ def _compressed(section: Mapping[str, Any], there: Places) -> dict[str, Format]:
         fitting = [own for own in weights if shape == [rows, -(-columns * own["num_bits"] // 32)]]
         zero = f"{name}_zero_point" in there
         fitting = [own for own in fitting if own.get("symmetric", True) != zero]
-        if not fitting or f"{name}_g_idx" in there:
+        ordered = f"{name}_g_idx" in there
+        there_too = [own for own in fitting if (own.get("actorder") in _ORDERED) == ordered]
+        if not there_too:
             words = f"{' x '.join(map(str, shape))} words of codes"
-            how = "an order of inputs" if fitting else f"{words}, with{'' if zero else 'out'} zero points"
+            how = f"{words}, with{'' if zero else 'out'} zero points"
+            how = f"an order of inputs ({'' if ordered else 'no '}{name}_g_idx)" if fitting else how
             raise SpecError(f"{name} of the base model is stored in {how}; its config says otherwise", NAME)
         scales = _described(there, f"{name}_scale", _FLOATING)
-        said = [own.get("group_size") if own["strategy"] == "group" else None for own in fitting]
-        found[name] = Format(f"int{fitting[0]['num_bits']}", _group(name, columns, scales[1], said))
+        said = [own.get("group_size") if own["strategy"] == "group" else None for own in there_too]
+        group = _group(name, columns, scales[1], said)
+        if ordered:
+            _order(there, f"{name}_g_idx", columns, group)
+        found[name] = Format(f"int{fitting[0]['num_bits']}", group, ordered)
     return found
 
 
@@ -250,16 +257,39 @@ def _unpacked(
     bits = int(form.method.removeprefix("int"))
     rows, columns = tensors["shape"].tolist()
     codes, scales = _numbers(tensors[_PACKED], bits)[:, :columns], tensors["scale"].float()
+    codes, order = _by_group(codes, _order(there, f"{key}_g_idx", columns, form.group) if form.ordered else None)
     if bits == 8:
-        return Quantised((codes.int() - 128).to(torch.int8), scales, None, form, dtype)
+        return Quantised((codes.int() - 128).to(torch.int8), scales, None, form, dtype, order=order)
     zeros = torch.full_like(scales, 8, dtype=torch.uint8)
     if "zero_point" in tensors:  # Packed along the rows.
         zeros = _numbers(tensors["zero_point"].t().contiguous(), bits).t()[:rows].contiguous()
-    return Quantised(in_pairs(codes), scales, zeros, form, dtype)
+    return Quantised(in_pairs(codes), scales, zeros, form, dtype, order=order)
+
+
+def _order(there: Places, key: str, columns: int, group: int) -> Tensor:
+    """The group of each input.
+
+    Raises:
+        SpecError: groups are not of so many inputs each.
+    """
+    _described(there, key, ("I32", "I64"), 1)
+    found = _tensor(there, key).long()
+    if len(found) != columns or not torch.equal(found.sort().values, torch.arange(columns) // group):
+        said = f"{key} of the base model does not put its {columns} inputs into groups of {group} each"
+        raise SpecError(said, NAME)
+    return found
+
+
+def _by_group(codes: Tensor, groups: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Codes (rows, columns) with a group's columns next to each other, and the place of each column among them."""
+    if groups is None:
+        return codes, None
+    sorting = groups.argsort(stable=True)
+    return codes[:, sorting], sorting.argsort().to(torch.int32)
 
 
 def _of_rows(section: Mapping[str, Any], there: Places) -> dict[str, Format]:
-    """Of GPTQ and AWQ: whole numbers of 4 bits, a scale and a zero for a group of inputs, in order."""
+    """Of GPTQ and AWQ: whole numbers of 4 bits, a scale and a zero for a group of inputs; GPTQ's of any order."""
     method, bits, layout = section["quant_method"], section.get("bits"), _layout(section)
     if bits != 4 or layout not in _LAYOUTS[method]:
         said = f"the base model is stored by {method} in {bits!r} bits as {layout}"
@@ -277,12 +307,11 @@ def _of_rows(section: Mapping[str, Any], there: Places) -> dict[str, Format]:
         if second != packed or _described(there, f"{layer}.qzeros", ("I32",)) != [groups, words]:
             raise SpecError(f"{layer} of the base model is not in 4 bits as {method} packs them", NAME)
         group = _group(layer, inputs, groups, [section.get("group_size")])
-        order = _tensor(there, f"{layer}.g_idx").long() if f"{layer}.g_idx" in there else None
-        other = section.get("desc_act") if order is None else not torch.equal(order, torch.arange(inputs) // group)
-        if other:
-            said = f"{layer} of the base model has its inputs in the order of desc_act, which is not read"
-            raise SpecError(f"{said}; quantise it with desc_act: false", NAME)
-        found[f"{layer}.weight"] = Format("int4", group)
+        order = _order(there, f"{layer}.g_idx", inputs, group) if f"{layer}.g_idx" in there else None
+        if order is None and section.get("desc_act"):
+            raise SpecError(f"{layer}.g_idx of the base model, the order of desc_act, is missing", NAME)
+        ordered = order is not None and not torch.equal(order, torch.arange(inputs) // group)
+        found[f"{layer}.weight"] = Format("int4", group, ordered)
     return found
 
 
@@ -299,7 +328,7 @@ def _by_rows(
 ) -> Quantised:
     """A weight of GPTQ or AWQ as one of ours: they have inputs before outputs. GPTQ packs codes along the inputs, and
     writes zeros less one but in its second format; AWQ packs along the outputs, eight in an order of its own."""
-    tensors = _tensors(there, key.removesuffix("weight"))
+    form, tensors = forms[key], _tensors(there, key.removesuffix("weight"))
     codes, zeros = tensors[_ROWS], _numbers(tensors["qzeros"], 4)
     if section["quant_method"] == GPTQ:
         codes = _numbers(codes.t(), 4)
@@ -308,8 +337,9 @@ def _by_rows(
         codes, zeros = (one.unflatten(1, (-1, 8))[..., _AWQ_ORDER].flatten(1) for one in (_numbers(codes, 4), zeros))
         codes = codes.t()
     scales = tensors["scales"].float().t().contiguous()
-    zeros = zeros[:, : len(scales)]
-    return Quantised(in_pairs(codes.contiguous()), scales, zeros.t().contiguous(), forms[key], dtype)
+    zeros = zeros[:, : len(scales)].t().contiguous()
+    codes, order = _by_group(codes.contiguous(), tensors["g_idx"].long() if form.ordered else None)
+    return Quantised(in_pairs(codes), scales, zeros, form, dtype, order=order)
 
 
 def _numbers(packed: Tensor, bits: int) -> Tensor:

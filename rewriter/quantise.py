@@ -1,6 +1,7 @@
 """A base model in few bits: which of its weights, and how each is stored."""
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -179,8 +180,9 @@ def _head(model: nn.Module) -> nn.Parameter | None:
 
 
 def forms_of(model: nn.Module) -> dict[str, tuple[Format, bool]]:
-    """Name -> how it is stored, and whether flipped, of the quantised parameters of a model, tied ones once."""
-    return {name: (one.form, one.flipped) for name, one in model.named_parameters() if isinstance(one, Quantised)}
+    """Name -> how it is stored, in order, and whether flipped, of a model's quantised parameters, tied ones once."""
+    found = {name: one for name, one in model.named_parameters() if isinstance(one, Quantised)}
+    return {name: (replace(one.form, ordered=False), one.flipped) for name, one in found.items()}
 
 
 def dequantise(*models: nn.Module) -> None:

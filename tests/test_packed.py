@@ -132,21 +132,26 @@ def packed(numbers, bits):
     return some.sum(-1).to(torch.int32)
 
 
-def by_compressed_tensors(folder, bits, group, symmetric, sizes=None, **more):
+def by_compressed_tensors(folder, bits, group, symmetric, sizes=None, actorder=None, **more):
     """A spec over a checkpoint as compressed-tensors packs it, and the model that it means."""
     torch.manual_seed(0)
     model, held = hf.LlamaForCausalLM(hf.LlamaConfig(**(LLAMA | (sizes or {})))), {}
     half = 2 ** (bits - 1)
     for name, layer in model.named_modules():
         if isinstance(layer, torch.nn.Linear) and name != "lm_head":
-            weight = layer.weight.data
-            values = weight.unflatten(-1, (-1, group or weight.shape[1]))
+            weight, width = layer.weight.data, group or layer.weight.shape[1]
+            ordered = torch.arange(weight.shape[1]) // width
+            if actorder == "group":
+                ordered = ordered[torch.randperm(len(ordered), generator=torch.Generator().manual_seed(0))]
+                held[f"{name}.weight_g_idx"] = ordered.int()
+            place = ordered.argsort(stable=True).argsort()
+            values = weight[:, place.argsort()].unflatten(-1, (-1, width))
             low, high = values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
             scale = values.abs().amax(-1) / (half - 1) if symmetric else (high - low) / (2 * half - 1)
             zero = torch.full_like(scale, half) if symmetric else (-low / scale).round()
             codes = (values / scale[..., None] + zero[..., None]).round().clamp(0, 2 * half - 1)
-            layer.weight.data = ((codes - zero[..., None]) * scale[..., None]).flatten(-2)
-            held[f"{name}.weight_packed"] = packed(codes.flatten(-2), bits)
+            layer.weight.data = ((codes - zero[..., None]) * scale[..., None]).flatten(-2)[:, place]
+            held[f"{name}.weight_packed"] = packed(codes.flatten(-2)[:, place], bits)
             held[f"{name}.weight_scale"] = scale
             held[f"{name}.weight_shape"] = torch.tensor(weight.shape)
             if not symmetric:
@@ -155,16 +160,20 @@ def by_compressed_tensors(folder, bits, group, symmetric, sizes=None, **more):
     rest = {key: value for key, value in load_file(folder / "few/model.safetensors").items() if "_proj" not in key}
     save_file(rest | held, folder / "few/model.safetensors", metadata={"format": "pt"})
     weights = {"num_bits": bits, "type": "int", "strategy": "group" if group else "channel", "symmetric": symmetric}
-    kind = {"targets": ["Linear"], "weights": weights | {"group_size": group}} | more
+    kind = {"targets": ["Linear"], "weights": weights | {"group_size": group, "actorder": actorder}} | more
     section = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": kind}}
     return asked(folder, **section), model.eval()
 
 
 @pytest.mark.parametrize(
-    ("bits", "group", "symmetric"), [(4, 32, True), (4, 32, False), (4, None, True), (8, 32, True), (8, None, True)]
-)
-def test_checkpoints_of_compressed_tensors_are_taken_over_with_their_codes(tmp_path, bits, group, symmetric):
-    spec, meant = by_compressed_tensors(tmp_path, bits, group, symmetric)
+    ("bits", "group", "symmetric", "actorder"),
+    [
+        (4, 32, True, None), (4, 32, False, None), (4, None, True, "weight"), (4, 16, False, "group"),
+        (8, 32, True, None), (8, None, True, None), (8, 16, True, "group"),
+    ],
+)  # fmt: skip
+def test_checkpoints_of_compressed_tensors_are_taken_over_with_their_codes(tmp_path, bits, group, symmetric, actorder):
+    spec, meant = by_compressed_tensors(tmp_path, bits, group, symmetric, actorder=actorder)
     session = Session(spec)
     own, planned = session.prepare().pretrained.model, session.plan()
     assert planned.weight_bytes == sum(map(held_bytes, own.parameters())) < 0.5 * 4 * planned.total_parameters
@@ -211,7 +220,12 @@ def also(end, value):
     [
         (False, without("0.mlp.up_proj.weight_zero_point"), {}, "up_proj.weight of .*without zero points; its config"),
         (True, also("weight_zero_point", torch.zeros(8, 2, dtype=torch.int32)), {}, "with zero points; its config"),
-        (True, also("weight_g_idx", torch.arange(64).int()), {}, "q_proj.weight of .* in an order of inputs"),
+        (
+            True,
+            also("weight_g_idx", torch.arange(64).int()),
+            {},
+            "in an order of inputs .*q_proj.weight_g_idx",
+        ),
         (True, also("weight_scale", torch.ones(64, 4)), {}, "4 scales for 64 inputs; groups of 32 are read"),
         (True, without("0.mlp.up_proj.weight_scale"), {}, "up_proj.weight_scale of the base model is missing"),
         (True, dict, {"transform_config": {"config_groups": {"u": {}}}}, "stored with a transform_config, which"),
@@ -253,15 +267,17 @@ def by_rows(folder, kind, config, group, layout, **more):
         if not isinstance(layer, torch.nn.Linear | Conv1D) or name == "lm_head":
             continue
         n, m = reversed(layer.weight.shape) if isinstance(layer, torch.nn.Linear) else layer.weight.shape
+        ordered = torch.arange(n) // (group or n)
+        ordered = ordered[torch.randperm(n, generator=generator)] if more.get("desc_act") else ordered
         codes = torch.randint(16, (n, m), generator=generator)
         zeros = torch.randint(16, (n // (group or n), m), generator=generator)
         scales = torch.rand(zeros.shape, generator=generator).half() / 100
-        weight = ((codes.unflatten(0, (-1, group or n)) - zeros[:, None]) * scales[:, None].float()).flatten(0, 1)
+        weight = (codes - zeros[ordered]) * scales.float()[ordered]
         layer.weight.data = weight.t().contiguous() if isinstance(layer, torch.nn.Linear) else weight
         if kind == "gptq":
             own = zeros if layout == "gptq_v2" else (zeros - 1) % 16
             parts = {"qweight": packed(codes.t(), 4).t(), "qzeros": packed(own, 4)}
-            parts["g_idx"] = (torch.arange(n) // (group or n)).int()
+            parts["g_idx"] = ordered.int()
         else:
             own = (one.unflatten(1, (-1, 8))[..., ORDER].flatten(1) for one in (codes, zeros))
             parts = dict(zip(("qweight", "qzeros"), (packed(one, 4) for one in own), strict=True))
@@ -278,10 +294,14 @@ def by_rows(folder, kind, config, group, layout, **more):
 @pytest.mark.parametrize("config", [hf.LlamaConfig(**LLAMA), hf.GPT2Config(**GPT2)], ids=["llama", "gpt2"])
 @pytest.mark.parametrize(
     ("kind", "group", "layout"),
-    [("gptq", 32, "gptq"), ("gptq", 32, None), ("gptq", None, "gptq_v2"), ("awq", 32, "gemm"), ("awq", None, None)],
-)
+    [
+        ("gptq", 32, "gptq"), ("gptq", 32, None), ("gptq", None, "gptq_v2"), ("gptq, ordered", 16, "gptq"),
+        ("awq", 32, "gemm"), ("awq", None, None),
+    ],
+)  # fmt: skip
 def test_checkpoints_of_gptq_and_awq_are_taken_over_with_their_codes(tmp_path, kind, group, layout, config):
-    spec, meant, held = by_rows(tmp_path, kind, config, group, layout)
+    kind, _, ordered = kind.partition(", ")
+    spec, meant, held = by_rows(tmp_path, kind, config, group, layout, **({"desc_act": True} if ordered else {}))
     if config.model_type == "gpt2":
         spec.write_text(spec.read_text().replace("model.layers.*.self_attn.*_proj", "transformer.h.*.*.c_*"))
     session = Session(spec)
@@ -306,7 +326,7 @@ def test_dense_weights_are_not_made_while_a_checkpoint_loads(tmp_path):
 
 
 def test_a_checkpoint_of_gptq_is_tuned_and_merged(tmp_path):
-    spec, *_ = by_rows(tmp_path, "gptq", hf.LlamaConfig(**LLAMA), 32, "gptq")
+    spec, *_ = by_rows(tmp_path, "gptq", hf.LlamaConfig(**LLAMA), 32, "gptq", desc_act=True)
     session = Session(spec)
     session.tune(tmp_path / "run")
     report = session.export()
@@ -322,10 +342,12 @@ def test_a_checkpoint_of_gptq_is_tuned_and_merged(tmp_path):
         ("gptq", dict, {"group_size": 16}, "scales for .* inputs; groups of 16 are read"),
         ("gptq", dict, {"bits": "4"}, "by gptq in '4' bits"),
         ("gptq", dict, {"quant_method": "awq", "checkpoint_format": "gemm"}, "not in 4 bits as awq packs them"),
-        ("awq", dict, {"desc_act": True}, "in the order of desc_act"),
+        ("awq", dict, {"desc_act": True}, ".g_idx of the base model, the order of desc_act, is missing"),
+        ("gptq", without("q_proj.g_idx"), {"desc_act": True}, "q_proj.g_idx of the base model.* is missing"),
+        ("gptq", also("g_idx", torch.zeros(64).int()), {}, "q_proj.g_idx .* its 64 inputs into groups of 32"),
         ("awq", without("q_proj.scales"), {}, "q_proj.scales of the base model is missing"),
     ],
-    ids=["zeros", "type", "scales", "groups", "text", "other", "order", "missing"],
+    ids=["zeros", "type", "scales", "groups", "text", "other", "awq's order", "no order", "order", "missing"],
 )
 def test_files_of_rows_that_their_config_contradicts_are_refused(tmp_path, kind, change, section, said):
     spec, *_ = by_rows(tmp_path, kind, hf.LlamaConfig(**LLAMA), 32, "gptq" if kind == "gptq" else "gemm")
@@ -450,15 +472,10 @@ def test_other_floats_of_8_bits_are_refused_before_weights_load(tmp_path, sectio
         ("gptq", {"bits": 3}, "stored by gptq in 3 bits as gptq; only 4 bits as gptq or gptq_v2 is read"),
         ("gptq", {"is_marlin_format": True}, "in 4 bits as marlin"),
         ("awq", {"checkpoint_format": None, "version": "GEMV"}, "by awq in 4 bits as gemv; only 4 bits as gemm is"),
-        ("gptq", {"desc_act": True}, "self_attn.*in the order of desc_act, which is not read"),
     ],
 )
 def test_other_checkpoints_of_gptq_and_awq_are_refused_before_weights_load(tmp_path, kind, more, said):
     spec, *_ = by_rows(tmp_path, kind, hf.LlamaConfig(**LLAMA), 32, "gptq" if kind == "gptq" else "gemm", **more)
-    if "desc_act" in more:
-        files = load_file(tmp_path / "few/model.safetensors")
-        files |= {name: value.flip(0).contiguous() for name, value in files.items() if name.endswith("k_proj.g_idx")}
-        save_file(files, tmp_path / "few/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SubspanError, match=rf"spec.yaml:2:.*{said}"):
         Session(spec).plan()
 

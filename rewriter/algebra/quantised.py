@@ -24,10 +24,12 @@ class Format:
         method: "nf4" (4-bit normal floats, Dettmers et al., arXiv 2305.14314, by bitsandbytes), "int4" (whole numbers
             with a zero point), "int8" (symmetric whole numbers) or "fp8" (E4M3 floats, arXiv 2209.05433).
         group: entries of a row that share a scale.
+        ordered: whether these are not next to each other.
     """
 
     method: str
     group: int
+    ordered: bool = False
 
 
 class Quantised(Stored):
@@ -35,9 +37,10 @@ class Quantised(Stored):
 
     Attributes:
         codes: (..., rows, columns) of int8, of uint8 for "fp8" (its bits), or (..., rows, columns / 2) of uint8, two
-            entries in each.
+            entries in each; group after group.
         scales: (..., rows, columns / group), float32.
         zeros: uint8 of the scales' shape for "int4", else None.
+        order: (columns,) int32, the place of each column among the codes; None: they are in order.
         form: how to read them.
         flipped: whether the last two dimensions are the other way round.
     """
@@ -45,6 +48,7 @@ class Quantised(Stored):
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
+    order: Tensor | None
     form: Format
     flipped: bool
 
@@ -57,23 +61,26 @@ class Quantised(Stored):
         form: Format,
         dtype: torch.dtype,
         flipped: bool = False,
+        order: Tensor | None = None,
     ) -> Self:
         columns = scales.shape[-1] * form.group
         like = torch.empty(*scales.shape[:-1], columns, device="meta")
         like = like.transpose(-2, -1) if flipped else like
         out = Tensor._make_wrapper_subclass(cls, like.shape, strides=like.stride(), dtype=dtype, device=codes.device)
-        out.codes, out.scales, out.zeros, out.form, out.flipped = codes, scales, zeros, form, flipped
+        out.codes, out.scales, out.zeros, out.order = codes, scales, zeros, order
+        out.form, out.flipped = form, flipped
         return out
 
     @classmethod
     def of(cls, weight: Tensor, form: Format) -> Self:
         """A weight of shape (..., rows, columns) in few bits; `form.group` divides its columns."""
-        return cls(*_METHODS[form.method][0](weight.detach(), form.group), form, weight.dtype)
+        order = torch.arange(weight.shape[-1], dtype=torch.int32, device=weight.device) if form.ordered else None
+        return cls(*_METHODS[form.method][0](weight.detach(), form.group), form, weight.dtype, order=order)
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
         """The tensors that it is held in."""
-        return tuple(one for one in (self.codes, self.scales, self.zeros) if one is not None)
+        return tuple(one for one in (self.codes, self.scales, self.zeros, self.order) if one is not None)
 
     def dense(self) -> Tensor:
         """The weight that its codes mean, in its floating type."""
@@ -83,25 +90,33 @@ class Quantised(Stored):
         return partial(_dense, self.form, self.dtype, self.flipped)
 
     def again(self, fn: Callable[[Tensor], Tensor] = lambda one: one, flip: bool = False) -> "Quantised":
-        zeros = None if self.zeros is None else fn(self.zeros)
-        return Quantised(fn(self.codes), fn(self.scales), zeros, self.form, self.dtype, self.flipped != flip)
+        own = self.of_rows(fn, flip)
+        own.order = None if self.order is None else fn(self.order)
+        return own
+
+    def of_rows(self, fn: Callable[[Tensor], Tensor], flip: bool = False) -> "Quantised":
+        """As `again`, with a function that takes some of the rows."""
+        zeros, flipped = None if self.zeros is None else fn(self.zeros), self.flipped != flip
+        return Quantised(fn(self.codes), fn(self.scales), zeros, self.form, self.dtype, flipped, self.order)
 
     def __repr__(self) -> str:
         return f"Quantised({self.form.method}, group {self.form.group}, {tuple(self.shape)}, {self.dtype})"
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        names = ["codes", "scales", *(["zeros"] if self.zeros is not None else [])]
+        names = [name for name in ("codes", "scales", "zeros", "order") if getattr(self, name) is not None]
         return names, (self.form, self.dtype, self.flipped)
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], meta: Any, size: Any, stride: Any) -> "Quantised":
         form, dtype, flipped = meta
-        return Quantised(inner["codes"], inner["scales"], inner.get("zeros"), form, dtype, flipped)
+        zeros, order = inner.get("zeros"), inner.get("order")
+        return Quantised(inner["codes"], inner["scales"], zeros, form, dtype, flipped, order)
 
 
 def _dense(form: Format, dtype: torch.dtype, flipped: bool, parts: Sequence[Tensor]) -> Tensor:
-    codes, scales, *zeros = parts
-    made = _METHODS[form.method][1](codes, scales, *zeros).to(dtype)
+    *stored, order = parts if form.ordered else (*parts, None)
+    made = _METHODS[form.method][1](*stored).to(dtype)
+    made = made if order is None else made.index_select(-1, order)
     return made.transpose(-2, -1) if flipped else made
 
 
@@ -116,20 +131,20 @@ def _copied(weight: Quantised, *, memory_format: torch.memory_format | None = No
 def _selected(weight: Quantised, dim: int, index: int) -> Quantised | None:
     if dim % weight.ndim or weight.ndim < 3:
         return None
-    return weight.again(lambda one: one[index])
+    return weight.of_rows(lambda one: one[index])
 
 
 def _sliced(weight: Quantised, dim: int = 0, start=None, stop=None, step: int = 1) -> Quantised | None:
     if dim % weight.ndim or (weight.flipped and weight.ndim < 3):
         return None
-    return weight.again(lambda one: one[start:stop:step])
+    return weight.of_rows(lambda one: one[start:stop:step])
 
 
 def _picked(weight: Quantised, rows: Tensor) -> Tensor | None:
     if weight.flipped and weight.ndim < 3:
         return None
     shape = (*rows.shape, *weight.shape[1:])
-    return weight.again(lambda one: one.index_select(0, rows.reshape(-1))).dense().reshape(shape)
+    return weight.of_rows(lambda one: one.index_select(0, rows.reshape(-1))).dense().reshape(shape)
 
 
 def _looked_up(weight: Quantised, rows: Tensor, *_: Any, **__: Any) -> Tensor | None:
