@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -9,9 +10,9 @@ from ..adapters.store import MANIFEST, TENSORS, load_adapter, newly_made, read_m
 from ..errors import SubspanError
 from ..files import aside, read_json
 from ..graph.traced import TracedModel, assign
-from ..plan import Plan, plan
+from ..plan import Plan, Site, plan
 from ..spec import Spec
-from ..transforms import Schedule
+from ..transforms import Schedule, WhileTuning
 from ..tuned import adapter_tensors
 from .checkpoint import resumed_choices
 from .schedules import Sizes
@@ -40,8 +41,8 @@ def keep_start(adapter: Path, out: Path) -> None:
 
 
 def check_start(spec: Spec, traced: TracedModel, planned: Plan, adapter: Path) -> None:
-    """Refuse to start from a run of another task, other labels, sites, methods or options, or one that a schedule
-    decided on.
+    """Refuse to start from a run of another task, other labels, sites or methods, other options but those that count
+    while tuning alone, or one that a schedule decided on.
 
     Args:
         spec: of what is to be tuned.
@@ -58,15 +59,26 @@ def check_start(spec: Spec, traced: TracedModel, planned: Plan, adapter: Path) -
             if (was := getattr(then.model, key)) != (now := getattr(spec.model, key)):
                 raise SubspanError(f"--from: model.{key} is {was} in that run and {now} in the spec")
     start = plan(traced, manifest["rules"], tuple(manifest["new"]), given=manifest["given"])
-    here, there = ({site.label: site.transform for site in one.sites} for one in (planned, start))
+    here, there = ({site.label: site for site in one.sites} for one in (planned, start))
     for label in dict.fromkeys([*there, *here]):
-        if here.get(label) != there.get(label):
-            was, now = there.get(label, "not tuned"), here.get(label, "not tuned")
+        both = there.get(label), here.get(label)
+        if None in both or _lasting(both[0]) != _lasting(both[1]):
+            was, now = ("not tuned" if one is None else one.transform for one in both)
             raise SubspanError(f"--from: {label} is {was} in that run and {now} in the spec: rules have to be the same")
     if scheduled := next((site for site in planned.sites if site.schedules), None):
         raise SubspanError(f"--from: a schedule decided on {scheduled.label}, {scheduled.transform}, in that run")
     if tuple(start.new) != tuple(planned.new):
         raise SubspanError("--from: newly made parameters of that run are others than the spec's")
+
+
+def _lasting(site: Site) -> list[tuple[str, dict[str, Any]]]:
+    """A site's transforms with the options that say something of what is tuned."""
+    found = []
+    for one, options in site.chain:
+        fields = type(options).model_fields
+        last = {key for key, info in fields.items() if WhileTuning() not in info.metadata}
+        found.append((one.name, options.model_dump(include=last)))
+    return found
 
 
 def start_values(traced: TracedModel, adapter: Path) -> tuple[dict[str, Tensor], frozenset[str]]:

@@ -25,6 +25,7 @@ from .options import (
     ScaleOf,
     Share,
     TargetRank,
+    WhileTuning,
     Width,
 )
 from .peft import RANKS, Peft, Place, Stored, reshaped, same, short_name, stored_by, transposed
@@ -67,6 +68,7 @@ __all__ = [
     "SvdFactor",
     "TargetRank",
     "Transform",
+    "WhileTuning",
     "Width",
     "choice",
     "compose",

@@ -16,13 +16,20 @@ class AtMost:
     bound: Callable[[int, int], int]
 
 
+@dataclass(frozen=True)
+class WhileTuning:
+    """In an option's type: it counts while tuning alone, and says nothing of what is tuned."""
+
+
 Rank = Annotated[
     int, Field(ge=1, le=MOST, description="rank r of the low-rank factors; at most min(n, m)"), AtMost(min)
 ]
 Alpha = Annotated[
     float | None, Field(gt=0, description="numerator of the scale s = alpha / rank; default: the rank, so s = 1")
 ]
-Probability = Annotated[float, Field(ge=0, lt=1, description="dropout probability on the input of the factors")]
+Probability = Annotated[
+    float, Field(ge=0, lt=1, description="dropout probability on the input of the factors"), WhileTuning()
+]
 ScaleOf = Annotated[
     Literal["fixed", "rslora", "learned"],
     Field(description="s: fixed is alpha / rank, rslora alpha / sqrt(rank), learned a tuned scalar from alpha / rank"),
@@ -31,7 +38,7 @@ Constraint = Annotated[
     Literal["o", "d", "n"] | None,
     Field(description="matrix pattern constraint: penalty o (25) or d (26), or n, a nonlinearity between the factors"),
 ]
-Coefficient = Annotated[float, Field(ge=0, description="weight of the penalty in the loss, per site")]
+Coefficient = Annotated[float, Field(ge=0, description="weight of the penalty in the loss, per site"), WhileTuning()]
 Activation = Annotated[Literal["relu", "gelu", "silu", "tanh"], Field(description="the nonlinearity h")]
 TargetRank = Annotated[
     int | None, Field(ge=1, le=MOST, description="mean rank that is left; default: two thirds of rank")
@@ -47,7 +54,9 @@ Samples = Annotated[int, Field(ge=1, le=MOST, description="training rows whose g
 Interval = Annotated[int, Field(ge=1, le=MOST, description="optimiser steps from one decision to the next")]
 Share = Annotated[float, Field(ge=0, lt=1, description="share of the optimiser steps")]
 Positive = Annotated[float, Field(gt=0, description="a number above 0")]
-Ratio = Annotated[float, Field(gt=0, description="learning rate of B over that of A (LoRA+, arXiv 2402.12354)")]
+Ratio = Annotated[
+    float, Field(gt=0, description="learning rate of B over that of A (LoRA+, arXiv 2402.12354)"), WhileTuning()
+]
 Factor = Annotated[
     int | None, Field(ge=1, le=MOST, description="largest size of the left factor; default: the root of n, of m")
 ]

@@ -37,6 +37,16 @@ def test_a_run_starts_from_another_one_with_the_same_rules(tmp_path):
     assert all(value.equal(found[name]) for name, value in adapter(tmp_path / "more").items())
 
 
+def test_options_that_count_while_tuning_alone_may_be_others(tmp_path):
+    spec = tiny.project(tmp_path)
+    Session(spec, "train.epochs=0.2").tune(tmp_path / "first")
+    other = "rules.0.apply=[{lora: {rank: 4, alpha: 8, dropout: 0.3, ratio: 4}}]"
+    still = Session(spec, other, "train.learning_rate=1e-30", "train.weight_decay=0", "train.epochs=0.2")
+    still.tune(tmp_path / "run", start=tmp_path / "first")
+    first = adapter(tmp_path / "first")
+    assert all(value.equal(first[name]) for name, value in adapter(tmp_path / "run").items())
+
+
 REFUSED = [
     (
         "rules.0.apply=[{lora: {rank: 2, alpha: 8}}]",
