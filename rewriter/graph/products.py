@@ -101,6 +101,40 @@ def scaled_again(make: Make, x: Tensor, scale: Tensor, *sources: Tensor) -> Tens
     return _Again.apply(_SCALING, make, x, scale, *sources)
 
 
+BLOCKS = "...pf,...qpf->...qf"
+
+
+def transformed(first: Make, second: Make, x: Tensor, numbers: Tensor) -> Tensor:
+    """The products of blocks of first(x) (..., p, f) with second(numbers) (1, q, p, f), each entry f by itself; x and
+    numbers are kept for the backward, what is made of them is not."""
+    return _Transformed.apply(first, second, x, numbers)
+
+
+class _Transformed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, first: Make, second: Make, x: Tensor, numbers: Tensor) -> Tensor:
+        ctx.first, ctx.second = first, second
+        ctx.save_for_backward(x, numbers)
+        return torch.einsum(BLOCKS, first(x), second(numbers))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, numbers = ctx.saved_tensors
+        to_x = to_numbers = None
+        with torch.enable_grad():
+            own, given = x.detach().requires_grad_(), numbers.detach().requires_grad_()
+            left, right = ctx.first(own), ctx.second(given)
+        if ctx.needs_input_grad[2]:
+            to_left = torch.einsum("...qf,...qpf->...pf", grad, right.detach().conj())
+            (to_x,) = torch.autograd.grad(left, own, to_left)
+        if ctx.needs_input_grad[3]:
+            rows = left.detach().conj().flatten(0, -3)
+            to_right = torch.einsum("tqf,tpf->qpf", grad.flatten(0, -3), rows).view_as(right)
+            (to_numbers,) = torch.autograd.grad(right, given, to_right)
+        return None, None, to_x, to_numbers
+
+
 class _Op(NamedTuple):
     """An op of x and a factor.
 

@@ -108,7 +108,8 @@ def randlora(w: Operator, site: Scope, *, rank: Rank, alpha: Alpha = None) -> Op
     a = site.frozen("a", (rank, 1, short), normal(1.0))
     b = Dense(site.frozen("b", (long, bases * rank), normal(1.0)))
     d, g = site.tuned("d", (rank, bases), 0.0), site.tuned("g", (bases, short), 1 / short)
-    scaled_a = Dense((d.unsqueeze(-1) * a * g.unsqueeze(-3)).flatten(-3, -2))
+    # The scales first: what is multiplied with a frozen tensor need not be kept for the backward.
+    scaled_a = Dense((a * torch.einsum("...rb,...bs->...rbs", d, g)).flatten(-3, -2))
     if site.n > site.m:
         return w + scaled(site, rank, alpha) * (b @ scaled_a)
     left, right = (Dense(one.stored.transpose(-2, -1)) for one in (scaled_a, b))

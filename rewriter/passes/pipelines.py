@@ -16,6 +16,7 @@ from .fuse.keep_results import keep_results
 from .fuse.keep_rows import keep_rows
 from .fuse.recompute_gates import recompute_gates
 from .fuse.recompute_operands import recompute_operands
+from .fuse.recompute_transforms import recompute_transforms
 from .fuse.share_inputs import share_inputs
 from .fuse.small_masks import small_masks
 from .fuse.transpose_factors import transpose_factors
@@ -42,6 +43,7 @@ PASSES: tuple[Pass, ...] = (
     Pass(recompute_gates, ("train",)),
     Pass(fold_frozen, ("train",)),
     Pass(transpose_factors, ("train",)),
+    Pass(recompute_transforms, ("train",)),
     Pass(recompute_operands, ("train",)),
     Pass(accumulate_in_place, ("train",)),
     Pass(keep_results, ("train",)),

@@ -28,6 +28,8 @@ CHAINS = {
     "ssb": ["ssb"],
     "delora": [{"delora": {"rank": 2}}],
     "vera": [{"vera": {"rank": 2}}],
+    "c3a": [{"c3a": {"block": 4}}],
+    "randlora": [{"randlora": {"rank": 4, "alpha": 0.1}}],
     "both": [{"lora": {"rank": 2}}, "ssb"],
 }
 OFF = [one.name for one in PASSES if "train" in one.stages and one.name != "defer_head"]
@@ -109,6 +111,16 @@ def test_scaled_results_are_not_kept_twice():
     # GELU keeps what it reads anyway; attention with dropout keeps copies of its own.
     config = traced("bert")[0].config
     assert plain - after == 8 * ROWS * LENGTH * config.intermediate_size * config.num_hidden_layers
+
+
+def test_transforms_are_not_kept():
+    """Of b entries b / 2 + 1 complex numbers: what they are of is kept in their place, where nothing else keeps it."""
+    model, batch = made("bert", "c3a")
+    plain, after = (kept(for_step(model, off=off), batch) for off in (("recompute_transforms",), ()))
+    size = 16 * 3 / 4
+    inputs = ROWS * LENGTH * sum(site.shape[0] for site in model.plan.sites)
+    numbers = sum(site.parameters for site in model.plan.sites)
+    assert 0 <= plain - after - size * (inputs + numbers) + 8 * inputs <= 8 * inputs
 
 
 def test_dropout_keeps_a_byte_of_an_entry():
