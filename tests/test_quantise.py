@@ -14,20 +14,26 @@ from rewriter.algebra.quantised import METHODS
 from rewriter.exchange import export_swappable
 from rewriter.quantise import dequantise, forms_of, quantise, requantise
 from rewriter.spec import Quantise
-from tests.architectures import ARCHITECTURES, UNLIKE, build, inputs_of
+from tests.architectures import ARCHITECTURES, UNLIKE, build, inputs_of, traced
 from tests.test_rewrite import MATRIX
 from tests.tiny import project
+
+pytestmark = pytest.mark.xdist_group("architectures")
 
 INT4 = Quantise.model_construct(method="int4", group=8)  # The models are too small for what a spec allows.
 
 
 def pair(name, how=INT4):
-    """A quantised architecture and its dense copy, both traced, and the model's inputs."""
+    """A quantised architecture, traced; the graphs of the plain one with the weights that its bits mean; inputs."""
     model, inputs = build(name)
     quantise(model, how)
-    dense = copy.deepcopy(model)
-    dequantise(dense)
-    return trace(model, inputs), trace(dense, inputs), inputs
+    own, dense = trace(model, inputs), traced(name)[2].clone()
+    values = copy.deepcopy(model)
+    dequantise(values)
+    for key, value in values.named_parameters():
+        dense.get_parameter(key).data = value.data
+    dense.recompile()
+    return own, dense, inputs
 
 
 @pytest.fixture(scope="module")

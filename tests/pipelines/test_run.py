@@ -278,7 +278,7 @@ def command_line(spec, out, *more):
     return [sys.executable, ROOT / "pipelines" / "train.py", spec, "--out", out, *more]
 
 
-LONG = ["--set", "train.epochs=80", "--set", "train.weight_decay=0.01", "--set", "train.warmup=0.1"]
+LONG = ["--set", "train.epochs=30", "--set", "train.weight_decay=0.01", "--set", "train.warmup=0.1"]
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +292,10 @@ def test_the_model_learns(unbroken):
     assert json.loads((unbroken / "metrics.json").read_text())["validation"]["accuracy"] == 1.0
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+# Killed runs that go on are of test_kill too, without the command around them.
+@pytest.mark.parametrize(
+    ("number", "status"), [pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow), (signal.SIGINT, 130)]
+)
 def test_resume_gives_the_unbroken_result(spec, unbroken, tmp_path, number, status):
     out = tmp_path / "run"
     process = subprocess.Popen(
