@@ -236,13 +236,13 @@ def test_a_full_fine_tuning_is_fitted_by_command(project, tmp_path):
     tuned, out = tmp_path / "full", tmp_path / "fitted"
     Session(project, "rules.0.apply=[full]", "train.epochs=1", "export.onnx=null").tune(tuned)
     Session(tuned / "spec.yaml").export(tuned)
-    fitting.fit(project, tuned / "merged", out, ["lora", "ssb", "prefix"], [2, 16], 0.01)
+    fitting.fit(project, tuned / "merged", out, ["lora", "ssb", "prefix"], [2, 16], 0.01, ["export.onnx=null"])
     report = json.loads((out / "fit.json").read_text())
     assert [one["method"] for one in report["methods"]] == ["lora", "lora", "ssb"]
     assert [one["value"] for one in report["methods"]][1] == report["value"]  # rank 16 is all of it
     assert report["left_out"] == ["prefix: stands on no weight"] and report["error"] < 1e-5
     assert report["value"] == json.loads((tuned / "metrics.json").read_text())["validation"]["accuracy"]
-    Session(out / "spec.yaml", "export.onnx=null").export(out)
+    Session(out / "spec.yaml").export(out)
     assert json.loads((out / "verify.json").read_text())["max_abs_diff"] < 1e-5
 
 

@@ -175,7 +175,10 @@ def test_an_adapter_of_other_bits_is_refused(tmp_path):
         Session(tmp_path / "run/spec.yaml").export(tmp_path / "run")
 
 
-@pytest.mark.parametrize("method", METHODS)
+FIRST, *OTHERS = METHODS
+
+
+@pytest.mark.parametrize("method", [FIRST, *(pytest.param(one, marks=pytest.mark.slow) for one in OTHERS)])
 def test_swappable_files_are_of_the_dense_base(tmp_path, method):
     Session(written(tmp_path, method=method, group=32)).tune(tmp_path / "run")
     report = export_swappable(tmp_path / "run")
