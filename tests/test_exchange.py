@@ -59,7 +59,8 @@ def logits(model, project):
 def test_a_folder_of_peft_is_a_run_that_is_exported(project, tmp_path):
     their = their_folder(project, tmp_path / "peft")
     out = tmp_path / "run"
-    plan = import_peft(tmp_path / "peft", out, str(project.parent / "model"), TASK, LABELS)
+    settings = (*LABELS, "export.onnx=null")
+    plan = import_peft(tmp_path / "peft", out, str(project.parent / "model"), TASK, settings)
     assert plan.head_parameters == 34 and {site.chain[0][0].name for site in plan.sites} == {"loha", "full"}
     Session(out / "spec.yaml").export(out)
     merged = transformers.AutoModelForSequenceClassification.from_pretrained(out / "merged").eval()
@@ -235,7 +236,7 @@ def test_a_full_fine_tuning_is_fitted_by_command(project, tmp_path):
     tuned, out = tmp_path / "full", tmp_path / "fitted"
     Session(project, "rules.0.apply=[full]", "train.epochs=1", "export.onnx=null").tune(tuned)
     Session(tuned / "spec.yaml").export(tuned)
-    fitting.fit(project, tuned / "merged", out, ["lora", "ssb", "prefix"], [2, 16], 0.01)
+    fitting.fit(project, tuned / "merged", out, ["lora", "ssb", "prefix"], [2, 16], 0.01, ["export.onnx=null"])
     report = json.loads((out / "fit.json").read_text())
     assert [one["method"] for one in report["methods"]] == ["lora", "lora", "ssb"]
     assert [one["value"] for one in report["methods"]][1] == report["value"]  # rank 16 is all of it

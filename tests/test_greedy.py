@@ -37,7 +37,7 @@ def made(name):
         for one in model.parameters():
             one.add_((0.5 if name == "t5" else 0.2) * torch.randn_like(one))
     inputs = task.inputs(model)
-    traced = trace(model, inputs)
+    traced = trace(model, inputs, ("eval",))
     tuned = rewrite(traced, plan(traced, [Rule(target=target, apply=[{"lora": {"rank": 2}}])])).eval()
     return Pretrained(model, frozenset(), frozenset(), [], model, None), inputs, tuned
 
@@ -114,7 +114,7 @@ def test_what_stands_before_the_tokens_is_there_from_the_start():
         Rule(target="model.embed_tokens", apply=[{"prompt": {"length": 3}}]),
         Rule(target="**.v_proj.weight", apply=[{"lora": {"rank": 2}}]),
     ]
-    traced = trace(model, Inputs(inputs.args, inputs.kwargs, inputs.dynamic))
+    traced = trace(model, Inputs(inputs.args, inputs.kwargs, inputs.dynamic), ("eval",))
     tuned = rewrite(traced, plan(traced, rules)).eval()
     with torch.no_grad():
         for one in tuned_parameters(tuned).values():

@@ -14,20 +14,26 @@ from rewriter.algebra.quantised import METHODS
 from rewriter.exchange import export_swappable
 from rewriter.quantise import dequantise, forms_of, quantise, requantise
 from rewriter.spec import Quantise
-from tests.architectures import ARCHITECTURES, UNLIKE, build, inputs_of
+from tests.architectures import ARCHITECTURES, UNLIKE, build, inputs_of, traced
 from tests.test_rewrite import MATRIX
 from tests.tiny import project
+
+pytestmark = pytest.mark.xdist_group("architectures")
 
 INT4 = Quantise.model_construct(method="int4", group=8)  # The models are too small for what a spec allows.
 
 
 def pair(name, how=INT4):
-    """A quantised architecture and its dense copy, both traced, and the model's inputs."""
+    """A quantised architecture, traced; the graphs of the plain one with the weights that its bits mean; inputs."""
     model, inputs = build(name)
     quantise(model, how)
-    dense = copy.deepcopy(model)
-    dequantise(dense)
-    return trace(model, inputs), trace(dense, inputs), inputs
+    own, dense = trace(model, inputs), traced(name)[2].clone()
+    values = copy.deepcopy(model)
+    dequantise(values)
+    for key, value in values.named_parameters():
+        dense.get_parameter(key).data = value.data
+    dense.recompile()
+    return own, dense, inputs
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +42,8 @@ def bert():
 
 
 def numbers(traced, rules, name, inputs):
-    """Of a rewrite moved from its start: outputs, gradients and merged weights."""
-    tuned = rewrite(traced, plan(traced, rules))
+    """Of a rewrite of the train graph, moved from its start: outputs, gradients and merged weights."""
+    tuned = rewrite(traced.clone("train"), plan(traced, rules))
     leaves = tuned_parameters(tuned)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -48,7 +54,7 @@ def numbers(traced, rules, name, inputs):
     outputs = tuned.train()(**x).logits
     outputs.square().mean().backward()
     gradients = {key: value.grad for key, value in leaves.items()}
-    other = traced.clone()
+    other = traced.clone("train")
     merge(tuned, other)
     merged = {site.place: other.get_parameter(site.place) for site in tuned.plan.sites}
     assert not any(isinstance(value, Quantised) for value in merged.values())
@@ -150,7 +156,7 @@ def test_a_plan_counts_the_bits_without_a_weight(tmp_path):
 
 
 def test_a_run_is_merged_and_verified_and_what_few_bits_again_would_cost_is_said(tmp_path):
-    session = Session(written(tmp_path, method="int8", group=32))
+    session = Session(written(tmp_path, method="int8", group=32), "export.onnx=null")
     session.tune(tmp_path / "run")
     report = session.export()
     again = report["requantised"]
@@ -169,7 +175,10 @@ def test_an_adapter_of_other_bits_is_refused(tmp_path):
         Session(tmp_path / "run/spec.yaml").export(tmp_path / "run")
 
 
-@pytest.mark.parametrize("method", METHODS)
+FIRST, *OTHERS = METHODS
+
+
+@pytest.mark.parametrize("method", [FIRST, *(pytest.param(one, marks=pytest.mark.slow) for one in OTHERS)])
 def test_swappable_files_are_of_the_dense_base(tmp_path, method):
     Session(written(tmp_path, method=method, group=32)).tune(tmp_path / "run")
     report = export_swappable(tmp_path / "run")

@@ -280,8 +280,9 @@ def test_47_a_folder_is_one_process_s(tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_47_two_at_once(tmp_path):
-    """Of two processes started together one runs; the other is refused and changes nothing."""
+    """Of two processes started together one runs; the other is refused and changes nothing, as within one above."""
     spec, out = project(tmp_path), tmp_path / "run"
     command = [sys.executable, "-m", "pipelines.train", str(spec), "--out", str(out), "--set", "train.max_steps=4"]
     env = {**os.environ, "PYTHONPATH": str(Path.cwd())}

@@ -42,7 +42,7 @@ def make(folder, base, name, seed=0):
     spec, out = load_spec(file), folder / name
     pretrained = load_model(spec)
     inputs = example_inputs(spec, pretrained)["eval"]
-    traced = trace(pretrained.module, inputs, ("eval",))
+    traced = trace(pretrained.module, inputs, ("eval",), keep=True)
     model = rewrite(traced, plan(traced, [Rule(target=TARGET, apply=CHAINS[name])]))
     generator = torch.Generator().manual_seed(seed)
     for value in tuned_parameters(model).values():

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from rewriter import Session, SubspanError
-from rewriter.export import choose, latency, variants
+from rewriter.export import choose, latency, ship, variants
+from rewriter.export.onnx import export_onnx
 from rewriter.export.verify import open_file
 from rewriter.spec.models import Export
 from tests.cases.tiny import GPT2, task_spec
@@ -30,9 +31,28 @@ def tuned(tmp_path_factory):
 
 
 @pytest.fixture
-def run(tuned, tmp_path):
+def fresh(tuned, tmp_path):
+    """A copy of the tuned run."""
     shutil.copytree(tuned, tmp_path / "run")
     return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return tmp_path_factory.mktemp("plain") / "model.onnx"
+
+
+@pytest.fixture
+def run(fresh, plain, monkeypatch):
+    """A copy whose file in float32, equal for all copies, is written by torch.onnx for the first of them alone."""
+
+    def written(module, inputs, file, *how):
+        if not plain.exists():
+            export_onnx(module, inputs, plain, *how)
+        shutil.copyfile(plain, file)
+
+    monkeypatch.setattr(ship, "export_onnx", written)
+    return fresh
 
 
 def exported(run, **more):
@@ -172,16 +192,16 @@ def test_what_mixes_rows_is_counted_in_large_batches_too(run, monkeypatch):
     assert sizes == [64]
 
 
-def test_weights_beside_their_file_have_its_name(run, monkeypatch):
+def test_weights_beside_their_file_have_its_name(fresh, monkeypatch):
     """As transformers.js looks for them, in both folders; of what ONNX Runtime quantises too."""
     monkeypatch.setattr("rewriter.export.onnx.LIMIT", 1000)
     monkeypatch.setattr("rewriter.export.variants.LIMIT", 1000)
-    edited(run, "variants: null", "variants: [float32, int8, int8-dynamic]")
-    _, by_name = exported(run)
+    edited(fresh, "variants: null", "variants: [float32, int8, int8-dynamic]")
+    _, by_name = exported(fresh)
     assert all(one["holds"] for one in by_name.values())
-    shutil.move(run, run.with_name("elsewhere"))
+    shutil.move(fresh, fresh.with_name("elsewhere"))
     for folder in ("onnx", "merged/onnx"):
-        files = sorted((run.with_name("elsewhere") / folder).glob("*.onnx"))
+        files = sorted((fresh.with_name("elsewhere") / folder).glob("*.onnx"))
         assert [file.name for file in files] == [
             "model.onnx",
             "model_fp32.onnx",

@@ -5,10 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from rewriter import Inputs, Session, SubspanError, example_inputs, kept, trace
+from rewriter import Inputs, Session, SubspanError, kept, trace
 from rewriter.graph.stored import _evaluated
 from tests import tiny
-from tests.architectures import ARCHITECTURES, inputs_of
+from tests.architectures import ARCHITECTURES, UNLIKE, build, inputs_of, traced
+
+pytestmark = pytest.mark.xdist_group("architectures")
 
 
 def described(model, name):
@@ -28,17 +30,15 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "traces"
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+LIKE = [pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES if name not in UNLIKE]
+
+
+@pytest.mark.parametrize("name", [*UNLIKE, *LIKE])
 def test_the_meta_devices_trace_is_the_runs_and_comes_back_as_it_was(name, cache):
     """Without weights, with weights and from the disk: the same nodes with the same shapes, and the same outputs."""
-    one = ARCHITECTURES[name]
-    torch.manual_seed(0)
-    model = one.model(one.config(**one.options)).eval()
-    with torch.device("meta"):
-        hollow = one.model(one.config(**one.options)).eval()
-    inputs = example_inputs(model, one.task)
-    plain = trace(model, inputs)
-    first = trace(hollow, example_inputs(hollow, one.task), keep=True)
+    model, inputs, plain = traced(name)
+    hollow, shapes = build(name, meta=True)
+    first = trace(hollow, shapes, keep=True)
     files = sorted(cache.iterdir())
     found = trace(model, inputs, keep=True)
     assert len(files) == 2 and sorted(cache.iterdir()) == files

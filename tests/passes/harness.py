@@ -1,6 +1,6 @@
 """What every pass is held to, by being in the list alone: equal numbers with and without it, and true graphs."""
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ def rewritten(name: str, rules: list[Rule], without: tuple[str, ...] = ()) -> Tu
     return tuned
 
 
-@lru_cache(maxsize=1)
+@cache
 def reference(name: str) -> tuple[TunedModel, dict[str, Any]]:
     """The light rewrite with all passes, and its numbers."""
     tuned = rewritten(name, light(name))

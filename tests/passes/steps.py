@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rewriter import Rule, plan, rewrite, trace, tuned_parameters
-from tests.training.test_packing import LORA, SIZES, model_of
+from rewriter import Rule, plan, rewrite, tuned_parameters
+from tests.training.test_packing import LORA, SIZES, model_of, traced
 
 GPT2 = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4}
 ROWS, LENGTH = 3, 11
@@ -26,8 +26,8 @@ def decoder(kind, **options):
 
 def rewritten(model, task, target):
     """A model with LoRA at a target, moved away from its start, and a batch of random tokens."""
-    traced = trace(model, task.inputs(model))
-    out = rewrite(traced, plan(traced, [Rule.model_validate({"target": target, "apply": [LORA]})]))
+    graph = traced(model, packed=False, task=task.name)
+    out = rewrite(graph, plan(graph, [Rule.model_validate({"target": target, "apply": [LORA]})]))
     for p in tuned_parameters(out).values():
         nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(p.numel()))
     batch = task.example_batch(model, ROWS, LENGTH)

@@ -12,6 +12,8 @@ from rewriter.tasks import task_of
 from rewriter.training.evaluation import objective
 from tests.passes.steps import before_and_after, decoder, padded, rewritten, same_gradients
 
+pytestmark = pytest.mark.xdist_group("decoders")
+
 # Kind, options, longest row, attentions without a mask of two.
 CASES = {
     "llama": ("llama", {}, 32, 2),

@@ -9,12 +9,14 @@ import torch
 import transformers as hf
 from torch import nn
 
-from rewriter import Rule, plan, rewrite, trace, tuned_parameters
+from rewriter import Rule, plan, rewrite, tuned_parameters
 from rewriter.graph import deferred
 from rewriter.passes.base import Context
 from rewriter.passes.fuse.defer_head import defer_head
 from rewriter.tasks import Criterion, task_of
-from tests.training.test_packing import LINEARS, LORA, SIZES, model_of
+from tests.training.test_packing import LINEARS, LORA, SIZES, model_of, traced
+
+pytestmark = pytest.mark.xdist_group("decoders")
 
 LAST = -100
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 97}
@@ -39,8 +41,8 @@ def rewritten(kind, sizes, task, target, step):
         model = hf.AutoModelForSeq2SeqLM.from_config(hf.T5Config(**sizes, decoder_start_token_id=0)).double()
     else:
         model = model_of(kind, sizes)
-    traced = trace(model, task.inputs(model))
-    out = rewrite(traced, plan(traced, [Rule.model_validate({"target": target, "apply": [step]})]))
+    graph = traced(model, packed=False, task=task.name)
+    out = rewrite(graph, plan(graph, [Rule.model_validate({"target": target, "apply": [step]})]))
     for key, p in tuned_parameters(out).items():
         nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(sum(map(ord, key))))
     batch = task.example_batch(model, 3, 11)

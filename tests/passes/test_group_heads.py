@@ -11,6 +11,8 @@ from rewriter.passes.fuse.group_heads import group_heads
 from rewriter.tasks import task_of
 from tests.passes.steps import before_and_after, decoder, padded, rewritten, same_gradients
 
+pytestmark = pytest.mark.xdist_group("decoders")
+
 # Key heads of four query heads, and attentions that read keys and values once for all of them.
 CASES = {"llama": 2, "mistral": 2, "qwen3": 2, "phi3": 2, "gpt2": 0}
 

@@ -10,6 +10,8 @@ from rewriter.passes.fuse.recompute_gates import recompute_gates
 from rewriter.tasks import task_of
 from tests.passes.steps import before_and_after, decoder, rewritten, same_gradients
 
+pytestmark = pytest.mark.xdist_group("decoders")
+
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 97}
 BERT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 97}
 CASES = {

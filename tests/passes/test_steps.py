@@ -15,6 +15,8 @@ from rewriter.plan.cost import kept_bytes
 from rewriter.training.evaluation import for_steps
 from tests.architectures import inputs_of, traced
 
+pytestmark = pytest.mark.xdist_group("architectures")
+
 STEPS, ROWS, LENGTH = 20, 3, 9
 TARGETS = {
     "bert": "bert.encoder.layer.*.{attention.self.{query,key,value},**.dense}.weight",

@@ -51,7 +51,11 @@ def made(name, device):
 @cache
 def traced(name, device):
     model, task = made(name, device)
-    return trace(model, example_inputs(model, task)), task_of(task).example_batch(model, BATCH, LENGTH), task_of(task)
+    return (
+        trace(model, example_inputs(model, task), keep=True),
+        task_of(task).example_batch(model, BATCH, LENGTH),
+        task_of(task),
+    )
 
 
 def rewritten(name, device, target, step):

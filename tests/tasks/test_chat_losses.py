@@ -109,7 +109,7 @@ def test_losses_and_gradients_are_those_of_transformers(model, tmp_path, name, p
     shifted = [(ids, [*labels[1:], IGNORED]) for ids, labels in rows]
     encoded = list(job.train)
     assert [(row["input_ids"], row["labels"]) for row in encoded] == shifted
-    traced = trace(job.pretrained.module.double(), job.inputs)
+    traced = trace(job.pretrained.module.double(), job.inputs, keep=True)
     tuned = rewrite(traced, plan(traced, spec.rules)).train()
     if packing:
         packed = Packed(encoded, [len(ids) for ids, _ in rows], 512)

@@ -214,7 +214,10 @@ def written(folder, way="texts", loss="dpo", more=""):
     return folder / "spec.yaml"
 
 
-@pytest.mark.parametrize(("way", "loss"), [("texts", "dpo"), ("chats", "orpo"), ("turns", "dpo")])
+TURNS = pytest.param("turns", "dpo", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("way", "loss"), [("texts", "dpo"), ("chats", "orpo"), TURNS])
 def test_a_run_learns_and_ships_what_it_learnt(tmp_path, way, loss):
     session = Session(written(tmp_path, way, loss))
     assert session.cost().activations > 0

@@ -17,6 +17,8 @@ from rewriter.training.evaluation import objective
 from rewriter.training.packing import Packed, bins, check_packing, collate_packed, packed_inputs
 from tests.cases.tiny import LLAMA, saved
 
+pytestmark = pytest.mark.xdist_group("decoders")
+
 LAST = -100
 SIZES = {
     "vocab_size": 97,
@@ -58,9 +60,16 @@ def model_of(kind, sizes):
     return hf.AutoModelForCausalLM.from_config(config).double()
 
 
-def traced(model):
-    plain = task_of("causal-lm").inputs(model)
-    return trace(model, {"train": packed_inputs(model), "eval": plain})
+TRACED = {}
+
+
+def traced(model, packed=True, task="causal-lm"):
+    """Of a kind and a config one trace for all tests of a process: their weights are drawn from one seed."""
+    key = type(model), model.config.to_json_string(), packed
+    if key not in TRACED:
+        inputs = task_of(task).inputs(model)
+        TRACED[key] = trace(model, {"train": packed_inputs(model) if packed else inputs, "eval": inputs})
+    return TRACED[key]
 
 
 @given(st.lists(st.integers(1, 20), max_size=60))
@@ -96,7 +105,7 @@ def test_losses_and_gradients_are_those_of_rows_alone(kind, sizes, target, step)
     rules = [Rule.model_validate({"target": target, "apply": [step]})]
     packed = traced(model)
     check_packing(packed, made)
-    plain = trace(model, task.inputs(model))
+    plain = traced(model, packed=False)
     found = {}
     for name, one in (("packed", packed), ("alone", plain)):
         tuned = rewrite(one, plan(one, rules))

@@ -64,14 +64,21 @@ REFUSED = [
 ]
 
 
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory):
+    """Of a project beside whose spec lies a run, first/."""
+    file = tiny.project(tmp_path_factory.mktemp("start"))
+    Session(file, "train.epochs=0.2").tune(file.with_name("first"))
+    return file
+
+
 @pytest.mark.parametrize(("setting", "said"), REFUSED)
-def test_a_run_of_other_rules_is_no_start(tmp_path, setting, said):
-    spec = tiny.project(tmp_path)
-    Session(spec, "train.epochs=0.2").tune(tmp_path / "first")
+def test_a_run_of_other_rules_is_no_start(spec, tmp_path, setting, said):
+    first = spec.with_name("first")
     with pytest.raises(SubspanError, match=re.escape(said)):
-        Session(spec, setting).tune(tmp_path / "run", start=tmp_path / "first")
+        Session(spec, setting).tune(tmp_path / "run", start=first)
     assert not (tmp_path / "run").exists()
     with pytest.raises(SubspanError, match="in another folder"):
-        Session(spec).tune(tmp_path / "first", overwrite=True, start=tmp_path / "first")
+        Session(spec).tune(first, overwrite=True, start=first)
     with pytest.raises(SubspanError, match=r"no such file"):
         Session(spec).tune(tmp_path / "run", start=tmp_path)
