@@ -1,4 +1,3 @@
-import functools
 import gc
 import os
 import sys
@@ -13,12 +12,9 @@ os.environ["SUBSPAN_CACHE"] = tempfile.mkdtemp(prefix="subspan-cache-")
 
 import pytest
 import torch
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 # A trace makes millions of small objects that live: looking through them for garbage was a tenth of the time.
 gc.set_threshold(200_000, 20, 100)
-# Each export of torch.onnx looks all its functions up again, a tenth of its time; nothing here adds one.
-ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -94,8 +94,9 @@ def ship(spec: Spec, run: Path, target: str = "cpu", measure: bool = False) -> d
                 write_json(onnx / "genai_config.json", config)
             if merged.is_dir():
                 beside_checkpoint(onnx, merged)
+        text = card(spec, run, report, found, deviation(spec, truth.rows), model.labels)
         for folder in (folder for folder in (merged, onnx) if folder.is_dir()):
-            write_text(folder / "README.md", card(spec, run, report, found, deviation(spec, truth.rows), model.labels))
+            write_text(folder / "README.md", text)
     return report
 
 
