@@ -94,9 +94,10 @@ def ship(spec: Spec, run: Path, target: str = "cpu", measure: bool = False) -> d
                 write_json(onnx / "genai_config.json", config)
             if merged.is_dir():
                 beside_checkpoint(onnx, merged)
-        text = card(spec, run, report, found, deviation(spec, truth.rows), model.labels)
-        for folder in (folder for folder in (merged, onnx) if folder.is_dir()):
-            write_text(folder / "README.md", text)
+        if folders := [folder for folder in (merged, onnx) if folder.is_dir()]:
+            text = card(spec, run, report, found, deviation(spec, truth.rows), model.labels)
+            for folder in folders:
+                write_text(folder / "README.md", text)
     return report
 
 
