@@ -131,7 +131,7 @@ def modules_of(folder: Path) -> tuple[list[Found], dict[str, Tensor], list[str]]
     """
     config = read_json(folder / CONFIG)
     kind = config.get("peft_type")
-    known = [one for one in TRANSFORMS.values() if one.peft and one.peft.kind == kind]
+    known = [one for one in TRANSFORMS.values() if one.peft and kind in (one.peft.kind, *one.peft.read_as)]
     if not known or not kind:
         raise SubspanError(f"{folder / CONFIG}: peft_type {kind!r}: no transform computes that")
     if config.get("save_projection") is False:

@@ -94,6 +94,9 @@ def prefix(w: Operator, site: Scope, *, length: Length, hidden: HiddenWidth = No
         ignored=frozenset(
             {
                 *_MODEL,
+                "encoder_hidden_size",
+                "encoder_num_layers",
+                "encoder_reparameterization_type",
                 "num_transformer_submodules",
                 "prompt_tuning_init",
                 "prompt_tuning_init_text",
@@ -102,6 +105,7 @@ def prefix(w: Operator, site: Scope, *, length: Length, hidden: HiddenWidth = No
             }
         ),
         rows=True,
+        read_as=("P_TUNING",),  # What its encoder makes is all that is saved.
     ),
 )
 def prompt(w: Operator, site: Scope, *, length: Length) -> Operator:

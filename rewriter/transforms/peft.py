@@ -109,6 +109,7 @@ class Peft:
 
     Attributes:
         kind: its `peft_type`.
+        read_as: others whose folders hold the same.
         tensors: leaf -> how it is stored.
         options: option -> key of `adapter_config.json` with the same value.
         fits: whether it is this transform, by the configuration and a module's tensors.
@@ -155,6 +156,7 @@ class Peft:
     batched: Callable[[Tensors, tuple[int, ...]], bool] | None = None
     whole: bool = False
     rows: bool = False
+    read_as: tuple[str, ...] = ()
 
 
 _SIZES = re.compile(r"_\d+(x\d+)*$")

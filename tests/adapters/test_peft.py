@@ -123,6 +123,12 @@ CONFIGS = {
         {"llama": None},
         "prefix",
     ),
+    "prompt, an encoder": (
+        peft.PromptEncoderConfig,
+        {"num_virtual_tokens": 3, "encoder_hidden_size": 8},
+        {"bert": None},
+        "prompt",
+    ),
     "prompt": (
         peft.PromptTuningConfig,
         {"num_virtual_tokens": 5, "token_dim": 16, "num_layers": 2, "num_attention_heads": 2},
@@ -174,17 +180,9 @@ def frozen(arch):
 # What is tuned here stands for PEFT's tensors otherwise than entry by entry, or PEFT changes the bias by it too;
 # tests/methods/test_oracle.py has their gradients. The backward of PEFT's C3A is not its forward's in blocks over 2.
 OTHERWISE = {
-    "lokr",
-    "boft",
-    "road",
-    "road, groups",
-    "glora",
-    "ia3",
-    "c3a",
-    "c3a, patterns",
-    "prefix, a projection",
-    "adamss on bert",
-}
+    "lokr", "boft", "road", "road, groups", "glora", "ia3", "c3a", "c3a, patterns", "prefix, a projection",
+    "prompt, an encoder", "adamss on bert",
+}  # fmt: skip
 
 
 def gradients(folder, their, model):
