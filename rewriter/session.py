@@ -159,7 +159,9 @@ class Session:
         found = plan(traced, spec.rules, pretrained.new, spec.strict)
         if spec.task.sequences:
             bounds = (positions(pretrained.model), traced.longest)
-            check_length(spec, min((most for most in bounds if most is not None), default=None), found.rows)
+            check_length(
+                spec, min((most for most in bounds if most is not None), default=None), found.rows + found.moves
+            )
             _check_sizes(spec, traced, pretrained)
         raise_all(exceeded(spec.limits, found))
         check_training(spec, found, pretrained.labels)

@@ -63,6 +63,10 @@ class TunedModel(TracedModel):
         return self.plan.rows
 
     @property
+    def taken(self) -> int:
+        return self.plan.rows + self.plan.moves
+
+    @property
     def plan(self) -> Plan:
         return self.adapters[self.active].plan
 

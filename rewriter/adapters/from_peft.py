@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import SpecError, SubspanError
 from ..files import load_tensors, read_json
-from ..graph.positions import turns
+from ..graph.positions import by_table, turns
 from ..graph.sublayers import attentions, embeddings, paths
 from ..graph.traced import TracedModel
 from ..plan import Site, plan
@@ -316,7 +316,9 @@ def _tuned(
         raise SubspanError(f"{both[0]} is there beside what is tuned of it")
     groups: dict[str, tuple[dict, list[str]]] = {}
     for place, one in at.items():
-        step = {one.transform.name: one.options} if one.options else one.transform.name
+        takes = one.peft.moves and moved(model, len(next(iter(one.tensors.values()))))
+        options = one.options | ({one.peft.moves: True} if takes else {})
+        step = {one.transform.name: options} if options else one.transform.name
         groups.setdefault(repr(step), (step, []))[1].append(place)
     rules = [Rule(target=sorted(places), apply=[step]) for step, places in groups.values()]
     if more := sorted([*whole, *biases]):
@@ -326,7 +328,7 @@ def _tuned(
     order = [place for place in weights if place in at] or list(at)
     for site in planned.sites:
         if site.place in at and site.chain[0][0] is not whole_one:
-            turn = turned(model, site) if site.kind == "keys" else None
+            turn = turned(model, site) if site.kind == "keys" and not site.moves else None
             _take(at[site.place], site, weights, values, number=order.index(site.place), turn=turn)
     for site in planned.sites:
         if site.chain[0][0] is whole_one:
@@ -354,6 +356,18 @@ def _check_tied(model: TracedModel, name: str, whole: Mapping[str, Tensor], weig
         value = whole.get(other, weights[place].detach())
         if other != name and not torch.equal(whole[name].double(), value.double()):
             raise SubspanError(f"modules_to_save: {name} is tied to {other}; PEFT trains a copy of one")
+
+
+def moved(model: TracedModel, count: int) -> bool:
+    """Whether rows before keys and values, which take positions in PEFT, do so by the option, in a table.
+
+    Raises:
+        SubspanError: what they do to this model's positions, no transform does.
+    """
+    try:
+        return by_table(model)
+    except SubspanError as error:
+        raise SubspanError(f"PEFT's rows move the tokens on by {count} positions; in this model, {error}") from None
 
 
 def turned(model: TracedModel, site: Site) -> Tensor:

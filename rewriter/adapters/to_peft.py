@@ -17,7 +17,7 @@ from ..graph.traced import TracedModel
 from ..plan import Plan, Site
 from ..transforms import TRANSFORMS, Peft, Place, Stored, short_name, stored_by
 from ..tuned import TunedModel, adapter_tensors
-from .from_peft import CONFIG, PATH, ROOT, TENSORS, attending, place_of, turned
+from .from_peft import CONFIG, PATH, ROOT, TENSORS, attending, moved, place_of, turned
 
 
 def save_peft(model: TunedModel, folder: str | Path, base: str | None = None, task_type: str | None = None) -> None:
@@ -189,7 +189,11 @@ def _check_rows(base: TracedModel, sites: list[Site]) -> None:
     if rows and sorted(site.place for site in rows) != sorted(2 * attending(base)):
         raise _no(rows[0], "PEFT has rows before the keys and values of every layer")
     for site in rows:
-        turned(base, site)
+        if moved(base, site.rows) != bool(site.moves):
+            option = site.chain[0][0].peft.moves
+            raise _no(site, f"PEFT's rows take positions, in a table of these; here they do with {option}: true")
+        if not site.moves:
+            turned(base, site)
 
 
 def _written(model: TunedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -260,7 +264,7 @@ def _place(
         weight=site.part(as_dense(weights[site.place].detach())) if site.layout else None,
         bias=None if bias is None else bias.detach(),
         number=order.index(site.place) if site.place in order else 0,
-        turn=turned(model.base, site) if site.kind == "keys" else None,
+        turn=turned(model.base, site) if site.kind == "keys" and not site.moves else None,
     )
 
 

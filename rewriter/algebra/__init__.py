@@ -4,7 +4,7 @@ y = xW with W of shape (..., n, m), leading dimensions a batch of matrices; oper
 result, or shapes alone on the meta device.
 """
 
-from .maps import NONLINEARITIES, Affine, Computed, Dropout, Pointwise, Prepend, rows_of
+from .maps import NONLINEARITIES, Affine, Computed, Dropout, Pointwise, Prepend, moved_by, rows_of
 from .norms import column_norm, detach
 from .operators import Concat, Dense, Diag, Identity, Operator, Product, Scale, Sum, tensors_of
 from .quantised import Format, Quantised
@@ -39,6 +39,7 @@ __all__ = [
     "column_norm",
     "detach",
     "held_bytes",
+    "moved_by",
     "parts_of",
     "rows_of",
     "tensors_of",

@@ -52,10 +52,14 @@ class Computed(Operator):
 
 @dataclass(frozen=True)
 class Prepend(Operator):
-    """concat(P, x W): the rows P, shape (l, m), stand before every sequence of xW. (13)(14)"""
+    """concat(P, x W): the rows P, shape (l, m), stand before every sequence of xW. (13)(14)
+
+    With `moves` they take positions too: a model's tables of positions count them.
+    """
 
     rows: Tensor
     operand: Operator
+    moves: bool = False
 
     def apply(self, x, bias=None):
         y = self.operand.apply(x, bias)
@@ -75,6 +79,14 @@ class Dropout(Identity):
     def apply(self, x, bias=None):
         y = F.dropout(x, self.probability)
         return y if bias is None else y + bias
+
+
+def moved_by(op: Operator) -> int:
+    """How many positions the rows take that an expression puts before the result of a frozen part."""
+    count = 0
+    while isinstance(op, Prepend):
+        count, op = count + op.moves * len(op.rows), op.operand
+    return count
 
 
 def rows_of(op: Operator) -> Tensor:

@@ -208,7 +208,7 @@ def longest_of(pretrained: Pretrained, tuned: TunedModel | None = None) -> int |
     """The longest sequence of tokens that a model takes, together with what transforms put before it; None: any."""
     own = getattr(pretrained.model.config.get_text_config(), "max_position_embeddings", None)
     bounds = (own, positions(pretrained.model), tuned.longest if tuned else None)
-    return min((most - (tuned.rows if tuned else 0) for most in bounds if most), default=None)
+    return min((most - (tuned.taken if tuned else 0) for most in bounds if most), default=None)
 
 
 def _write(truth: compare.Truth, model: _Model, again: _Again, folder: Path) -> tuple[Path, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What positions do to the keys of attention, found by running the part of the graph that does it."""
+"""How positions enter: by what they do to the keys of attention, or by tables that are looked up by them."""
 
 from collections.abc import Mapping
 from operator import attrgetter
@@ -8,12 +8,54 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import SubspanError
-from .sublayers import Attention, attentions, nearest_linear, shape_of
+from .ops import aten
+from .sublayers import Attention, attentions, embeddings, nearest_linear, shape_of
 from .traced import TracedModel
 
+_COUNTS = (aten.arange.default, aten.arange.start, aten.arange.start_step, aten.cumsum.default)
 # Types of rotation whose angles are linear in the position at any length.
 _LINEAR = {"default", "linear", "llama3", "yarn"}
 _CLOSE = 1e-4  # float32's rounding of cosines
+
+
+def tables(graph: fx.Graph) -> list[fx.Node]:
+    """The embedding ops that read positions: numbers that are counted, or an input of that name."""
+    found = graph.find_nodes(op="call_function", target=aten.embedding.default)
+    return [node for node in found if node not in set(embeddings(graph)) and _counted(node.args[1])]
+
+
+def _counted(index: fx.Node) -> bool:
+    queue, seen = [index], set()
+    while queue:
+        node = queue.pop()
+        if node in seen or not isinstance(node.meta.get("val"), Tensor):
+            continue
+        if node.target in (*_COUNTS, "position_ids"):
+            return True
+        seen.add(node)
+        queue += node.all_input_nodes
+    return False
+
+
+def by_table(model: TracedModel) -> bool:
+    """Whether a decoder's positions enter by a table, not by rotated queries and keys.
+
+    Raises:
+        SubspanError: they enter otherwise, or it attends within a window, in which rows that move the positions count.
+    """
+    text = _text(model.config)
+    local = {*(getattr(text, "layer_types", None) or ()), *(getattr(text, "attention_layers", None) or ())}
+    window = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
+    if window or local - {"full_attention", "global"}:
+        raise SubspanError("its attention has a window, in which rows that move the positions count")
+    rotates = bool(getattr(text, "rope_parameters", None))
+    if not hasattr(text, "use_cache") or rotates == bool(tables(next(iter(model.graphs.values())))):
+        raise SubspanError("its positions are neither those of a table nor those of rotated queries and keys alone")
+    return not rotates
+
+
+def _text(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def turns(model: TracedModel, length: int) -> dict[str, Tensor]:
@@ -23,22 +65,16 @@ def turns(model: TracedModel, length: int) -> dict[str, Tensor]:
     Raises:
         SubspanError: positions enter in another way than by rotated queries and keys.
     """
-    _check_rotary(model.config)
+    _check_angles(model.config)
     graph = next(iter(model.graphs.values()))
     return {one.module: _turn(model, graph, one, length) for one in attentions(graph) if not one.cross}
 
 
-def _check_rotary(config: Any) -> None:
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    rope = getattr(text, "rope_parameters", None)
-    if not rope or not hasattr(text, "use_cache"):
-        raise SubspanError("its positions are not those of a decoder that rotates queries and keys alone")
+def _check_angles(config: Any) -> None:
+    rope = getattr(_text(config), "rope_parameters", None) or {}
     each = [one for one in rope.values() if isinstance(one, Mapping)] or [rope]
     if others := {one.get("rope_type", "default") for one in each} - _LINEAR:
         raise SubspanError(f"its rotation ({', '.join(sorted(map(str, others)))}) depends on the length")
-    windows = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
-    if windows or (getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)):
-        raise SubspanError("its attention has a window, in which rows that move the positions count")
 
 
 def _turn(model: TracedModel, graph: fx.Graph, one: Attention, length: int) -> Tensor:

@@ -214,6 +214,11 @@ class TracedModel(nn.Module):
         """Rows that are put before the tokens inside."""
         return 0
 
+    @property
+    def taken(self) -> int:
+        """Positions that no text has: those of rows that are put before it."""
+        return 0
+
     def check_valid(self, name: str, leaves: list[Any]) -> None:
         """Refuse inputs that the trace of a graph is not valid for.
 
@@ -226,7 +231,7 @@ class TracedModel(nn.Module):
         """
         signature = self.signatures[name]
         for one in signature.ranges:
-            size = leaves[one.place].shape[one.dimension] + (self.rows if one.dimension == 1 else 0)
+            size = leaves[one.place].shape[one.dimension] + (self.taken if one.dimension == 1 else 0)
             if one.most is not None and size > one.most:
                 said = f"{one.name} has size {size} in dimension {one.dimension}; the trace is valid up to {one.most}"
                 raise SubspanError(f"{said}: beyond, the model computes something else")

@@ -69,19 +69,21 @@ _MODEL = {"num_attention_heads", "num_layers", "token_dim"}  # What the base's c
         fixed={"num_transformer_submodules": (1, None)},
         ignored=frozenset({*_MODEL, "encoder_hidden_size", "prefix_projection"}),
         rows=True,
+        moves="moves",
     ),
 )
-def prefix(w: Operator, site: Scope, *, length: Length, hidden: HiddenWidth = None) -> Operator:
+def prefix(w: Operator, site: Scope, *, length: Length, hidden: HiddenWidth = None, moves: bool = False) -> Operator:
     """concat(P, xW) on keys and on values, P small and random at the start. (13)(14), ref. 56
 
-    With `hidden`, P = tanh(E A + a) B + b while tuning, an MLP of that width; the adapter keeps P alone.
+    With `hidden`, P = tanh(E A + a) B + b while tuning, an MLP of that width; the adapter keeps P alone. With `moves`
+    the rows take positions, as PEFT's do: tables of positions are read `length` further on.
     """
     if hidden is None or site.size("folded", 0):
-        return Prepend(site.tuned("p", (length, site.m), normal(0.02)), w)
+        return Prepend(site.tuned("p", (length, site.m), normal(0.02)), w, moves)
     site.schedule(Fold())
     a, a_bias = site.tuned("a", (site.m, hidden), kaiming_uniform), site.tuned("a_bias", hidden, 0.0)
     b, b_bias = site.tuned("b", (hidden, site.m), kaiming_uniform), site.tuned("b_bias", site.m, 0.0)
-    return Prepend(_made(site.tuned("e", (length, site.m), normal(1.0)), a, a_bias, b, b_bias), w)
+    return Prepend(_made(site.tuned("e", (length, site.m), normal(1.0)), a, a_bias, b, b_bias), w, moves)
 
 
 @transform(

@@ -7,10 +7,11 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, fx
 
-from ..algebra import Computed, Dense, Operator, held_bytes, rows_of
+from ..algebra import Computed, Dense, Operator, held_bytes, moved_by, rows_of
 from ..errors import SpecError, raise_all, reason
 from ..graph.globs import find, match, uneven
 from ..graph.ops import SOFTMAX, aten
+from ..graph.positions import tables
 from ..graph.sublayers import (
     KNOWN,
     Attention,
@@ -74,9 +75,26 @@ def plan(
     total = sum(torch.Size(shapes[weight]).numel() for weight in dict.fromkeys(model.aliases.values()))
     sites.sort(key=lambda site: (site.layout is None, order[site.place], KINDS.index(site.kind), site.block or ()))
     _check_varies(model, sites)
+    _check_moves(graph, sites)
     notes = dict.fromkeys([*found.notes, *_unmerged(sites)])
     held = sum(held_bytes(one) for one in model.parameters())
     return Plan(tuple(sites), total, held, tuple(warnings), tuple(notes), tuple(rules), tuple(sorted(new)))
+
+
+def _check_moves(graph: fx.Graph, sites: list[Site]) -> None:
+    """Rows that take positions take as many in every layer, of tables of positions.
+
+    Raises:
+        SpecError: at the rule.
+    """
+    moving = [site for site in sites if site.moves]
+    layers = [site for site in sites if site.kind in ("keys", "values")]
+    if moving and not tables(graph):
+        said = "its rows are to take positions, and the model has no table of positions"
+        raise SpecError(f"{moving[0].transform}: {said}", ("rules", moving[0].rule, "apply"))
+    if moving and (other := next((site for site in layers if site.moves != moving[0].moves), None)):
+        said = f"take {moving[0].moves} positions at {moving[0].label} and {other.moves} here: a token has one position"
+        raise SpecError(f"{other.label}: rows {said}", ("rules", other.rule, "apply"))
 
 
 def _check_varies(model: TracedModel, sites: list[Site]) -> None:
@@ -253,13 +271,14 @@ def _site(
     key = r, kind, shape, tuple((step.rpartition(".")[2], *sizes.items()) for step, sizes in given.items())
     if key not in found.composed:
         found.composed[key] = name, _compose(r, rule, kind, label, shape, layout, name, given)
-    first, (leaves, schedules, merges, rows) = found.composed[key]
+    first, (leaves, schedules, merges, rows, moves) = found.composed[key]
     own = lambda text: name + text.removeprefix(first) if text.startswith(f"{first}.") else text  # noqa: E731
     return Site(
         kind, place, block, shape, layout, tuple(rule.chain),
         tuple(replace(leaf, name=own(leaf.name)) for leaf in leaves),
         tuple((own(step), schedule) for step, schedule in schedules),
-        head=layout is not None and place in found.new, merges=merges, linear=linear, rows=rows, rule=r, given=given,
+        head=layout is not None and place in found.new, merges=merges, linear=linear, rows=rows, moves=moves, rule=r,
+        given=given,
     )  # fmt: skip
 
 
@@ -272,8 +291,9 @@ def _compose(
     layout: Layout | None,
     name: str,
     given: Given,
-) -> tuple[list[Leaf], list[tuple[str, Schedule]], bool, int]:
-    """A chain on the meta device: its leaves, its schedules, whether it merges, and the rows it puts before others."""
+) -> tuple[list[Leaf], list[tuple[str, Schedule]], bool, int, int]:
+    """A chain on the meta device: its leaves, its schedules, whether it merges, the rows it puts before others, and the
+    positions that these take."""
     leaves: dict[str, Leaf] = {}
     schedules: list[tuple[str, Schedule]] = []
 
@@ -299,7 +319,7 @@ def _compose(
         raise SpecError(f"{chain}: the expression fails on {label}: {reason(error)}", apply) from error
     if w._version:
         raise SpecError(f"{chain}: the expression changes the frozen weight in place", apply)
-    return list(leaves.values()), schedules, merges, rows
+    return list(leaves.values()), schedules, merges, rows, moved_by(op)
 
 
 def _forms(op: Operator, shape: tuple[int, ...]) -> bool:

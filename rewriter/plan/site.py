@@ -35,6 +35,7 @@ class Site:
         merges: phi(W) can be written back as a plain weight.
         linear: every op that reads the parameter is a product with it.
         rows: how many rows the chain puts before the sequence.
+        moves: how many positions these take in the model's tables of positions.
         rule: index of the rule.
         given: `<name>.<transform>` -> sizes that a schedule has settled.
     """
@@ -51,6 +52,7 @@ class Site:
     merges: bool = False
     linear: bool = False
     rows: int = 0
+    moves: int = 0
     rule: int = 0
     given: Given = field(default_factory=dict, repr=False)
 
@@ -163,8 +165,13 @@ class Plan:
 
     @property
     def rows(self) -> int:
-        """How many rows are put before the token embeddings: positions of the model that no text has."""
+        """How many rows are put before the token embeddings."""
         return sum(site.rows for site in self.sites if site.kind == "embeddings")
+
+    @property
+    def moves(self) -> int:
+        """By how many positions the tokens are moved on by what stands before keys and values."""
+        return max((site.moves for site in self.sites), default=0)
 
     @property
     def merges(self) -> bool:

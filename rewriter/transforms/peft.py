@@ -131,6 +131,7 @@ class Peft:
         batched: whether a module's tensors can be those of a batch of weights of a shape (b, n, m) or (b, m, n); None:
             PEFT has none of a batch.
         whole: it stands for the parameter itself, which is stored by its own name.
+        moves: the option with which rows take positions, as PEFT's rows before keys and values do.
         rows: it stands before the embeddings, or before the keys and values of all layers; its tensors have no path.
     """
 
@@ -155,6 +156,7 @@ class Peft:
     factors: tuple[str, str] | None = None
     batched: Callable[[Tensors, tuple[int, ...]], bool] | None = None
     whole: bool = False
+    moves: str | None = None
     rows: bool = False
     read_as: tuple[str, ...] = ()
 

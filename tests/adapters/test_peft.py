@@ -116,7 +116,7 @@ CONFIGS = {
     "frod": (peft.FrodConfig, {"sparse_rate": 0.1, "progressbar": False}, LAYERS, "frod"),
     "adamss": (peft.AdamssConfig, {"r": 4, "num_subspaces": 3, "subspace_rank": 2}, LAYERS, "adamss"),
     "adamss, one cluster": (peft.AdamssConfig, {"r": 4, "num_subspaces": 1}, {"llama": ["v_proj"]}, "adamss"),
-    "prefix": (peft.PrefixTuningConfig, {"num_virtual_tokens": 5}, {"llama": None}, "prefix"),
+    "prefix": (peft.PrefixTuningConfig, {"num_virtual_tokens": 5}, {"llama": None, "gpt2": None}, "prefix"),
     "prefix, a projection": (
         peft.PrefixTuningConfig,
         {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 4},

@@ -28,7 +28,7 @@ NOT_THEIRS = [
         [("bert.encoder.layer.0", [{"prefix": {"length": 2}}])],
         "PEFT has rows before the keys and values of every",
     ),
-    ([("bert.encoder.layer.*", [{"prefix": {"length": 2}}])], "in this model, its positions are not those"),
+    ([("bert.encoder.layer.*", [{"prefix": {"length": 2}}])], "in this model, its positions are neither those"),
     ([(QUERY, ["full"])], "nothing but whole parameters"),
     ([(QUERY, [{"lora": {"rank": 2, "mpc": "n"}}])], "PEFT has no nonlinearity"),
     ([(QUERY, [{"waveft": {"coefficients": 4}}])], "PEFT draws indices from a seed"),

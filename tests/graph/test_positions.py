@@ -29,10 +29,11 @@ ROTATED = {
     "norms of keys": (hf.Qwen3Config, {"num_key_value_heads": 2, "head_dim": 16}),
     "one linear for all, a part rotated": (hf.GPTNeoXConfig, {"rotary_pct": 0.5}),
     "pairs side by side": (hf.CohereConfig, {"num_key_value_heads": 2}),
+    "a table": (hf.GPT2Config, {"n_embd": 32, "n_head": 4, "n_layer": 2}),
+    "a table, counted by the mask": (hf.OPTConfig, {"ffn_dim": 48, "word_embed_proj_dim": 32}),
 }
 OTHERS = {
-    "a table": (hf.GPT2Config, {"n_embd": 32, "n_head": 4, "n_layer": 2}, "positions are not those of a decoder"),
-    "biases": (hf.BloomConfig, {}, "positions are not those of a decoder"),
+    "biases": (hf.BloomConfig, {}, "positions are neither those of a table nor"),
     "a window": (hf.MistralConfig, {"num_key_value_heads": 2, "sliding_window": 16}, "its attention has a window"),
     "layers with a window": (
         hf.Qwen2Config,

@@ -5,6 +5,7 @@ from torch import Tensor, fx
 
 from ...algebra import Computed, rows_of
 from ...graph.ops import aten
+from ...graph.positions import tables
 from ...graph.sublayers import Attention, attentions, shape_of
 from ...plan import Site
 from ..base import Context, inserted
@@ -14,7 +15,8 @@ from ..lower import Compose, Lowering
 def insert_attention_rows(graph: fx.Graph, context: Context) -> fx.Graph:
     """Let every transformed attention attend to rows of its own, which no mask hides.
 
-    Causal masks stay causal for the sequence; key heads shared by groups of query heads share their rows too.
+    Causal masks stay causal for the sequence; key heads shared by groups of query heads share their rows too. Where
+    rows take positions, tables of these are read as many further on.
     """
     sites: dict[str, dict[str, Site]] = {}
     for site in context.plan.sites:
@@ -24,7 +26,16 @@ def insert_attention_rows(graph: fx.Graph, context: Context) -> fx.Graph:
     for one in [one for one in attentions(graph) if one.module in sites]:
         insert = _insert_sdpa if one.product is None else _insert_explicit
         insert(lowering, one, sites[one.module])
+    moving = [site for pair in sites.values() for site in pair.values() if site.moves]
+    for node in tables(graph) if moving else ():
+        _move(lowering, node, moving[0])
     return graph
+
+
+def _move(lowering: Lowering, lookup: fx.Node, site: Site) -> None:
+    count = site.moves
+    (moved,) = lowering.site(lookup, site, [lookup.args[1]], lambda compose, index: [index + count], count)
+    lookup.args = (lookup.args[0], moved, *lookup.args[2:])
 
 
 def _rows(compose: Compose, one: Attention, example: Tensor) -> Tensor:
