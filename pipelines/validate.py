@@ -164,11 +164,18 @@ def check(session: "Session", level: Level, served: Consumer | None = None) -> "
     plan = session.plan(whole)
     plan = replace(plan, notes=(*plan.notes, *session.check_data()))
     if served is not None:
+        from rewriter.adapters.from_peft import TASK_TYPES
         from rewriter.adapters.to_peft import check_served
         from rewriter.spec import located
 
         with located(session.spec):
-            plan = replace(plan, notes=(*plan.notes, *check_served(session.shapes()[0], plan, str(served))))
+            plan = replace(
+                plan,
+                notes=(
+                    *plan.notes,
+                    *check_served(session.shapes()[0], plan, str(served), TASK_TYPES.get(session.spec.task.auto)),
+                ),
+            )
     if level is Level.smoke:
         session.smoke()
     return plan, session.cost() if whole else None

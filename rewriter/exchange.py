@@ -167,6 +167,7 @@ def _tried(
     for one, said in fitting.candidates(traced, sorted(changed.matrices), methods, ranks):
         if one is None:
             report["left_out"].append(said)
+            tell(f"left out: {said}")
             continue
         made = fitting.fit(one, changed)
         count, total = sum(made.parameters.values()), fitting.total_error(made.errors, changed)

@@ -348,7 +348,10 @@ class Session:
         """
         out, main = Path(out), processes().is_main_process
         if start is not None and (resume or Path(start).resolve() == out.resolve()):
-            raise SubspanError("--from is for a new run, in another folder than that of the run it starts from")
+            raise SubspanError(
+                "--from is for a new run, in another folder than that of the run it starts from; --resume "
+                "goes on from what the run has kept of it"
+            )
         if main:
             check_folder(self.spec, out, resume, overwrite)
         with claimed(out, main):

@@ -122,6 +122,8 @@ def test_what_is_of_another_model_is_refused_and_leaves_nothing(project, tmp_pat
     if config:
         file = tmp_path / "peft" / "adapter_model.safetensors"
         save_file({key: value for key, value in load_file(file).items() if "classifier" not in key}, file)
+        written = tmp_path / "peft" / "adapter_config.json"
+        written.write_text(json.dumps(json.loads(written.read_text()) | config))
     arguments = {"base": str(project.parent / "model"), "task": TASK, "settings": LABELS} | given
     with pytest.raises(SubspanError, match=said):
         import_peft(tmp_path / "peft", tmp_path / "run", **arguments)

@@ -14,16 +14,16 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from ..errors import SpecError, SubspanError
+from ..errors import SpecError, SubspanError, reason
 from ..files import load_tensors, read_json
-from ..graph.positions import by_table, turns
-from ..graph.sublayers import attentions, embeddings, paths
+from ..graph.sublayers import embeddings, paths
 from ..graph.traced import TracedModel
 from ..plan import Site, plan
 from ..rewrite import rewrite
 from ..spec import Rule
 from ..transforms import TRANSFORMS, Leaf, Peft, Place, Transform, entire, short_name, stored_by
 from ..tuned import TunedModel
+from .rows import attending, moved, turned
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 ROOT, PATH = "base_model.", "base_model.model."
@@ -39,6 +39,10 @@ _COMMON = {
     "init_weights", "layers_pattern", "layers_to_transform", "modules_to_save", "peft_type", "peft_version", "revision",
     "save_projection", "target_modules", "task_type",
 }  # fmt: skip
+
+
+# What a view of tensors of other shapes, or a key of another type, raises.
+_ODD = (RuntimeError, IndexError, TypeError, AttributeError, KeyError, ZeroDivisionError)
 
 
 class _Config(dict):
@@ -98,11 +102,16 @@ class Found:
                 return None
             value = stored.ours(held, at)
         except ValueError as error:
-            raise SubspanError(f"{self.module}: {error}") from None
+            raise SubspanError(f"{self.module}: {error}".removeprefix(": ")) from None
+        except _ODD as error:
+            said = f"{self.module}: {stored.name if stored else name} does not fit: {reason(error)}"
+            raise SubspanError(said.removeprefix(": ")) from None
         if tuple(value.shape) != leaf.shape:
             shape = " and ".join(str(tuple(one.shape)) for one in (held if stored.parts else (held,)))
-            weight = f"a weight of {at.n} inputs and {at.m} outputs"
-            raise SubspanError(f"{self.module}: {stored.name} of shape {shape} does not fit {weight}")
+            own = ", ".join(f"{key} {self.config[key]}" for key in self.peft.options.values())
+            weight = f"a weight of {at.n} inputs and {at.m} outputs{own and f' with {own}'}"
+            said = f"{self.module}: {stored.name} of shape {shape} does not fit {weight}"
+            raise SubspanError(said.removeprefix(": "))
         return value.clone()  # What is shared may be a view of it.
 
 
@@ -142,11 +151,17 @@ def modules_of(folder: Path) -> tuple[list[Found], dict[str, Tensor], list[str]]
     if not modules:
         raise SubspanError(f"{folder / TENSORS}: no tensor of {kind}")
     try:
+        empty = [module for module, parts in modules.items() if not any(map(_size, parts.values()))]
+        modules = {module: parts for module, parts in modules.items() if module not in empty}
         found = [_found(module, parts, config, known, shared) for module, parts in sorted(modules.items())]
         notes = sorted({note for one in found for note in _checked(one, config)})
     except SubspanError as error:
         raise SubspanError(f"{folder / CONFIG}: {error}") from None
     return found, whole, notes
+
+
+def _size(held: Tensor | tuple[Tensor, ...]) -> int:
+    return sum(map(Tensor.numel, held)) if isinstance(held, tuple) else held.numel()
 
 
 def _sorted(
@@ -176,7 +191,7 @@ def _sorted(
         elif name is None and ".original_module." in path:
             continue  # As it was before: what is trained stands beside it.
         elif name is None:
-            whole[path.replace(".modules_to_save.", ".").replace(".base_layer.", ".")] = value
+            whole[re.sub(r"\.modules_to_save\.(default\.)?|\.base_layer\.", ".", path)] = value
         elif path == name and name in shared_names:
             shared[name] = value
         elif name not in shared_names:  # PEFT writes what is shared once more with every module.
@@ -201,7 +216,9 @@ def _found(
             if not whole or not one.peft.fits(config, tensors):
                 continue
             own = _of_module(one.peft, config, module)
-            given = {option: own[key] for option, key in one.peft.options.items() if own[key] is not None}
+            given = {option: own[key] for option, key in one.peft.options.items()}
+            if null := next((key for option, key in one.peft.options.items() if given[option] is None), None):
+                raise SubspanError(f"{null}: null is no value")
             try:
                 given |= one.peft.read(own, tensors)
                 one.options.model_validate(given)
@@ -211,6 +228,8 @@ def _found(
                 raise SubspanError(f"{key}: {wrong['msg']}") from None
             except ValueError as error:
                 raise SubspanError(str(error)) from None
+            except _ODD as error:
+                raise SubspanError(f"{module}: its tensors do not fit the configuration: {reason(error)}") from None
             return Found(module, one, given, own, tensors, shared, further, table)
     for key in known[0].peft.fixed if len(known) == 1 else ():
         if key in config:
@@ -226,8 +245,15 @@ def _of_module(peft: Peft, config: Mapping[str, Any], module: str) -> dict[str, 
     """The configuration with what its patterns say of a module, in the way PEFT matches them."""
     own = _Config(config)
     for key, pattern in peft.patterns.items():
-        for expression, value in (config.get(pattern) or {}).items():
-            if re.match(rf"(.*\.)?({expression})$", module):
+        held = config.get(pattern) or {}
+        if not isinstance(held, Mapping):
+            raise SubspanError(f"{pattern}: {held!r} is no mapping")
+        for expression, value in held.items():
+            try:
+                hit = re.match(rf"(.*\.)?({expression})$", module)
+            except re.error as error:
+                raise SubspanError(f"{pattern}: {expression!r}: {error}") from None
+            if hit:
                 own[key] = value
                 break
     return own
@@ -312,6 +338,7 @@ def _tuned(
         _check_tied(model, name, whole, weights)
     if unknown := [name for name in whole if name not in model.aliases]:
         raise SubspanError(f"{unknown[0]} is nothing that the model has")
+    _check_saved(model, found[0].config, whole)
     if both := sorted(whole.keys() & biases):
         raise SubspanError(f"{both[0]} is there beside what is tuned of it")
     groups: dict[str, tuple[dict, list[str]]] = {}
@@ -323,13 +350,17 @@ def _tuned(
     rules = [Rule(target=sorted(places), apply=[step]) for step, places in groups.values()]
     if more := sorted([*whole, *biases]):
         rules.append(Rule(target=more, apply=[whole_one.name]))
-    planned = plan(model, rules, new)
+    given = {
+        f"{place}.{one.transform.name}": one.peft.sizes(one.tensors) for place, one in at.items() if one.peft.sizes
+    }
+    planned = plan(model, rules, new, given=given)
     values: dict[str, Tensor] = {}
     order = [place for place in weights if place in at] or list(at)
     for site in planned.sites:
         if site.place in at and site.chain[0][0] is not whole_one:
             turn = turned(model, site) if site.kind == "keys" and not site.moves else None
-            _take(at[site.place], site, weights, values, number=order.index(site.place), turn=turn)
+            place = {"number": order.index(site.place), "count": len(order), "turn": turn}
+            _take(at[site.place], site, weights, values, **place)
     for site in planned.sites:
         if site.chain[0][0] is whole_one:
             names = model.tied.get(site.place, [site.place])
@@ -345,6 +376,24 @@ def _tuned(
     return rewrite(model, planned, values=values, without=without, also=also)
 
 
+def _check_saved(model: TracedModel, config: Mapping[str, Any], whole: Mapping[str, Tensor]) -> None:
+    """Refuse a folder that lacks a module which it says that it saves.
+
+    Raises:
+        SubspanError: naming it.
+    """
+    for entry in config.get("modules_to_save") or ():
+        modules = {part for name in model.aliases for part in modules_of_name(name) if f".{part}".endswith(f".{entry}")}
+        if modules and not any(name.startswith(f"{module}.") for module in modules for name in whole):
+            raise SubspanError(f"modules_to_save: {entry} is not in the folder")
+
+
+def modules_of_name(name: str) -> list[str]:
+    """The modules that a parameter is in."""
+    parts = name.split(".")[:-1]
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
 def _check_tied(model: TracedModel, name: str, whole: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
     """Refuse a weight that PEFT saves apart from the one that it is tied to.
 
@@ -358,43 +407,15 @@ def _check_tied(model: TracedModel, name: str, whole: Mapping[str, Tensor], weig
             raise SubspanError(f"modules_to_save: {name} is tied to {other}; PEFT trains a copy of one")
 
 
-def moved(model: TracedModel, count: int) -> bool:
-    """Whether rows before keys and values, which take positions in PEFT, do so by the option, in a table.
-
-    Raises:
-        SubspanError: what they do to this model's positions, no transform does.
-    """
-    try:
-        return by_table(model)
-    except SubspanError as error:
-        raise SubspanError(f"PEFT's rows move the tokens on by {count} positions; in this model, {error}") from None
-
-
-def turned(model: TracedModel, site: Site) -> Tensor:
-    """What the positions of the rows at a site do to keys, as `Place.turn`.
-
-    Raises:
-        SubspanError: PEFT's rows move the tokens' positions, and here they do not.
-    """
-    try:
-        return turns(model, site.rows)[site.place]
-    except SubspanError as error:
-        raise SubspanError(f"PEFT's rows move the tokens on by {site.rows} positions; in this model, {error}") from None
-
-
 def _targets(model: TracedModel, one: Found) -> list[str]:
     """What a rule says of a module: its weight, or what its rows precede."""
     if not one.peft.rows:
         return [_target(model, one)]
     if "embeddings" in one.transform.on:
         return [_before_embeddings(model)]
-    return attending(model)
-
-
-def attending(model: TracedModel) -> list[str]:
-    """The modules of self-attention, in the graph's order."""
-    found = attentions(next(iter(model.graphs.values())))
-    return list(dict.fromkeys(one.module for one in found if not one.cross))
+    if not (modules := attending(model)):
+        raise SubspanError("no attention of the model is known, before whose keys and values rows could stand")
+    return modules
 
 
 def _target(model: TracedModel, one: Found) -> str:

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from ..graph.traced import TracedModel
 from ..plan import Plan, Site
 from ..transforms import TRANSFORMS, Peft, Place, Stored, short_name, stored_by
 from ..tuned import TunedModel, adapter_tensors
-from .from_peft import CONFIG, PATH, ROOT, TENSORS, attending, moved, place_of, turned
+from .from_peft import CONFIG, PATH, ROOT, TENSORS, modules_of_name, place_of
+from .rows import attending, check_rows, turned
 
 
 def save_peft(model: TunedModel, folder: str | Path, base: str | None = None, task_type: str | None = None) -> None:
@@ -31,7 +32,7 @@ def save_peft(model: TunedModel, folder: str | Path, base: str | None = None, ta
         SubspanError: PEFT has no such adapter; with the site and what it lacks.
     """
     folder = Path(folder)
-    config, tensors = _written(model)
+    config, tensors = _written(model, task_type)
     config |= {"base_model_name_or_path": base, "task_type": task_type, "inference_mode": True}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with aside(folder) as (place,):
@@ -128,12 +129,13 @@ def _check_name(model: TracedModel, site: Site) -> None:
 _LARGEST = 16  # vLLM's rank, unless it is started with another
 
 
-def check_served(model: TracedModel, found: Plan, by: str) -> list[str]:
+def check_served(model: TracedModel, found: Plan, by: str, task_type: str | None = None) -> list[str]:
     """Refuse a plan whose adapter a consumer can't read: PEFT, or what reads PEFT's folders of LoRA alone.
 
     Args:
         model: the traced base; no weight is read.
         by: peft, vllm, genai or olive.
+        task_type: as of `save_peft`.
 
     Returns:
         What is good to know.
@@ -143,6 +145,7 @@ def check_served(model: TracedModel, found: Plan, by: str) -> list[str]:
     """
     sites, whole = parts_of(found)
     _check_sites(model, sites)
+    check_heads(sites, heads_of(model, task_type))
     configs = {site.place.removesuffix(".weight"): _config(site) for site in sites}
     _joined(sites, configs)
     if by == "peft":
@@ -166,12 +169,14 @@ def _check_sites(model: TracedModel, sites: list[Site]) -> None:
     """
     shapes: dict[str, tuple[int, ...]] = {}
     base = model.base if isinstance(model, TunedModel) else model
-    _check_rows(base, sites)
+    check_rows(base, sites)
     for site in sites:
         peft, shape = site.chain[0][0].peft, site.shape
         _check_name(model, site)
         if any(how.shared for how in peft.tensors.values()) and shapes.setdefault("", shape) != shape:
             raise _no(site, "PEFT has one set of frozen factors; sites of other shapes have others here")
+        if peft.finds:
+            raise _no(site, f"PEFT finds {peft.finds} itself, and finds another than is tuned here")
         if peft.made:
             said = f"PEFT draws {', '.join(peft.made)} from a seed, and draws others than are tuned here"
             raise _no(site, f"{said}; export --adapter can write low-rank terms")
@@ -179,26 +184,9 @@ def _check_sites(model: TracedModel, sites: list[Site]) -> None:
             raise _no(site, "PEFT changes the layer's bias too")
 
 
-def _check_rows(base: TracedModel, sites: list[Site]) -> None:
-    """Refuse rows before keys and values that PEFT does not have, or whose positions it has otherwise.
-
-    Raises:
-        SubspanError: with which.
-    """
-    rows = [site for site in sites if site.kind in ("keys", "values")]
-    if rows and sorted(site.place for site in rows) != sorted(2 * attending(base)):
-        raise _no(rows[0], "PEFT has rows before the keys and values of every layer")
-    for site in rows:
-        if moved(base, site.rows) != bool(site.moves):
-            option = site.chain[0][0].peft.moves
-            raise _no(site, f"PEFT's rows take positions, in a table of these; here they do with {option}: true")
-        if not site.moves:
-            turned(base, site)
-
-
-def _written(model: TunedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _written(model: TunedModel, task_type: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     sites, whole = parts_of(model.plan)
-    _check_rows(model.base, sites)
+    check_rows(model.base, sites)
     weights = dict(model.named_parameters(remove_duplicate=False))
     leaves, names = adapter_tensors(model), list(weights)
     configs: dict[str, dict[str, Any]] = {}
@@ -246,9 +234,11 @@ def _written(model: TunedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
         config |= {"target_parameters": sorted(batched)} if batched else {}
     if any(site.layout and site.linear and not site.layout.transposed for site in sites if not _batched(site)):
         config["fan_in_fan_out"] = True
-    saved = _saved(model, [site for site in whole if site.place not in spoken], configs, weights, leaves)
+    heads = heads_of(model, task_type)
+    check_heads(sites, heads)
+    saved = _saved(model, [site for site in whole if site.place not in spoken], configs, weights, leaves, heads)
     if saved:
-        config["modules_to_save"] = sorted({name.rpartition(".")[0] for name in saved})
+        config["modules_to_save"] = sorted({_head(name, heads) or name.rpartition(".")[0] for name in saved})
     root = ROOT if peft.rows else PATH
     return config, tensors | {root + name: value for name, value in saved.items()}
 
@@ -342,21 +332,53 @@ def _joined(
         if one.listed:
             config.setdefault(one.listed, []).append(module)
         if one.by_module and leaves is not None:
-            pattern, end, value = one.by_module({short_name(leaf): leaves[leaf.name] for leaf in site.leaves})
+            values = {short_name(leaf): leaves[leaf.name] for leaf in site.leaves}
+            pattern, end, value = one.by_module(values, site.chain[0][1])
             config.setdefault(pattern, {})[f"{module}.{end}"] = value
     listed = {one.peft.listed for one in TRANSFORMS.values() if one.peft and one.peft.kind == peft.kind} - {None}
     return {key: [] for key in listed} | config
 
 
+_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
+
+
+def heads_of(model: TracedModel, task_type: str | None) -> list[str]:
+    """The outermost modules that PEFT saves whole of itself, by the task and how their names end."""
+    ends = _HEADS.get(task_type or "", ())
+    found = {part for name in model.aliases for part in modules_of_name(name) if ends and part.endswith(ends)}
+    return sorted(one for one in found if not any(one.startswith(f"{other}.") for other in found))
+
+
+def _head(name: str, heads: Collection[str]) -> str | None:
+    """The head that a parameter or a module is in."""
+    return next((head for head in heads if f"{name}.".startswith(f"{head}.")), None)
+
+
+def check_heads(sites: Sequence[Site], heads: Collection[str]) -> None:
+    """Refuse an adapter within a head.
+
+    Raises:
+        SpecError: with the site.
+    """
+    for site in sites:
+        if _head(site.place, heads):
+            raise _no(site, "PEFT saves the head of such a task whole, and has no adapter within it: tune all of it")
+
+
 def _saved(
-    model: TunedModel, whole: list[Site], modules: Collection[str], weights: Mapping, leaves: Mapping
+    model: TunedModel,
+    whole: list[Site],
+    modules: Collection[str],
+    weights: Mapping,
+    leaves: Mapping,
+    heads: Collection[str],
 ) -> dict[str, Tensor]:
     """Parameters of the modules that are saved whole, by name.
 
     Raises:
         SubspanError: a part of a module that PEFT adapts is tuned whole.
     """
-    saved: dict[str, Tensor] = {}
+    saved = {name: weights[model.aliases[name]].detach() for name in model.aliases if _head(name, heads)}
     for site in whole:
         module = site.place.rpartition(".")[0]
         if module in modules:

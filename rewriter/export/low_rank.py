@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from ..errors import SubspanError
 from ..graph.traced import TracedModel, assign, copy_graph
 from ..graph.weights import factored, uses
-from ..plan import plan
+from ..plan import Site, plan
 from ..rewrite import rewrite
 from ..spec import Rule
 from ..transforms import TRANSFORMS, Transform, entire
@@ -163,8 +163,10 @@ def as_low_rank(
     one = _factored()
     (option,) = (name for name, key in one.peft.options.items() if key == "r")
     found: dict[str, LowRank] = {}
-    whole = [weight for weight in model.plan.by_weight() if weight in model.plan.new]
+    whole = [weight for weight in model.plan.by_weight() if weight in model.plan.new or weight in _kept_whole(model)]
     for weight, sites, w, change in changes(model):
+        if weight in whole:
+            continue
         if sites[0].layout.vector or w.ndim > 2:
             if exact is not None:
                 whole.append(weight)
@@ -190,6 +192,20 @@ def as_low_rank(
         else:
             values[site.leaves[0].name] = site.layout.present(merged[site.place]).dense()
     return rewrite(traced, planned, values=values), found
+
+
+def _kept_whole(model: TunedModel) -> set[str]:
+    """Parameters of modules that are tuned whole, with what is no matrix: PEFT saves such modules."""
+    by_module: dict[str, list[Site]] = {}
+    for site in model.plan.sites:
+        by_module.setdefault(site.place.rpartition(".")[0], []).append(site)
+    return {
+        site.place
+        for sites in by_module.values()
+        if any(site.layout and site.layout.vector for site in sites)
+        and all([one for one, _ in site.chain] == [entire()] for site in sites)
+        for site in sites
+    }
 
 
 def said_of(terms: Mapping[str, LowRank]) -> dict[str, dict[str, Any]]:

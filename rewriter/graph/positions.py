@@ -5,6 +5,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from ..errors import SubspanError
@@ -65,12 +66,17 @@ def turns(model: TracedModel, length: int) -> dict[str, Tensor]:
     Raises:
         SubspanError: positions enter in another way than by rotated queries and keys.
     """
-    _check_angles(model.config)
+    check_angles(model.config)
     graph = next(iter(model.graphs.values()))
     return {one.module: _turn(model, graph, one, length) for one in attentions(graph) if not one.cross}
 
 
-def _check_angles(config: Any) -> None:
+def check_angles(config: Any) -> None:
+    """Refuse a rotation whose angles depend on more than the position.
+
+    Raises:
+        SubspanError: with its type.
+    """
     rope = getattr(_text(config), "rope_parameters", None) or {}
     each = [one for one in rope.values() if isinstance(one, Mapping)] or [rope]
     if others := {one.get("rope_type", "default") for one in each} - _LINEAR:
@@ -78,21 +84,47 @@ def _check_angles(config: Any) -> None:
 
 
 def _turn(model: TracedModel, graph: fx.Graph, one: Attention, length: int) -> Tensor:
-    source, width = nearest_linear(one.keys), shape_of(one.keys)[-1]
-    if one.product is not None or source is None:
+    if one.product is not None or _made_of_values(one.arguments["attn_mask"]):
         raise SubspanError(f"{one.module}: where positions meet the keys is not known")
+    keys, query = (_rotation(model, graph, one.module, node, length) for node in (one.keys, one.query))
+    if (keys - query).abs().max() > _CLOSE:
+        raise SubspanError(f"{one.module}: positions do not rotate queries as keys")
+    return keys
+
+
+def _made_of_values(mask: fx.Node | None) -> bool:
+    return isinstance(mask, fx.Node) and nearest_linear(mask) is not None
+
+
+def _rotation(model: TracedModel, graph: fx.Graph, module: str, end: fx.Node, length: int) -> Tensor:
+    """R of queries or keys.
+
+    Raises:
+        SubspanError: positions do something else to them.
+    """
+    source, width = nearest_linear(end), shape_of(end)[-1]
+    if source is None:
+        raise SubspanError(f"{module}: where positions meet the keys is not known")
     steps = length + 2
-    unit = torch.eye(width, dtype=torch.float64).repeat(1, shape_of(source)[-1] // width)
+    unit = torch.eye(width, dtype=torch.float64).repeat(1, -(-shape_of(source)[-1] // width))[:, : shape_of(source)[-1]]
     unit = unit.unsqueeze(1).expand(-1, steps, -1)
-    keys = _run(model, graph, one.keys, {source: unit if len(shape_of(source)) == 3 else unit.flatten(0, 1)}, steps)
-    at = keys.double().permute(1, 2, 0, 3)  # (heads, positions, unit vector, head width)
-    found = torch.linalg.solve(at[:, :1], at[:, [1, length, length + 1]])
+    found = _run(model, graph, end, {source: unit if len(shape_of(source)) == 3 else unit.flatten(0, 1)}, steps)
+    at = found.double().permute(1, 2, 0, 3)  # (heads, positions, unit vector, head width)
+    try:
+        found = torch.linalg.solve(at[:, :1], at[:, [1, length, length + 1]])
+    except RuntimeError:
+        raise SubspanError(f"{module}: positions do not rotate its keys") from None
     turn = found[0, 1]
     same = (found - found[:1]).abs().max() < _CLOSE and (found[0, 0] @ turn - found[0, 2]).abs().max() < _CLOSE
     rotation = (turn @ turn.mT - torch.eye(width)).abs().max() < _CLOSE
     if not (same and rotation) or (turn - torch.eye(width)).abs().max() < _CLOSE:
-        raise SubspanError(f"{one.module}: positions do not rotate its keys")
+        raise SubspanError(f"{module}: positions do not rotate its keys")
     return turn
+
+
+def _wide(value: Any) -> Any:
+    """Half types as float32: what they round is no part of what is looked for."""
+    return torch.float32 if value is torch.float16 or value is torch.bfloat16 else value
 
 
 def _run(model: TracedModel, graph: fx.Graph, end: fx.Node, given: dict[fx.Node, Tensor], steps: int) -> Tensor:
@@ -121,5 +153,6 @@ def _run(model: TracedModel, graph: fx.Graph, end: fx.Node, given: dict[fx.Node,
             elif node.op == "get_attr":
                 values[node] = attrgetter(node.target)(model)
             else:
-                values[node] = node.target(*fx.map_arg(node.args, values.get), **fx.map_arg(node.kwargs, values.get))
+                args, kwargs = pytree.tree_map(_wide, fx.map_arg((node.args, node.kwargs), values.get))
+                values[node] = node.target(*args, **kwargs)
     return values[end]

@@ -1,6 +1,7 @@
 """AdaLoRA: triplets of a low-rank term that compete for a budget of ranks over all sites. Ref. 37"""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -102,16 +103,21 @@ _ADDED = 1e-5  # to the rank, in PEFT
 
 
 def _ours(value: Tensor, at: Place) -> Tensor:
-    rank = len(value)
-    return value.reshape(-1) * (rank / (rank + _ADDED))
+    """PEFT divides by the rank that it began with."""
+    return value.reshape(-1) * (at.options.rank / (at.options.rank + _ADDED))
 
 
 def _theirs(value: Tensor, at: Place) -> Tensor:
-    """PEFT divides by the rank that is left."""
-    left, options = len(value), at.options
+    options = at.options
     alpha = options.alpha or options.rank
     scale = at.values["s"].item() if "s" in at.values else scaled(None, options.rank, alpha, options.scale)
-    return (value * (scale / alpha * (left + _ADDED))).unsqueeze(-1)
+    return (value * (scale / alpha * (options.rank + _ADDED))).unsqueeze(-1)
+
+
+def _read(config: Mapping, tensors: Mapping) -> dict[str, int]:
+    if len(tensors["a"]) > config["init_r"]:
+        raise ValueError(f"init_r: {config['init_r']} is less than the {len(tensors['a'])} triplets of lora_A")
+    return dict.fromkeys(("rank", "target_rank"), config["init_r"])
 
 
 def _peft(options) -> dict[str, int | float]:
@@ -127,7 +133,8 @@ def _peft(options) -> dict[str, int | float]:
         "ADALORA",
         {"a": transposed("lora_A"), "b": transposed("lora_B"), "d": Stored("lora_E", _ours, _theirs)},
         {"alpha": "lora_alpha"},
-        read=lambda config, tensors: dict.fromkeys(("rank", "target_rank"), len(tensors["a"])),
+        read=_read,
+        sizes=lambda tensors: {"rank": len(tensors["a"])},
         write=_peft,
         fixed=PLAIN_START,
         ignored=INERT
@@ -146,7 +153,11 @@ def _peft(options) -> dict[str, int | float]:
             "lora_dropout",
         },
         patterns={"lora_alpha": "alpha_pattern"},
-        by_module=lambda values: ("rank_pattern", "lora_E", [True] * len(values["d"])),
+        by_module=lambda values, options: (
+            "rank_pattern",
+            "lora_E",
+            [i < len(values["d"]) for i in range(options.rank)],
+        ),
     ),
 )
 def adalora(

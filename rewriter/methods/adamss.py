@@ -32,14 +32,17 @@ def _drawn(config: Mapping, at: Place) -> Tensor:
         torch.manual_seed(config["random_seed"])
         u, _, v = torch.svd_lowrank(whole, q=min(config["r"], *whole.shape), niter=2)
     held = at.further.get("adamss_newB")
-    if held is not None and (held.shape != v.mT.shape or (held - v.mT.to(held)).abs().max() > _SAME):
+    own = v.mT[:, : at.n]  # What stands for the bias may be another, of an adapter that was written here.
+    if held is not None and (held.shape != v.mT.shape or (held[:, : at.n] - own.to(held)).abs().max() > _SAME):
         raise ValueError("adamss_newB is not what the weight gives here, so its clusters are not known")
     k = min(config["num_subspaces"], at.m)
     return _labels(u, k, init="random", n_init=1, max_iter=10, random_state=123456789)
 
 
 def _read(_: Mapping, tensors: Mapping) -> dict[str, int]:
-    a = tensors["a"]
+    a, b = tensors["a"], tensors["b"]
+    if [one.shape[0] for one in a] != [one.shape[1] for one in b]:
+        raise ValueError("adamss_A and adamss_B are of clusters of other ranks")
     return {"rank": len(tensors["u"]), "subspaces": len(a), "subspace_rank": max(map(len, a))}
 
 
@@ -80,11 +83,12 @@ def _biased(bias: Tensor, at: Place) -> Tensor:
 
 def _bias_parts(before: Tensor, after: Tensor, at: Place) -> dict[str, Tensor]:
     """The bias's column of the basis: it has to say what became of the bias."""
-    moved, change = _moved(at), after - before
+    moved, change = _moved(at).double(), (after - before).double()
     column = torch.linalg.lstsq(moved, change.unsqueeze(-1), driver="gelsd").solution
     if ((moved @ column).squeeze(-1) - change).norm() > 1e-6 * max(change.norm(), before.norm()):
         raise ValueError("PEFT changes the layer's bias too, otherwise than it is tuned here")
-    return {"adamss_newB": torch.cat([at.values["u"][:, : at.options.rank].mT, column.mT.mT.reshape(-1, 1)], dim=1)}
+    basis = at.values["u"][:, : at.options.rank].mT
+    return {"adamss_newB": torch.cat([basis, column.to(basis)], dim=1)}
 
 
 @transform(

@@ -38,6 +38,13 @@ def _write(options) -> dict[str, float]:
     return {"regularization_alpha": _RIDGE}
 
 
+def _places(value: Tensor, at: Place) -> Tensor:
+    rows, columns = value
+    if value.min() < 0 or value.max() >= at.n or bool((rows == columns).any()):
+        raise ValueError(f"frod_s_indices are not off the diagonal of {at.n} x {at.n}")
+    return columns * at.n + rows
+
+
 def _as_pairs(value: Tensor, at: Place) -> Tensor:
     return torch.stack([value % at.n, value // at.n])
 
@@ -50,7 +57,10 @@ def _shared(modules: Sequence[tuple[Tensor, Place]]) -> Tensor:
     """
     basis = modules[0][0]
     found = _joint([at.weight.mT.float() for _, at in modules]).to(basis)
-    if any(not torch.equal(value, basis) for value, _ in modules) or (found - basis).norm() > _SAME * basis.norm():
+    near = (
+        max(_SAME, 4 * torch.finfo(modules[0][1].weight.dtype).eps) * basis.norm()
+    )  # PEFT has it in the weight's type.
+    if any(not torch.equal(value, basis) for value, _ in modules) or (found - basis).norm() > near:
         raise ValueError("PEFT has one basis for the weights of a kind, which it finds itself, and this is another")
     return basis
 
@@ -80,11 +90,12 @@ def _sizes(modules: Sequence[tuple[Tensor, Place]]) -> Tensor:
             "d": same("frod_lambda_s_values"),
             "basis": Stored("frod_V", same("").ours, None, ending=_kind, joined=_shared),
             "rows": Stored("frod_V", lambda value, at: _rows(value, at.weight)[0].to(value), None, ending=_kind),
-            "indices": Stored("frod_s_indices", lambda value, at: value[1] * at.n + value[0], _as_pairs, ending=_kind),
+            "indices": Stored("frod_s_indices", _places, _as_pairs, ending=_kind),
             "": Stored("frod_s_size", same("").ours, None, ending=_kind, joined=_sizes),
         },
         {"density": "sparse_rate"},
         read=lambda *_: {"held": True},
+        finds="the basis of the weights of a kind",
         write=_write,
         ignored=frozenset(
             {"projection_prng_key", "regularization_alpha", "progressbar", "runtime_offload_base_weight"}

@@ -1,5 +1,6 @@
 """Orthogonal maps before or after a weight."""
 
+import math
 from typing import Annotated
 
 import torch
@@ -47,11 +48,13 @@ def cayley(site: Scope, count: int, size: int, terms: int | None = None) -> Tens
     return torch.linalg.solve(unit + skew, unit - skew, left=False).to(q.dtype)
 
 
-def _terms(config, _) -> dict[str, int]:
+def _terms(config, tensors) -> dict[str, int]:
     count = config["num_cayley_neumann_terms"] if config["use_cayley_neumann"] else None
     if count is not None and count < 3:
         raise ValueError(f"num_cayley_neumann_terms: {count} is fewer than 3")
-    return {} if count is None else {"terms": max(4, count)}  # PEFT's 3 are 4.
+    own = {} if count is None else {"terms": max(4, count)}  # PEFT's 3 are 4.
+    entries = tensors["q"].shape[-1]  # b (b - 1) / 2; by `r` blocks PEFT writes no size.
+    return own if config["oft_block_size"] else own | {"block": (1 + math.isqrt(1 + 8 * entries)) // 2}
 
 
 def _series(skew: Tensor, unit: Tensor, terms: int) -> Tensor:
@@ -105,6 +108,7 @@ def _skews(value: Tensor, at: Place) -> Tensor:
         "BOFT",
         {"q": Stored("boft_R", _uppers, _skews), "l": reshaped("boft_s", lambda at: (at.m,), lambda at: (at.m, 1))},
         {"block": "boft_block_size", "factors": "boft_n_butterfly_factor"},
+        read=lambda config, tensors: {} if config["boft_block_size"] else {"block": tensors["q"].shape[-1]},
         fixed={"boft_n_butterfly_factor": (1,)},  # More of them PEFT has on CUDA alone: not compared.
         ignored=frozenset({"boft_block_num"}),
     ),

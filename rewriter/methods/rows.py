@@ -1,6 +1,6 @@
 """Rows before the sequence: prefixes on keys and values, prompts before the embeddings. (13)(14)"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +43,9 @@ class Fold(Schedule):
 
 def _of_layer(value: Tensor, at: Place) -> Tensor:
     """P (length, m) of a layer's keys or values out of (length, layers 2 m); keys at the positions of the tokens."""
+    if value.ndim != 2 or value.shape[1] != at.count * 2 * at.m:
+        shape, keys = " x ".join(map(str, value.shape)), f"{at.count} layers with keys of width {at.m}"
+        raise ValueError(f"prompt_embeddings of {shape} is of another model: this one has {keys}")
     own = value.unflatten(1, (-1, 2, at.m))[:, at.number, int(at.kind == "values")]
     return own if at.turn is None else _turned(own, at.turn.mT)
 
@@ -56,6 +59,13 @@ def _of_all(values: Sequence[tuple[Tensor, Place]]) -> Tensor:
     return torch.cat([value if at.turn is None else _turned(value, at.turn) for value, at in order], dim=1)
 
 
+def _check_width(config: Mapping, tensors: Mapping) -> dict:
+    layers, width, shape = config["num_layers"], config["token_dim"], tuple(tensors["p"].shape)
+    if shape[-1:] != (2 * layers * width,):
+        raise ValueError(f"num_layers {layers}, token_dim {width}: prompt_embeddings is of shape {shape}")
+    return {}
+
+
 _MODEL = {"num_attention_heads", "num_layers", "token_dim"}  # What the base's configuration says.
 
 
@@ -66,6 +76,7 @@ _MODEL = {"num_attention_heads", "num_layers", "token_dim"}  # What the base's c
         "PREFIX_TUNING",
         {"p": Stored("prompt_embeddings", _of_layer, None, joined=_of_all)},
         {"length": "num_virtual_tokens"},
+        read=_check_width,
         fixed={"num_transformer_submodules": (1, None)},
         ignored=frozenset({*_MODEL, "encoder_hidden_size", "prefix_projection"}),
         rows=True,

@@ -24,7 +24,7 @@ class Place:
         batch: how many of them there are, of a parameter that is a batch of weights (experts).
         bias: the layer's.
         kind: of the site.
-        number: of the module among those that are tuned so, in the model's order.
+        number, count: of the module among those that are tuned so, in the model's order, and how many they are.
         turn: of keys that positions rotate: R (head width, head width), a key at a position times R^t is that at the
             rows' number of positions on.
     """
@@ -39,6 +39,7 @@ class Place:
     bias: Tensor | None = None
     kind: str = "matrix"
     number: int = 0
+    count: int = 1
     turn: Tensor | None = None
 
 
@@ -126,7 +127,9 @@ class Peft:
         bias: what becomes of the layer's bias; None: nothing. It is never trained so here: the bias is tuned freely.
         bias_parts: from the layer's bias as it was and as it is tuned, and the place, to further tensors that say so.
         listed: the key that lists the modules of this transform beside all.
-        by_module: leaf's value -> (pattern's key, the end of the module's key, what stands there).
+        by_module: (leaf's value, options) -> (pattern's key, the end of the module's key, what stands there).
+        sizes: from a module's tensors to the sizes that a schedule has settled.
+        finds: what PEFT finds of the base by itself, so that it has another than is tuned here.
         factors: leaves A and B, where it is W + A B with its other options as by default.
         batched: whether a module's tensors can be those of a batch of weights of a shape (b, n, m) or (b, m, n); None:
             PEFT has none of a batch.
@@ -152,7 +155,9 @@ class Peft:
     bias: Callable[[Tensor, Place], Tensor] | None = None
     bias_parts: Callable[[Tensor, Tensor, Place], dict[str, Tensor]] | None = None
     listed: str | None = None
-    by_module: Callable[[Tensors], tuple[str, str, Any]] | None = None
+    by_module: Callable[[Tensors, Any], tuple[str, str, Any]] | None = None
+    sizes: Callable[[Tensors], dict[str, int]] | None = None
+    finds: str | None = None
     factors: tuple[str, str] | None = None
     batched: Callable[[Tensors, tuple[int, ...]], bool] | None = None
     whole: bool = False

@@ -225,6 +225,34 @@ def test_there_and_back(name, arch, tmp_path):
         assert float((grad - there[leaf]).norm()) <= 2e-5 * float(there[leaf].norm()) + 1e-9, leaf
 
 
+def test_triplets_that_were_pruned_are_still_divided_by(tmp_path):
+    """PEFT's AdaLoRA divides by the rank that it began with, and a weight may be left with none."""
+    base, inputs, model = theirs("adalora", "bert")[0], *frozen("bert")
+    config = peft.AdaLoraConfig(
+        init_r=6, target_r=1, tinit=1, tfinal=2, deltaT=1, total_step=8, target_modules=["query", "value"],
+        task_type="SEQ_CLS",
+    )  # fmt: skip
+    their = peft.get_peft_model(copy.deepcopy(base), config)
+    tuned = [p for p in their.parameters() if p.requires_grad]
+    optimiser, batch = torch.optim.AdamW(tuned, lr=0.05), inputs_of("bert", inputs, 3, 9)
+    for step in range(1, 8):
+        their(**batch).logits.square().mean().backward()
+        optimiser.step()
+        their.base_model.update_and_allocate(step)
+        optimiser.zero_grad()
+    their.eval().save_pretrained(tmp_path / "peft")
+    ranks = {
+        len(value) for name, value in load_file(tmp_path / "peft/adapter_model.safetensors").items() if "lora_E" in name
+    }
+    assert 0 < max(ranks) < 6
+    ours, _ = tuned_from(model, tmp_path / "peft")
+    expected = their.double()(**batch).logits
+    torch.testing.assert_close(ours.eval()(**batch).logits, expected, **CLOSE)
+    save_peft(ours, tmp_path / "again", task_type="SEQ_CLS")
+    back = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "again").eval().double()
+    torch.testing.assert_close(back(**batch).logits, expected, **CLOSE)
+
+
 @pytest.mark.parametrize("biases", ["all", "lora_only"])
 def test_biases_that_are_trained_beside_come_in(biases, tmp_path):
     base, _ = theirs("lora", "bert")
@@ -262,6 +290,28 @@ def test_another_base_s_tensors_are_refused(end, tmp_path):
         load_adapter(frozen("bert")[1], tmp_path)
 
 
+# A folder's prefix, and how it is none of this model's.
+NO_PREFIX = {
+    "layers": (lambda p: torch.cat([p, p], 1), {"num_layers": 4}, "is of another model: this one has 2 layers"),
+    "width": (lambda p: p[:, :16].contiguous(), {"token_dim": 4}, "is of another model: this one has 2 layers"),
+    "key": (lambda p: p, {"num_layers": 3}, "num_layers 3, token_dim 8: prompt_embeddings is of shape"),
+    "rows": (lambda p: p[:3].contiguous(), {}, "num_virtual_tokens 5"),
+    "no table": (lambda p: p.flatten(), {}, "num_layers 2, token_dim 8: prompt_embeddings is of shape"),
+    "odd": (lambda p: p[:, :-1].contiguous(), {}, "num_layers 2, token_dim 8: prompt_embeddings is of shape"),
+}
+
+
+@pytest.mark.parametrize("name", NO_PREFIX)
+def test_another_model_s_prefix_is_refused(name, tmp_path):
+    theirs("prefix", "llama")[1].save_pretrained(tmp_path)
+    change, config, said = NO_PREFIX[name]
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({key: change(value) for key, value in load_file(file).items()}, file)
+    edited(tmp_path, **config)
+    with pytest.raises(SubspanError, match=said):
+        load_adapter(frozen("llama")[1], tmp_path)
+
+
 def edited(folder, **changes):
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
@@ -276,6 +326,10 @@ REFUSED = [
     ({"a_new_option": 3}, "a_new_option: 3 is nothing that lora can say"),
     ({"lora_alpha": -1}, "lora_alpha: Input should be greater than 0"),
     ({"use_dora": True}, "are no whole set of tensors of LORA"),
+    ({"lora_alpha": None}, "lora_alpha: null is no value"),
+    ({"rank_pattern": [3]}, "rank_pattern: [3] is no mapping"),
+    ({"alpha_pattern": {"(": 3}}, "alpha_pattern: '('"),
+    ({"modules_to_save": ["pooler"]}, "modules_to_save: pooler is not in the folder"),
 ]
 
 

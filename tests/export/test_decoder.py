@@ -92,6 +92,7 @@ def check_names(run):
 
 STAYS = [
     ("mistral", "model.layers.*", {"prefix": {"length": 2}}),
+    ("gpt2", "transformer.h.*", {"prefix": {"length": 2, "moves": True}}),
     ("gpt2", "transformer.wte", {"prompt": {"length": 3}}),
     ("gpt2", "transformer.h.*", {"hadapter": {"bottleneck": 4}}),
 ]

@@ -80,7 +80,7 @@ def test_inputs_are_seen_at_real_tokens_of_the_merged_model():
 def test_what_is_no_change_of_a_matrix_is_refused():
     _, _, model = traced("bert")
     for rule, said in (
-        (Rule(target="bert.encoder.layer.*.attention.self.query.bias", apply=["full"]), "it is no matrix"),
+        (Rule(target="bert.encoder.layer.*.attention.self.query.bias", apply=["bitfit"]), "it is no matrix"),
         (Rule(target="bert.encoder.layer.*", apply=[{"prefix": {"length": 2}}]), "can't merge"),
     ):
         with pytest.raises(SubspanError, match=said):

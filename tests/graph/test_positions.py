@@ -33,6 +33,16 @@ ROTATED = {
     "a table, counted by the mask": (hf.OPTConfig, {"ffn_dim": 48, "word_embed_proj_dim": 32}),
 }
 OTHERS = {
+    "queries scaled by it": (
+        hf.Ministral3Config,
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "sliding_window": None,
+            "rope_parameters": YARN | {"original_max_position_embeddings": 4, "llama_4_scaling_beta": 0.1},
+        },
+        "positions do not rotate",
+    ),
     "biases": (hf.BloomConfig, {}, "positions are neither those of a table nor"),
     "a window": (hf.MistralConfig, {"num_key_value_heads": 2, "sliding_window": 16}, "its attention has a window"),
     "layers with a window": (
@@ -63,6 +73,17 @@ def test_it_is_the_rotation_of_the_paper():
     assert list(found) == [f"model.layers.{i}.self_attn" for i in range(2)]
     for turn in found.values():
         torch.testing.assert_close(turn, expected, rtol=0, atol=1e-6)  # cosines in float32
+
+
+def test_half_types_round_nothing_of_it():
+    """What they are in float32: cosines that are rounded would rotate by less."""
+    model, inputs = built(*ROTATED["norms of keys"])
+    found = turns(trace(model, inputs, ("eval",)), 5)
+    for p in model.parameters():  # Angles are computed of a buffer, which loading leaves in float32.
+        p.data = p.data.bfloat16()
+    halves = turns(trace(model, inputs, ("eval",)), 5)
+    for module, turn in found.items():
+        torch.testing.assert_close(halves[module], turn, rtol=0, atol=1e-6)
 
 
 def test_angles_that_depend_on_the_length_are_refused():
