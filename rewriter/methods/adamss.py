@@ -66,8 +66,14 @@ def _spread(parts: tuple[Tensor, ...], at: Place) -> Tensor:
 def _split(at: Place) -> list[tuple[Tensor, Tensor]]:
     """A (q_c, r) and B (outputs, q_c) of each cluster, q_c at most its outputs."""
     a, b, cluster = (at.values[name] for name in ("a", "b", "cluster"))
-    pairs = [(a[i].mT, b[cluster == i]) for i in range(len(a))]
-    return [(own @ part, torch.eye(len(own)).to(own)) if len(own) < len(part) else (part, own) for part, own in pairs]
+    pairs = []
+    for i in range(len(a)):
+        left, right = a[i].mT, b[cluster == i]
+        most = min(left.shape[0], len(right))
+        if (left[most:].any(1) & right[:, most:].any(0)).any():  # More directions than outputs: one of each output.
+            left, right = right @ left, torch.eye(len(right)).to(right)
+        pairs.append((left[:most], right[:, :most]))
+    return pairs
 
 
 def _moved(at: Place) -> Tensor:

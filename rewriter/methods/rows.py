@@ -60,8 +60,8 @@ def _of_all(values: Sequence[tuple[Tensor, Place]]) -> Tensor:
 
 
 def _check_width(config: Mapping, tensors: Mapping) -> dict:
-    layers, width, shape = config["num_layers"], config["token_dim"], tuple(tensors["p"].shape)
-    if shape[-1:] != (2 * layers * width,):
+    layers, width, shape = config.get("num_layers"), config.get("token_dim"), tuple(tensors["p"].shape)
+    if layers and width and shape[-1:] != (2 * layers * width,):  # Without them PEFT asks the model.
         raise ValueError(f"num_layers {layers}, token_dim {width}: prompt_embeddings is of shape {shape}")
     return {}
 
