@@ -234,13 +234,34 @@ def _written(model: TunedModel, task_type: str | None) -> tuple[dict[str, Any], 
         config |= {"target_parameters": sorted(batched)} if batched else {}
     if any(site.layout and site.linear and not site.layout.transposed for site in sites if not _batched(site)):
         config["fan_in_fan_out"] = True
-    heads = heads_of(model, task_type)
+    more, said = _beside(model, sites, [site for site in whole if site.place not in spoken], leaves, task_type)
+    return config | said, tensors | more
+
+
+def _beside(
+    model: TunedModel, sites: list[Site], whole: list[Site], leaves: Mapping[str, Tensor], task_type: str | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What PEFT saves beside an adapter, and what the configuration says of it: whole modules, and biases of adapted
+    ones."""
+    peft, weights = sites[0].chain[0][0].peft, dict(model.named_parameters(remove_duplicate=False))
+    modules = {site.place.removesuffix(".weight") for site in sites}
+    heads, config = heads_of(model, task_type), {}
     check_heads(sites, heads)
-    saved = _saved(model, [site for site in whole if site.place not in spoken], configs, weights, leaves, heads)
+    own = [site for site in whole if peft.biases and site.place.removesuffix(".bias") in modules]
+    if own:
+        there = [module for module in modules if f"{module}.bias" in model.aliases]
+        config["bias"] = peft.biases if len(own) == len(there) else "all"
+    saved = _saved(model, [site for site in whole if site not in own], modules, weights, leaves, heads)
     if saved:
         config["modules_to_save"] = sorted({_head(name, heads) or name.rpartition(".")[0] for name in saved})
     root = ROOT if peft.rows else PATH
-    return config, tensors | {root + name: value for name, value in saved.items()}
+    named = {f"{PATH}{site.place.removesuffix('bias')}base_layer.bias": _whole(site, leaves) for site in own}
+    return named | {root + name: value for name, value in saved.items()}, config
+
+
+def _whole(site: Site, leaves: Mapping[str, Tensor]) -> Tensor:
+    """A parameter that is tuned whole, as the model stores it."""
+    return site.layout.restore(leaves[site.leaves[0].name].detach()).reshape(site.layout.stored)
 
 
 def _place(
@@ -387,5 +408,5 @@ def _saved(
         for name in model.aliases:
             if name.rpartition(".")[0] == module:
                 saved.setdefault(name, weights[name].detach())
-        saved[site.place] = site.layout.restore(leaves[site.leaves[0].name].detach()).reshape(site.layout.stored)
+        saved[site.place] = _whole(site, leaves)
     return saved

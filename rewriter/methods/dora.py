@@ -27,6 +27,7 @@ def _alpha(config, _) -> dict[str, float]:
         write=lambda options: {"use_dora": True, "lora_alpha": options.alpha or options.rank},
         fixed=PLAIN_START,
         ignored=INERT | {"lora_alpha"},
+        biases="lora_only",
         patterns=RANKS,
     ),
 )

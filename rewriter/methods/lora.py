@@ -104,6 +104,7 @@ def _peft(options) -> dict[str, bool | float]:
         write=_peft,
         fixed=PLAIN_START,
         ignored=INERT,
+        biases="lora_only",
         patterns=RANKS,
         factors=("a", "b"),
         batched=_of_experts,

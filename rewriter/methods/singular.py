@@ -46,6 +46,7 @@ def _unscaled(config, _) -> dict:
         write=lambda options: {"init_lora_weights": "pissa", "lora_alpha": options.rank},
         fixed={"use_dora": (False,), "use_rslora": (False,)},
         ignored=INERT | {"init_lora_weights", "lora_alpha"},
+        biases="lora_only",
         patterns=RANKS,
     ),
 )

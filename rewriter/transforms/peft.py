@@ -125,6 +125,7 @@ class Peft:
         beside: those that follow from the weight and the leaves, to write.
         tables: leaf -> how it is stored for an embedding.
         bias: what becomes of the layer's bias; None: nothing. It is never trained so here: the bias is tuned freely.
+        biases: value of `bias` with which PEFT tunes the biases of adapted layers alone; None: not compared.
         bias_parts: from the layer's bias as it was and as it is tuned, and the place, to further tensors that say so.
         listed: the key that lists the modules of this transform beside all.
         by_module: (leaf's value, options) -> (pattern's key, the end of the module's key, what stands there).
@@ -154,6 +155,7 @@ class Peft:
     tables: Mapping[str, Stored] = field(default_factory=dict)
     bias: Callable[[Tensor, Place], Tensor] | None = None
     bias_parts: Callable[[Tensor, Tensor, Place], dict[str, Tensor]] | None = None
+    biases: str | None = None
     listed: str | None = None
     by_module: Callable[[Tensors, Any], tuple[str, str, Any]] | None = None
     sizes: Callable[[Tensors], dict[str, int]] | None = None

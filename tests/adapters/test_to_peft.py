@@ -34,7 +34,7 @@ NOT_THEIRS = [
     ([(QUERY, [{"lora": {"rank": 2, "mpc": "n"}}])], "PEFT has no nonlinearity"),
     ([(QUERY, [{"waveft": {"coefficients": 4}}])], "PEFT draws indices from a seed"),
     ([(QUERY, [LOW]), (KEY, [{"hira": {"rank": 2}}])], "PEFT has one kind in a folder, here are HIRA, LORA"),
-    ([(QUERY, [LOW]), (QUERY.replace("weight", "bias"), ["full"])], "not a part of one that it adapts"),
+    ([(QUERY, [{"hira": {"rank": 2}}]), (QUERY.replace("weight", "bias"), ["full"])], "not a part of one that it"),
     ([(QUERY, [{"boft": {"block": 2, "factors": 2}}])], "boft_n_butterfly_factor is 2"),
     ([(QUERY, [{"hra": {"rank": 2}}]), (KEY, [{"hra": {"rank": 4}}])], "r is 4 there and 2 elsewhere; PEFT has one"),
     ([(QUERY, [{"vera": {"rank": 2}}]), (WIDE, [{"vera": {"rank": 2}}])], "PEFT has one vera_B"),
