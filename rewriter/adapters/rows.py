@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..errors import SpecError, SubspanError
-from ..graph.positions import by_table, check_angles, turns
+from ..graph.positions import by_table, check_angles, turn_of
 from ..graph.sublayers import attentions
 from ..graph.traced import TracedModel
 from ..plan import Site
@@ -36,7 +36,7 @@ def turned(model: TracedModel, site: Site) -> Tensor:
         SubspanError: PEFT's rows move the tokens' positions, and here they do not.
     """
     try:
-        return turns(model, site.rows)[site.place]
+        return turn_of(model, site.place, site.rows)
     except SubspanError as error:
         raise SubspanError(f"PEFT's rows move the tokens on by {site.rows} positions; in this model, {error}") from None
 

@@ -59,16 +59,16 @@ def _text(config: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def turns(model: TracedModel, length: int) -> dict[str, Tensor]:
-    """Module of attention -> R (head width, head width), float64, in the graph's order: what stands `length` positions
-    on is a key k (a row) as k R. RoPE, arXiv 2104.09864
+def turn_of(model: TracedModel, module: str, length: int) -> Tensor:
+    """R (head width, head width), float64, on the CPU: what stands `length` positions on is a key k (a row) of a module's
+    self-attention as k R. RoPE, arXiv 2104.09864
 
     Raises:
         SubspanError: positions enter in another way than by rotated queries and keys.
     """
     check_angles(model.config)
     graph = next(iter(model.graphs.values()))
-    return {one.module: _turn(model, graph, one, length) for one in attentions(graph) if not one.cross}
+    return _turn(model, graph, next(one for one in attentions(graph, module) if not one.cross), length)
 
 
 def check_angles(config: Any) -> None:
@@ -106,10 +106,11 @@ def _rotation(model: TracedModel, graph: fx.Graph, module: str, end: fx.Node, le
     if source is None:
         raise SubspanError(f"{module}: where positions meet the keys is not known")
     steps = length + 2
-    unit = torch.eye(width, dtype=torch.float64).repeat(1, -(-shape_of(source)[-1] // width))[:, : shape_of(source)[-1]]
+    size, device = shape_of(source)[-1], next(model.parameters()).device
+    unit = torch.eye(width, dtype=torch.float64, device=device).repeat(1, -(-size // width))[:, :size]
     unit = unit.unsqueeze(1).expand(-1, steps, -1)
     found = _run(model, graph, end, {source: unit if len(shape_of(source)) == 3 else unit.flatten(0, 1)}, steps)
-    at = found.double().permute(1, 2, 0, 3)  # (heads, positions, unit vector, head width)
+    at = found.double().cpu().permute(1, 2, 0, 3)  # (heads, positions, unit vector, head width)
     try:
         found = torch.linalg.solve(at[:, :1], at[:, [1, length, length + 1]])
     except RuntimeError:
@@ -135,8 +136,8 @@ def _run(model: TracedModel, graph: fx.Graph, end: fx.Node, given: dict[fx.Node,
         if node not in above:
             above.add(node)
             queue += [] if node in given else node.all_input_nodes
-    batch = next(iter(given.values())).shape[0]
-    batch = batch if next(iter(given.values())).ndim == 3 else batch // steps
+    first = next(iter(given.values()))
+    batch = len(first) if first.ndim == 3 else len(first) // steps
     ranges = {(one.place, one.dimension) for one in next(iter(model.signatures.values())).ranges}
     values, place = dict(given), -1
     with torch.no_grad():
@@ -149,7 +150,7 @@ def _run(model: TracedModel, graph: fx.Graph, end: fx.Node, given: dict[fx.Node,
                     (batch, steps)[dim] if (place, dim) in ranges and dim < 2 else int(size)
                     for dim, size in enumerate(shape_of(node))
                 ]
-                values[node] = torch.ones(shape, dtype=node.meta["val"].dtype)
+                values[node] = torch.ones(shape, dtype=node.meta["val"].dtype, device=first.device)
             elif node.op == "get_attr":
                 values[node] = attrgetter(node.target)(model)
             else:
