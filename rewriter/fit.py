@@ -24,7 +24,7 @@ _ITERATIONS = 100  # of L-BFGS, from the method's start
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method with options, and the sites that it has."""
+    """A method with options, and the sites that it has; a weight with a side shorter than the rank has that rank."""
 
     name: str
     options: dict[str, Any]
@@ -107,7 +107,7 @@ def candidates(
             try:
                 if other := needed.keys() - given:
                     raise SpecError(f"it has no default for {', '.join(sorted(other))}")
-                found = plan(traced, [Rule(target=list(weights), apply=[{name: given}])])
+                found = plan(traced, _rules(traced, weights, name, given, rank))
                 if not found.merges:
                     raise SpecError("what it makes is no plain weight")
                 if any(site.schedules for site in found.sites):
@@ -118,6 +118,20 @@ def candidates(
                 yield Candidate(name, given, {site.place: site for site in found.sites}), said
             except (SpecError, ValueError) as error:
                 yield None, f"{said}: {str(error).splitlines()[0]}"
+
+
+def _rules(
+    traced: TracedModel, weights: Sequence[str], name: str, given: Mapping[str, int], ranks: Sequence[str]
+) -> list[Rule]:
+    """A method at every weight, with no larger rank than the weight's shorter side."""
+    groups: dict[int, list[str]] = {}
+    for weight in weights:
+        most = min([*traced.get_parameter(weight).shape, *(given[key] for key in ranks)]) if ranks else 0
+        groups.setdefault(most, []).append(weight)
+    return [
+        Rule(target=own, apply=[{name: {**given, **dict.fromkeys(ranks, most)}}])
+        for most, own in sorted(groups.items(), reverse=True)
+    ]
 
 
 def fitted(site: Site, w: Tensor, target: Tensor, seed: int = 0) -> tuple[dict[str, Tensor], float]:
@@ -205,12 +219,12 @@ def as_tuned(
     new: Sequence[str] = (),
 ) -> TunedModel:
     """A tuned model with the chosen candidate at each weight, and whole what else changed."""
-    groups: dict[int, list[str]] = {}
+    groups: dict[str, tuple[dict, list[str]]] = {}
     for weight, place in chosen.items():
-        groups.setdefault(place, []).append(weight)
-    rules = [
-        Rule(target=sorted(weights), apply=[{found[i][0].name: found[i][0].options}]) for i, weights in groups.items()
-    ]
+        one, options = found[place][0].sites[weight].chain[0]
+        step = {one.name: options.model_dump(exclude_defaults=True)}
+        groups.setdefault(repr(step), (step, []))[1].append(weight)
+    rules = [Rule(target=sorted(weights), apply=[step]) for step, weights in groups.values()]
     if changed.whole:
         rules.append(Rule(target=sorted(changed.whole), apply=[entire().name]))
     planned: Plan = plan(traced, rules, tuple(new))

@@ -54,6 +54,13 @@ def test_scaling_has_its_closed_form(case):
         assert found.errors[weight] == pytest.approx(float(expected), rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["lora", "adamss", "miss"])
+def test_a_narrow_weight_has_the_rank_that_it_can_have(case, name):
+    places = {"bert.encoder.layer.0.attention.self.query.weight": 4, "classifier.weight": 2}
+    ((one, _),) = candidates(case[0], list(places), [name], [4])
+    assert {place: one.sites[place].chain[0][1].rank for place in places} == places
+
+
 @pytest.mark.parametrize("name", ["lora", "dora", "hra", "trilora", "miss", "pissa", "hira", "glora"])
 def test_errors_fall_with_the_rank(case, name):
     *_, changed = case

@@ -60,8 +60,8 @@ def _text(config: Any) -> Any:
 
 
 def turn_of(model: TracedModel, module: str, length: int) -> Tensor:
-    """R (head width, head width), float64, on the CPU: what stands `length` positions on is a key k (a row) of a module's
-    self-attention as k R. RoPE, arXiv 2104.09864
+    """R (head width, head width), float64, on the CPU: a key k (a row) of a module's self-attention is k R where it
+    stands `length` positions on. RoPE, arXiv 2104.09864
 
     Raises:
         SubspanError: positions enter in another way than by rotated queries and keys.
