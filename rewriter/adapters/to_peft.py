@@ -360,7 +360,9 @@ def _joined(
     return {key: [] for key in listed} | config
 
 
-_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",),
+}  # fmt: skip
 
 
 def heads_of(model: TracedModel, task_type: str | None) -> list[str]:
