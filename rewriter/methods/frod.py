@@ -1,13 +1,16 @@
 """FRoD: the weight in its singular bases, tuned on the diagonal and at sparse places beside it."""
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from rewriter.algebra import Dense, Diag, Operator, Patch
 from rewriter.transforms import Density, Peft, Place, Scope, Stored, choice, same, transform
 
+Held = Annotated[bool, Field(description="the adapter holds a basis of all inputs, as PEFT's does")]
 _RIDGE = 1e-3  # PEFT's `regularization_alpha`
 _SAME = 1e-3  # of vectors in float32 that others found
 
@@ -102,7 +105,7 @@ def _sizes(modules: Sequence[tuple[Tensor, Place]]) -> Tensor:
         ),
     ),
 )
-def frod(w: Operator, site: Scope, *, density: Density = 0.02, held: bool = False) -> Operator:
+def frod(w: Operator, site: Scope, *, density: Density = 0.02, held: Held = False) -> Operator:
     """U (Diag(t) + Sparse(D)) Vt, D at `density` k^2 random places off the diagonal, k = min(n, m); t = S, D = 0.
     doi 10.1609/aaai.v40i31.39813
 

@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from rewriter.algebra import Affine, Dense, Operator, Pointwise, Prepend
@@ -24,6 +26,8 @@ from rewriter.transforms import (
     same,
     transform,
 )
+
+Moves = Annotated[bool, Field(description="the rows take positions: tables of these are read so many further on")]
 
 
 def _made(e: Tensor, a: Tensor, a_bias: Tensor, b: Tensor, b_bias: Tensor) -> Tensor:
@@ -83,7 +87,7 @@ _MODEL = {"num_attention_heads", "num_layers", "token_dim"}  # What the base's c
         moves="moves",
     ),
 )
-def prefix(w: Operator, site: Scope, *, length: Length, hidden: HiddenWidth = None, moves: bool = False) -> Operator:
+def prefix(w: Operator, site: Scope, *, length: Length, hidden: HiddenWidth = None, moves: Moves = False) -> Operator:
     """concat(P, xW) on keys and on values, P small and random at the start. (13)(14), ref. 56
 
     With `hidden`, P = tanh(E A + a) B + b while tuning, an MLP of that width; the adapter keeps P alone. With `moves`

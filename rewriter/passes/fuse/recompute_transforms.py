@@ -45,4 +45,4 @@ def _function(end: fx.Node) -> tuple[Callable, fx.Node]:
     for node in steps:
         at[node] = graph.node_copy(node, at.__getitem__)
     graph.output(at[steps[-1] if steps else end])
-    return fx.GraphModule(nn.Module(), graph), end
+    return fx.GraphModule(nn.Module(), graph).forward, end  # No module: hooks on modules count no call in a backward.
