@@ -163,7 +163,8 @@ def as_low_rank(
     one = _factored()
     (option,) = (name for name, key in one.peft.options.items() if key == "r")
     found: dict[str, LowRank] = {}
-    whole = [weight for weight in model.plan.by_weight() if weight in model.plan.new or weight in _kept_whole(model)]
+    apart = _kept_whole(model) | set(model.plan.new)
+    whole = [weight for weight in model.plan.by_weight() if weight in apart]
     for weight, sites, w, change in changes(model):
         if weight in whole:
             continue

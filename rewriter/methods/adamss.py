@@ -27,16 +27,17 @@ def _directions(rows: Tensor, label: Tensor, k: int, q: int) -> Tensor:
 def _drawn(config: Mapping, at: Place) -> Tensor:
     """The clusters that PEFT finds of a weight with its bias as one more column, by a decomposition that it draws."""
     bias = () if at.bias is None else (at.bias[:, None],)
-    whole = torch.cat([at.weight.mT, *bias], dim=1).float()
+    whole = torch.cat([at.weight.mT, *bias], dim=1).float().cpu()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config["random_seed"])
         u, _, v = torch.svd_lowrank(whole, q=min(config["r"], *whole.shape), niter=2)
     held = at.further.get("adamss_newB")
     own = v.mT[:, : at.n]  # What stands for the bias may be another, of an adapter that was written here.
-    if held is not None and (held.shape != v.mT.shape or (held[:, : at.n] - own.to(held)).abs().max() > _SAME):
+    if held is not None and (held.shape != v.mT.shape or (held[:, : at.n].cpu() - own).abs().max() > _SAME):
         raise ValueError("adamss_newB is not what the weight gives here, so its clusters are not known")
     k = min(config["num_subspaces"], at.m)
-    return _labels(u, k, init="random", n_init=1, max_iter=10, random_state=123456789)
+    found = _labels(u, k, init="random", n_init=1, max_iter=10, random_state=123456789)
+    return found.to(at.weight.device)
 
 
 def _read(_: Mapping, tensors: Mapping) -> dict[str, int]:
@@ -90,7 +91,7 @@ def _biased(bias: Tensor, at: Place) -> Tensor:
 def _bias_parts(before: Tensor, after: Tensor, at: Place) -> dict[str, Tensor]:
     """The bias's column of the basis: it has to say what became of the bias."""
     moved, change = _moved(at).double(), (after - before).double()
-    column = torch.linalg.lstsq(moved, change.unsqueeze(-1), driver="gelsd").solution
+    column = torch.linalg.lstsq(moved.cpu(), change.unsqueeze(-1).cpu(), driver="gelsd").solution.to(moved)
     if ((moved @ column).squeeze(-1) - change).norm() > 1e-6 * max(change.norm(), before.norm()):
         raise ValueError("PEFT changes the layer's bias too, otherwise than it is tuned here")
     basis = at.values["u"][:, : at.options.rank].mT

@@ -59,10 +59,9 @@ def _shared(modules: Sequence[tuple[Tensor, Place]]) -> Tensor:
         ValueError: they do not.
     """
     basis = modules[0][0]
-    found = _joint([at.weight.mT.float() for _, at in modules]).to(basis)
-    near = (
-        max(_SAME, 4 * torch.finfo(modules[0][1].weight.dtype).eps) * basis.norm()
-    )  # PEFT has it in the weight's type.
+    found = _joint([at.weight.mT.float().cpu() for _, at in modules]).to(basis)
+    rounding = 4 * torch.finfo(modules[0][1].weight.dtype).eps  # PEFT has it in the weight's type.
+    near = max(_SAME, rounding) * basis.norm()
     if any(not torch.equal(value, basis) for value, _ in modules) or (found - basis).norm() > near:
         raise ValueError("PEFT has one basis for the weights of a kind, which it finds itself, and this is another")
     return basis
