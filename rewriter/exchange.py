@@ -15,7 +15,7 @@ from .adapters.from_peft import CONFIG, TASK_TYPES, modules_of, tuned_from
 from .adapters.store import check_tied, save_adapter
 from .adapters.ties import fingerprint
 from .data import encode, load_rows
-from .errors import SubspanError
+from .errors import SpecError, SubspanError
 from .files import read_json, write_json, write_text
 from .folder import LOCK, MARKER, check_folder, claimed, clear, spec_of
 from .gguf import files_of
@@ -230,7 +230,10 @@ def _validation(spec: Spec, pretrained: Pretrained, traced: TracedModel) -> Rows
     """
     if spec.data is None or absent(spec.data):
         return None
-    rows = encode(spec, load_rows(spec, pretrained.labels).validation, pretrained.processor, pretrained.labels)
+    try:
+        rows = encode(spec, load_rows(spec, pretrained.labels).validation, pretrained.processor, pretrained.labels)
+    except SpecError as error:
+        raise SubspanError(f"{'.'.join(map(str, error.path))}: {error.message}".removeprefix(": ")) from None
     return referred(traced, spec, rows, collator(spec, pretrained, traced.input_names))
 
 

@@ -8,7 +8,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from ..adapters.from_peft import TASK_TYPES, tuned_from
-from ..adapters.to_peft import save_peft
+from ..adapters.to_peft import heads_of, save_peft
 from ..data import encode, load_rows
 from ..errors import SubspanError
 from ..files import aside, write_json
@@ -50,7 +50,8 @@ def ship_adapter(
         given = tuned
         parts = None if spec.data is None or absent(spec.data) else load_rows(spec, pretrained.labels)
         seen = seen_by(tuned, spec, pretrained, traced, parts.train) if parts else {}
-        tuned, found = as_low_rank(given, traced, rank, error, seen)
+        heads = heads_of(traced, TASK_TYPES.get(spec.task.auto))
+        tuned, found = as_low_rank(given, traced, rank, error, seen, heads=heads)
         report["calibrated"] = bool(seen)
         report["sites"] = said_of(found)
         report |= _measured(spec, pretrained, traced, parts.validation, given, tuned) if parts else {}

@@ -1,6 +1,6 @@
 """Any change of weights as a low-rank one: exact where its rank is bounded, else nearest by what layers see."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from ..errors import SubspanError
 from ..graph.traced import TracedModel, assign, copy_graph
 from ..graph.weights import factored, uses
-from ..plan import Site, plan
+from ..plan import plan
 from ..rewrite import rewrite
 from ..spec import Rule
 from ..transforms import TRANSFORMS, Transform, entire
@@ -146,6 +146,7 @@ def as_low_rank(
     error: float,
     seen: Mapping[str, Seen],
     exact: Mapping[str, Tensor] | None = None,
+    heads: Collection[str] = (),
 ) -> tuple[TunedModel, dict[str, LowRank]]:
     """A model whose changes of weights are low-rank terms, with newly made parameters as they are tuned.
 
@@ -156,6 +157,7 @@ def as_low_rank(
         seen: from `look`; weights that it lacks take the unweighted norm.
         exact: weight -> its change in its own shape, where that is known better than from the model's tensors; what is
             no matrix is whole then.
+        heads: modules that are whole, as PEFT saves them.
 
     Raises:
         SubspanError: something can't merge, or is no matrix.
@@ -163,7 +165,7 @@ def as_low_rank(
     one = _factored()
     (option,) = (name for name, key in one.peft.options.items() if key == "r")
     found: dict[str, LowRank] = {}
-    apart = _kept_whole(model) | set(model.plan.new)
+    apart = _kept_whole(model, heads) | set(model.plan.new)
     whole = [weight for weight in model.plan.by_weight() if weight in apart]
     for weight, sites, w, change in changes(model):
         if weight in whole:
@@ -195,18 +197,11 @@ def as_low_rank(
     return rewrite(traced, planned, values=values), found
 
 
-def _kept_whole(model: TunedModel) -> set[str]:
-    """Parameters of modules that are tuned whole, with what is no matrix: PEFT saves such modules."""
-    by_module: dict[str, list[Site]] = {}
-    for site in model.plan.sites:
-        by_module.setdefault(site.place.rpartition(".")[0], []).append(site)
-    return {
-        site.place
-        for sites in by_module.values()
-        if any(site.layout and site.layout.vector for site in sites)
-        and all([one for one, _ in site.chain] == [entire()] for site in sites)
-        for site in sites
-    }
+def _kept_whole(model: TunedModel, heads: Collection[str]) -> set[str]:
+    """Vectors that are tuned whole, and all of the heads that PEFT saves."""
+    sites = [site for site in model.plan.sites if site.layout]
+    vectors = {site.place for site in sites if site.layout.vector and [one for one, _ in site.chain] == [entire()]}
+    return vectors | {site.place for site in sites if any(site.place.startswith(f"{head}.") for head in heads)}
 
 
 def said_of(terms: Mapping[str, LowRank]) -> dict[str, dict[str, Any]]:

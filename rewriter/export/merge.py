@@ -83,8 +83,10 @@ def merge(model: TunedModel, *into: nn.Module, partly: bool = False) -> float:
         Largest absolute difference that storing in the module's own type made.
 
     Raises:
-        SubspanError: as `merged_weights`, or a module lacks a weight.
+        SubspanError: as `merged_weights`, or a module lacks a weight, or there is none.
     """
+    if not into:
+        raise SubspanError("give merge the module, or modules, that the weights are to be written into")
     for module in into:
         there = {name for name, _ in module.named_parameters(remove_duplicate=False)}
         if missing := sorted({*model.plan.new, *model.plan.by_weight()} - there):

@@ -9,11 +9,12 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from ..errors import SubspanError
-from .ops import aten
+from .ops import ADDS, PASSING, SCALINGS, VIEWS, aten
 from .sublayers import Attention, attentions, embeddings, nearest_linear, shape_of
 from .traced import TracedModel
 
 _COUNTS = (aten.arange.default, aten.arange.start, aten.arange.start_step, aten.cumsum.default)
+_MOVES = {*ADDS, *SCALINGS, *VIEWS, *PASSING, aten.sub.Tensor, aten.add.Scalar, aten.sub.Scalar}
 # Types of rotation whose angles are linear in the position at any length.
 _LINEAR = {"default", "linear", "llama3", "yarn"}
 _CLOSE = 1e-4  # float32's rounding of cosines
@@ -26,6 +27,7 @@ def tables(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _counted(index: fx.Node) -> bool:
+    """Whether an index is a count, or an input of positions, moved or cut at most: no distance between two of them."""
     queue, seen = [index], set()
     while queue:
         node = queue.pop()
@@ -34,7 +36,8 @@ def _counted(index: fx.Node) -> bool:
         if node.target in (*_COUNTS, "position_ids"):
             return True
         seen.add(node)
-        queue += node.all_input_nodes
+        if node.target in _MOVES:
+            queue += node.all_input_nodes
     return False
 
 

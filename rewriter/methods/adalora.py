@@ -152,6 +152,7 @@ def _peft(options) -> dict[str, int | float]:
             "rank_pattern",
             "lora_dropout",
         },
+        biases="lora_only",
         patterns={"lora_alpha": "alpha_pattern"},
         by_module=lambda values, options: (
             "rank_pattern",

@@ -90,7 +90,7 @@ def _check_moves(graph: fx.Graph, sites: list[Site]) -> None:
     moving = [site for site in sites if site.moves]
     layers = [site for site in sites if site.kind in ("keys", "values")]
     if moving and not tables(graph):
-        said = "its rows are to take positions, and the model has no table of positions"
+        said = "its rows are to take positions, and the model has no table of positions that it counts itself"
         raise SpecError(f"{moving[0].transform}: {said}", ("rules", moving[0].rule, "apply"))
     if moving and (other := next((site for site in layers if site.moves != moving[0].moves), None)):
         said = f"take {moving[0].moves} positions at {moving[0].label} and {other.moves} here: a token has one position"

@@ -115,6 +115,8 @@ class Site:
 
 
 def _word(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 

@@ -253,10 +253,13 @@ def test_triplets_that_were_pruned_are_still_divided_by(tmp_path):
     torch.testing.assert_close(back(**batch).logits, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("biases", ["all", "lora_only"])
-def test_biases_that_are_trained_beside_come_in(biases, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "biases"), [(peft.LoraConfig, "all"), (peft.LoraConfig, "lora_only"), (peft.AdaLoraConfig, "all")]
+)
+def test_biases_that_are_trained_beside_come_in(kind, biases, tmp_path):
     base, _ = theirs("lora", "bert")
-    config = peft.LoraConfig(r=3, target_modules=["query"], bias=biases, task_type="SEQ_CLS")
+    more = {"total_step": 9} if kind is peft.AdaLoraConfig else {}
+    config = kind(target_modules=["query"], bias=biases, task_type="SEQ_CLS", **more)
     their = peft.get_peft_model(copy.deepcopy(base), config)
     for p in their.parameters():
         p.data += 0.1 * torch.randn_like(p) * p.requires_grad

@@ -10,8 +10,8 @@ import transformers as hf
 from rewriter import Inputs, SubspanError, trace
 from rewriter.adapters.from_peft import tuned_from
 from rewriter.adapters.to_peft import save_peft
-from rewriter.graph.positions import turn_of
-from tests.architectures import SMALL
+from rewriter.graph.positions import tables, turn_of
+from tests.architectures import SMALL, traced
 
 WIDE = {**SMALL, "num_attention_heads": 4, "hidden_size": 32, "max_position_embeddings": 64, "pad_token_id": 0}
 SCALED = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
@@ -132,3 +132,17 @@ def test_rows_that_move_what_does_not_rotate_are_refused(name, tmp_path):
         tuned_from(trace(model, inputs, ("eval",)), tmp_path)
     assert said in str(error.value)
     assert "move the tokens on by 5 positions" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arch", "found"),
+    [
+        ("gpt2", ["transformer.wpe.weight"]),
+        ("roberta", ["roberta.embeddings.position_embeddings.weight"]),
+        ("t5", []),
+        ("llama", []),
+    ],
+)
+def test_tables_of_distances_and_of_kinds_are_none_of_positions(arch, found):
+    graph = traced(arch)[2].graphs["eval"]
+    assert [node.args[0].target for node in tables(graph)] == found
