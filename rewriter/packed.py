@@ -257,7 +257,7 @@ def _unpacked(
     bits = int(form.method.removeprefix("int"))
     rows, columns = tensors["shape"].tolist()
     codes, scales = _numbers(tensors[_PACKED], bits)[:, :columns], tensors["scale"].float()
-    codes, order = _by_group(codes, _order(there, f"{key}_g_idx", columns, form.group) if form.ordered else None)
+    codes, order = _by_group(codes, tensors["g_idx"].long() if form.ordered else None)
     if bits == 8:
         return Quantised((codes.int() - 128).to(torch.int8), scales, None, form, dtype, order=order)
     zeros = torch.full_like(scales, 8, dtype=torch.uint8)

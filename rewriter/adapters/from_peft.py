@@ -342,8 +342,9 @@ def _tuned(
     if both := sorted(whole.keys() & biases):
         raise SubspanError(f"{both[0]} is there beside what is tuned of it")
     groups: dict[str, tuple[dict, list[str]]] = {}
+    rows = next((one for one in found if one.peft.moves), None)
+    takes = rows is not None and moved(model, len(next(iter(rows.tensors.values()))))
     for place, one in at.items():
-        takes = one.peft.moves and moved(model, len(next(iter(one.tensors.values()))))
         options = one.options | ({one.peft.moves: True} if takes else {})
         step = {one.transform.name: options} if options else one.transform.name
         groups.setdefault(repr(step), (step, []))[1].append(place)

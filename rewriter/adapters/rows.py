@@ -1,5 +1,8 @@
 """Rows that PEFT puts before keys and values, and the positions that they take."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor
 
 from ..errors import SpecError, SubspanError
@@ -15,17 +18,24 @@ def attending(model: TracedModel) -> list[str]:
     return list(dict.fromkeys(one.module for one in found if not one.cross))
 
 
+@contextmanager
+def _said(count: int) -> Iterator[None]:
+    """What a model's positions do that no transform does, with why it counts."""
+    try:
+        yield
+    except SubspanError as error:
+        raise SubspanError(f"PEFT's rows move the tokens on by {count} positions; in this model, {error}") from None
+
+
 def moved(model: TracedModel, count: int) -> bool:
     """Whether rows take positions by the option, in a table; else keys are turned.
 
     Raises:
         SubspanError: what rows do to this model's positions, no transform does.
     """
-    try:
+    with _said(count):
         if not (table := by_table(model)):
             check_angles(model.config)
-    except SubspanError as error:
-        raise SubspanError(f"PEFT's rows move the tokens on by {count} positions; in this model, {error}") from None
     return table
 
 
@@ -35,10 +45,8 @@ def turned(model: TracedModel, site: Site) -> Tensor:
     Raises:
         SubspanError: PEFT's rows move the tokens' positions, and here they do not.
     """
-    try:
+    with _said(site.rows):
         return turn_of(model, site.place, site.rows)
-    except SubspanError as error:
-        raise SubspanError(f"PEFT's rows move the tokens on by {site.rows} positions; in this model, {error}") from None
 
 
 def check_rows(base: TracedModel, sites: list[Site]) -> None:

@@ -293,7 +293,7 @@ def _bias(
     stored = tuned = weights[name].detach()
     for other in model.plan.sites:
         if other.place == name and (there := other.chain[0][0].peft) and there.whole:
-            tuned = leaves[other.leaves[0].name].detach().reshape(stored.shape)
+            tuned = _whole(other, leaves)
     if peft.bias_parts:
         try:
             return peft.bias_parts(stored, tuned, at)

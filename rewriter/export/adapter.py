@@ -45,19 +45,19 @@ def ship_adapter(
     """
     pretrained, _, inputs, traced, tuned = load_tuned(spec, run)
     tuned.eval(), traced.eval()
-    report: dict[str, Any] = {}
+    report, task_type = {}, TASK_TYPES.get(spec.task.auto)
     if low_rank:
         given = tuned
         parts = None if spec.data is None or absent(spec.data) else load_rows(spec, pretrained.labels)
         seen = seen_by(tuned, spec, pretrained, traced, parts.train) if parts else {}
-        heads = heads_of(traced, TASK_TYPES.get(spec.task.auto))
+        heads = heads_of(traced, task_type)
         tuned, found = as_low_rank(given, traced, rank, error, seen, heads=heads)
         report["calibrated"] = bool(seen)
         report["sites"] = said_of(found)
         report |= _measured(spec, pretrained, traced, parts.validation, given, tuned) if parts else {}
     folder = run / ("peft-lora" if low_rank else "peft")
     with aside(folder) as (place,):
-        save_peft(tuned, place, spec.model.name, TASK_TYPES.get(spec.task.auto))
+        save_peft(tuned, place, spec.model.name, task_type)
         stages = (torch_stage(one) for one in (tuned, tuned_from(traced, place, tuple(tuned.plan.new))[0]))
         report["largest"], relative = apart(*stages, random_inputs(spec, pretrained, inputs, tuned))
         if not relative <= _NEAR:

@@ -22,8 +22,8 @@ _CLOSE = 1e-4  # float32's rounding of cosines
 
 def tables(graph: fx.Graph) -> list[fx.Node]:
     """The embedding ops that read positions: numbers that are counted, or an input of that name."""
-    found = graph.find_nodes(op="call_function", target=aten.embedding.default)
-    return [node for node in found if node not in set(embeddings(graph)) and _counted(node.args[1])]
+    found, of_tokens = graph.find_nodes(op="call_function", target=aten.embedding.default), embeddings(graph)
+    return [node for node in found if node not in of_tokens and _counted(node.args[1])]
 
 
 def _counted(index: fx.Node) -> bool:

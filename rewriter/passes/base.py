@@ -1,11 +1,11 @@
 """What every pass is: its signature, and what it may know beside the graph."""
 
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from ..plan import Plan
 
@@ -140,3 +140,16 @@ def value_of(node: fx.Node, context: Context) -> Any:
         else:
             context.lowered[key] = node.target(*args, **kwargs)
     return context.lowered[key]
+
+
+def function_of(region: Sequence[fx.Node], sources: Sequence[fx.Node]) -> Callable:
+    """The last node of a region, or the first source where that is empty, as a function of what the region reads.
+
+    It is no module: hooks on modules would count its call in a backward.
+    """
+    graph = fx.Graph()
+    at = {source: graph.placeholder(f"source_{i}") for i, source in enumerate(sources)}
+    for node in region:
+        at[node] = graph.node_copy(node, at.__getitem__)
+    graph.output(at[region[-1] if region else sources[0]])
+    return fx.GraphModule(nn.Module(), graph).forward

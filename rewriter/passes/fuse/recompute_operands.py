@@ -3,12 +3,12 @@
 from collections.abc import Callable
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from ...graph.gated import gated
 from ...graph.ops import ADDS, PASSING, VIEWS, aten
 from ...graph.products import product_again, scaled_again
-from ..base import Context, changing, comes_from, described, inserted, is_row
+from ..base import Context, changing, comes_from, described, function_of, inserted, is_row
 
 # Of each entry or each row by itself, and small beside the products that read what they give.
 _CHEAP = {
@@ -74,7 +74,7 @@ def _cheap(node: fx.Node) -> bool:
 
 
 def _replace(graph: fx.Graph, node: fx.Node, function: Callable, region: list[fx.Node], sources: list[fx.Node]) -> None:
-    make = _function(region, sources)
+    make = function_of(region, sources)
 
     def again(x: torch.Tensor, factor: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
         return function(make, x, factor, *given)
@@ -84,13 +84,3 @@ def _replace(graph: fx.Graph, node: fx.Node, function: Callable, region: list[fx
     made.meta = dict(node.meta)
     node.replace_all_uses_with(made)
     graph.erase_node(node)
-
-
-def _function(region: list[fx.Node], sources: list[fx.Node]) -> fx.GraphModule:
-    """sources -> the last node of a region."""
-    graph = fx.Graph()
-    at = {source: graph.placeholder(f"source_{i}") for i, source in enumerate(sources)}
-    for node in region:
-        at[node] = graph.node_copy(node, at.__getitem__)
-    graph.output(at[region[-1]])
-    return fx.GraphModule(nn.Module(), graph)

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from ...graph.ops import VIEWS, aten
 from ...graph.products import BLOCKS, transformed
-from ..base import Context, changing, comes_from, inserted
+from ..base import Context, changing, comes_from, function_of, inserted
 
 _TRANSFORMS = {aten.fft_rfft.default, aten._conj.default, *VIEWS}
 
@@ -40,9 +40,4 @@ def _function(end: fx.Node) -> tuple[Callable, fx.Node]:
     while end.op == "call_function" and end.target in _TRANSFORMS and len(end.all_input_nodes) == 1:
         steps.insert(0, end)
         end = end.args[0]
-    graph = fx.Graph()
-    at = {end: graph.placeholder("x")}
-    for node in steps:
-        at[node] = graph.node_copy(node, at.__getitem__)
-    graph.output(at[steps[-1] if steps else end])
-    return fx.GraphModule(nn.Module(), graph).forward, end  # No module: hooks on modules count no call in a backward.
+    return function_of(steps, [end]), end
