@@ -26,7 +26,7 @@ from rewriter import Inputs, Plan, Rule, SpecError, SubspanError, TunedModel, pl
 from rewriter.passes.base import PREFIX, Context
 from rewriter.passes.pipelines import PASSES
 from rewriter.plan import transformed
-from rewriter.plan.cost import kept_bytes
+from rewriter.plan.cost import kept_bytes, products
 from rewriter.trace import twin
 from rewriter.training.evaluation import for_steps
 from rewriter.training.memory import return_large_blocks
@@ -69,6 +69,7 @@ class Measured:
         peak, peft_peak: bytes of a step above what is held before it; on a CPU of the whole process.
         start, peft_start: seconds to build the model, of the eager one, and to run its first step; our graphs come
             from an earlier run's cache.
+        products: FLOPs of the matrix products of a step over the floor's.
         gradient: the largest relative difference of a tensor's gradient to that of the formed weight in float64;
             where a site is no weight, to that of the graph without passes.
     """
@@ -83,6 +84,7 @@ class Measured:
     peft_peak: int | None
     start: float
     peft_start: float | None
+    products: float
     gradient: float
     seconds: float
 
@@ -175,6 +177,7 @@ def _measured(one, name, method, options, model, batch, names, layers, traced, t
         peft_peak=peaks.get("peft"),
         start=start,
         peft_start=peft_start if has else None,
+        products=products(steps["ours"]) / products(steps["floor"]),
         gradient=gradient,
         seconds=statistics.median(times["floor"]),
     )
@@ -392,14 +395,14 @@ def line(row: Measured) -> list[str]:
     ratio = lambda value: "" if value is None else f"{value:.2f}"  # noqa: E731
     off = f"{row.gradient:.0e}" if row.gradient < CLOSE else f"**{row.gradient:.0e}**"
     return [
-        row.method, ratio(row.step), ratio(row.peft), mega(row.saved), mega(row.peft_saved), mega(row.peak),
-        mega(row.peft_peak), ratio(row.start), ratio(row.peft_start), off,
+        row.method, ratio(row.step), ratio(row.peft), ratio(row.products), mega(row.saved), mega(row.peft_saved),
+        mega(row.peak), mega(row.peft_peak), ratio(row.start), ratio(row.peft_start), off,
     ]  # fmt: skip
 
 
 COLUMNS = (
-    "method", "step / floor", "PEFT's", "saved, MB", "PEFT's", "peak, MB", "PEFT's", "to the first step, s", "PEFT's",
-    "gradients off by",
+    "method", "step / floor", "PEFT's", "products", "saved, MB", "PEFT's", "peak, MB", "PEFT's",
+    "to the first step, s", "PEFT's", "gradients off by",
 )  # fmt: skip
 
 
@@ -422,6 +425,10 @@ Every method's step beside PEFT's and beside the floor: the frozen model's forwa
 layer's input, without tuned weights. Others' steps are forward, backward and AdamW. Rounds are interleaved in one
 process; ratios are medians. Gradients are compared in the same run with those of formed weights (phi(W) in the place of
 W, in float64), or, where a site is no weight or draws at random, with the graph's without passes. What is bold differs.
+
+Products are the FLOPs of a step's matrix products over the floor's: a method that gives every entry of W a gradient of
+its own (`full`, and whatever is a function of W that no factors express) has one product more for each that the floor
+has two of, one that multiplies by two matrices of W's size instead of W twice as many.
 
 `train.memory` is `fast` or `lean`. `lean` computes activations and norms that tuned factors read again in the backward,
 and gives freed blocks back to the system. To the first step: from the eager model, with the trace of an earlier run.

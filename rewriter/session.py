@@ -40,6 +40,7 @@ from .training.checks import check_training
 from .training.evaluation import for_training, objective, referred
 from .training.generation import Asked
 from .training.loop import device_of, label_weights, tune
+from .training.offload import layers_to_offload, offload
 from .training.optimisers import OPTIMISERS
 from .training.packing import check_packing, packed_inputs
 from .training.parallel import processes
@@ -164,6 +165,7 @@ class Session:
             )
             _check_sizes(spec, traced, pretrained)
         raise_all(exceeded(spec.limits, found))
+        layers_to_offload(traced, spec.limits.weights, found.new)
         check_training(spec, found, pretrained.labels)
         return replace(found, notes=(*found.notes, *pretrained.notes))
 
@@ -192,9 +194,12 @@ class Session:
                 layers = fewest(tuned, lambda one: saved_bytes(one, batch, loss) <= most)
         if layers:
             by_layer(tuned, layers)
-        weights = sum(-(-held_bytes(one) // parallel.shard) for one in traced.parameters())
+        away = layers_to_offload(traced, spec.limits.weights, found.new)
+        names = {name for some in away.values() for name in some}
+        held = [one for name, one in traced.named_parameters() if name not in names]
+        weights = sum(-(-held_bytes(one) // parallel.shard) for one in held)
         cost = step_cost(traced, tuned, batch, loss, entries)
-        cost = replace(cost, layers=layers, processes=parallel.least, weights=weights)
+        cost = replace(cost, layers=layers, processes=parallel.least, weights=weights, offloaded=len(away))
         raise_all(exceeded(spec.limits, found, cost))
         return cost
 
@@ -382,6 +387,7 @@ class Session:
         traced = trace(job.pretrained.module, job.inputs, without=spec.train.passes.off, keep=spec.model.kept)
         if spec.train.packing:
             check_packing(traced, job.train)
+        offload(traced, layers_to_offload(traced, spec.limits.weights, planned.new))
         train, validation = (referred(traced, spec, part, job.collate) for part in (job.train, job.validation))
         job = replace(job, train=train, validation=validation)
         if adapter:

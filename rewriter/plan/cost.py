@@ -46,7 +46,9 @@ class StepCost:
         layers: how many layers are computed again in the backward.
         optimiser: bytes of the tuned tensors' gradients and of the optimiser's state, at the tuned tensors' width.
         flops: of the step's products.
-        processes, weights: how many processes share a batch, and bytes of weights in each; the rest is of one of them.
+        processes, weights: how many processes share a batch, and bytes of weights on each one's device; the rest is of
+            one of them.
+        offloaded: how many layers' weights stay in the CPU's memory.
         overhead: FLOPs of the step's products over those of the frozen model's forward and input gradient (twice its
             forward), less 1.
     """
@@ -58,6 +60,7 @@ class StepCost:
     flops: int = 0
     processes: int = 1
     weights: int = 0
+    offloaded: int = 0
 
 
 def exceeded(limits: Limits, plan: Plan, step: StepCost | None = None) -> list[SpecError]:
@@ -164,16 +167,25 @@ def step_cost(
         objective: (model, batch) -> loss.
         entries: how many entries of state the optimiser has for a tensor of a shape.
     """
-    with FlopCounterMode(display=False) as forward, torch.no_grad():
-        objective(frozen.train(), batch)
+    with torch.no_grad():
+        forward = products(lambda: objective(frozen.train(), batch))
     activations = saved_bytes(tuned, batch, objective)
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flop}) as step:
+
+    def step() -> None:
         loss = objective(tuned.train(), batch)
         (loss + sum(tuned.penalties.values())).backward()
+
+    flops = products(step)
     width = sum((p.numel() + entries(p.shape)) * p.element_size() for p in tuned.parameters() if p.requires_grad)
     tuned.zero_grad(set_to_none=True)
-    flops = step.get_total_flops()
-    return StepCost(activations, width, flops / (2 * forward.get_total_flops()) - 1, flops=flops)
+    return StepCost(activations, width, flops / (2 * forward) - 1, flops=flops)
+
+
+def products(run: Callable[[], Any]) -> int:
+    """FLOPs of the matrix products of a run."""
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flop}) as counter:
+        run()
+    return counter.get_total_flops()
 
 
 def _addmm_flop(total: Sequence[int], rows: Sequence[int], factor: Sequence[int], **_: Any) -> int:

@@ -75,10 +75,11 @@ def print_plan(plan: Plan, console: Console, tokens: int, step: StepCost | None 
             f"a step: {step.activations / 1e6:,.1f} MB of activations, {step.optimiser / 1e6:,.1f} MB of gradients and "
             f"optimiser state, {_added(step.overhead)} FLOPs over the frozen model's"
             + (
-                f", in each of {step.processes} processes beside {step.weights / 1e6:,.1f} MB of weights"
-                * (step.processes > 1)
+                f"{f', in each of {step.processes} processes' * (step.processes > 1)} beside "
+                f"{step.weights / 1e6:,.1f} MB of weights" * (step.processes > 1 or step.offloaded > 0)
             )
-            + (f"; {step.layers} layers are computed again in the backward, to meet the limit" if step.layers else ""),
+            + (f"; {step.layers} layers are computed again in the backward, to meet the limit" if step.layers else "")
+            + (f"; the weights of {step.offloaded} layers stay in the CPU's memory" if step.offloaded else ""),
             highlight=False,
         )
     for note in plan.notes:

@@ -26,6 +26,10 @@ def _amount(value: str, units: Mapping[str, float], expected: str) -> float:
     return float(found[1]) * units[found[2].lower()]
 
 
+def _bytes(value: int | str | None) -> float | None:
+    return _amount(value, _UNITS, "") if isinstance(value, str) else value
+
+
 def _quantity(units: Mapping[str, float], expected: str) -> Any:
     """The type of a text that `_amount` reads."""
 
@@ -51,6 +55,11 @@ class Limits(Strict):
     activation_memory: Annotated[int, Field(ge=0)] | _quantity(_UNITS, "bytes, or a size such as 8 GiB") | None = Field(
         None, description="bytes that a batch's forward saves for its backward, or a size such as 8 GiB"
     )
+    weight_memory: Annotated[int, Field(ge=0)] | _quantity(_UNITS, "bytes, or a size such as 8 GiB") | None = Field(
+        None,
+        description="bytes of the base's weights on a device, or a size such as 8 GiB: what is more stays in the CPU's "
+        "memory, the first layers' first",
+    )
     overhead_flops: _quantity({"%": 1}, "a share such as 5%") | None = Field(
         None, description="a step's FLOPs beyond the frozen model's forward and input gradient, such as 5%"
     )
@@ -63,8 +72,12 @@ class Limits(Strict):
     @property
     def activations(self) -> float | None:
         """`activation_memory` in bytes."""
-        value = self.activation_memory
-        return _amount(value, _UNITS, "") if isinstance(value, str) else value
+        return _bytes(self.activation_memory)
+
+    @property
+    def weights(self) -> float | None:
+        """`weight_memory` in bytes."""
+        return _bytes(self.weight_memory)
 
     @property
     def overhead(self) -> float | None:

@@ -339,6 +339,9 @@ class Spec(Strict):
             raise SpecError(f"{self.model.task} has no labels", ("model", "labels"), at_key=True)
         if self.data and self.train.batch_size < (least := self.task.least(self.columns)):
             raise SpecError(f"{self.model.task} needs {least} rows to learn from, at least", ("train", "batch_size"))
+        if self.limits.weight_memory is not None and self.train.parallel.shard > 1:
+            said = "weights are shared out among processes, or kept in the CPU's memory: leave out one of the two"
+            raise SpecError(said, ("limits", "weight_memory"), at_key=True)
         if self.train.warmup and self.train.schedule == "reduce_lr_on_plateau":
             raise SpecError("reduce_lr_on_plateau has no warm-up", ("train", "warmup"))
         return self

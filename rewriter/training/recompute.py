@@ -55,8 +55,7 @@ def fewest(model: TunedModel, fits: Callable[[TunedModel], bool]) -> int:
 def recomputed(graph: fx.Graph, layers: int | None = None) -> fx.Graph:
     """A graph with a call of `torch.utils.checkpoint` in the place of the nodes of each layer.
 
-    A layer is what lies from the first to the last node of a module whose path ends with the first number in it, e.g.
-    `encoder.layer.3`.
+    A layer is what lies from the first to the last node of a module whose path is one by `layer_of`.
 
     Args:
         layers: how many, from the first on; None: all.
@@ -100,12 +99,16 @@ def _spans(nodes: list[fx.Node]) -> dict[str, list[int]]:
     return dict(ordered)
 
 
+def layer_of(path: str) -> str | None:
+    """The layer that a module or a parameter is of: its path up to the first number, e.g. `encoder.layer.3`."""
+    found = re.match(r".*?(?:^|\.)\d+(?=\.|$)", path)
+    return found and found[0]
+
+
 def _layer(node: fx.Node) -> str | None:
     """The layer that a node is of, by the paths of the modules it was traced in, the outermost first."""
-    for path, _ in (node.meta.get("nn_module_stack") or {}).values():
-        if found := re.match(r".*?(?:^|\.)\d+(?=\.|$)", path):
-            return found[0]
-    return None
+    paths = (path for path, _ in (node.meta.get("nn_module_stack") or {}).values())
+    return next(filter(None, map(layer_of, paths)), None)
 
 
 def _call(out: fx.Graph, made: dict[fx.Node, fx.Node], nodes: list[fx.Node]) -> None:
