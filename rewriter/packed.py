@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .algebra import Format, Quantised
-from .algebra.quantised import FP8, NF4, in_pairs
+from .algebra.quantised import FP4, FP8, NF4, in_pairs
 from .base import AWQ, BITSANDBYTES, COMPRESSED, FINE_GRAINED, GPTQ, NAME, Place, places
 from .errors import SpecError
 
@@ -118,10 +118,10 @@ def _of_bitsandbytes(_: Mapping[str, Any], there: Places) -> dict[str, Format]:
     for key in there:
         weight, _, kind = key.partition(f".quant_state.{BITSANDBYTES}__")
         if kind:
-            if kind != NF4:
-                raise SpecError(f"{weight} of the base model is stored in {kind}; only {NF4} is read", NAME)
+            if kind not in (NF4, FP4):
+                raise SpecError(f"{weight} of the base model is stored in {kind}; {NF4} and {FP4} are read", NAME)
             state = json.loads(bytes(_tensor(there, key).tolist()))
-            found[weight] = Format(NF4, state["blocksize"])
+            found[weight] = Format(kind, state["blocksize"])
         elif key.endswith(".SCB"):
             weight = f"{key.removesuffix('.SCB')}.weight"
             found[weight] = Format("int8", _described(there, weight, ("I8",))[-1])
@@ -132,9 +132,9 @@ def _held(_: Any, forms: Mapping[str, Format], there: Places, key: str, dtype: t
     """A weight of bitsandbytes as one of ours."""
     form, tensors = forms[key], _tensors(there, key.removesuffix("weight"))
     codes = tensors["weight"]
-    if form.method != NF4:
+    if form.method not in (NF4, FP4):
         return Quantised(codes, tensors["SCB"].float().view(-1, 1) / 127, None, form, dtype)
-    state = json.loads(bytes(tensors[f"weight.quant_state.{BITSANDBYTES}__{NF4}"].tolist()))
+    state = json.loads(bytes(tensors[f"weight.quant_state.{BITSANDBYTES}__{form.method}"].tolist()))
     scales = tensors["weight.absmax"]
     if "nested_offset" in state:  # The scales are in 8 bits themselves, around their mean.
         own = tensors["weight.nested_absmax"].repeat_interleave(state["nested_blocksize"])[: len(scales)]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .stored import Stored, aten
 
-NF4, FP8 = "nf4", "fp8"
+NF4, FP4, FP8 = "nf4", "fp4", "fp8"
 _E4M3 = torch.float8_e4m3fn
 
 
@@ -22,7 +22,8 @@ class Format:
 
     Attributes:
         method: "nf4" (4-bit normal floats, Dettmers et al., arXiv 2305.14314, by bitsandbytes), "int4" (whole numbers
-            with a zero point), "int8" (symmetric whole numbers) or "fp8" (E4M3 floats, arXiv 2209.05433).
+            with a zero point), "int8" (symmetric whole numbers), "fp4" (4-bit floats of bitsandbytes) or "fp8" (E4M3
+            floats, arXiv 2209.05433).
         group: entries of a row that share a scale.
         ordered: whether these are not next to each other.
     """
@@ -227,25 +228,25 @@ def _divisor(scales: Tensor) -> Tensor:
     return torch.where(scales > 0, scales, 1)  # A group of zeros stays one.
 
 
-def _to_nf4(weight: Tensor, group: int) -> tuple[Tensor, Tensor, None]:
+def _to_bits(kind: str, weight: Tensor, group: int) -> tuple[Tensor, Tensor, None]:
     *lead, columns = weight.shape
     shapes = (*lead, columns // 2), (*lead, columns // group)
     if weight.is_meta:
         codes, scales = (torch.empty(shape, device="meta") for shape in shapes)
         return codes.to(torch.uint8), scales, None
     _bitsandbytes()
-    codes, scales = torch.ops.bitsandbytes.quantize_4bit(weight.contiguous(), group, NF4, torch.uint8)
+    codes, scales = torch.ops.bitsandbytes.quantize_4bit(weight.contiguous(), group, kind, torch.uint8)
     return codes.view(shapes[0]), scales.view(shapes[1]), None
 
 
-def _from_nf4(codes: Tensor, scales: Tensor) -> Tensor:
+def _from_bits(kind: str, codes: Tensor, scales: Tensor) -> Tensor:
     shape = (*codes.shape[:-1], 2 * codes.shape[-1])
     if codes.is_meta:
         return torch.empty(shape, device="meta")
     _bitsandbytes()
     group = shape[-1] // scales.shape[-1]
     codes, scales = codes.reshape(-1, 1), scales.reshape(-1)
-    return torch.ops.bitsandbytes.dequantize_4bit(codes, scales, group, NF4, shape, scales.dtype)
+    return torch.ops.bitsandbytes.dequantize_4bit(codes, scales, group, kind, shape, scales.dtype)
 
 
 def _bitsandbytes() -> None:
@@ -262,9 +263,11 @@ def _bitsandbytes() -> None:
 
 
 _METHODS: dict[str, tuple[Callable[..., Any], Callable[..., Tensor]]] = {
-    NF4: (_to_nf4, _from_nf4),
+    NF4: (partial(_to_bits, NF4), partial(_from_bits, NF4)),
     "int8": (_to_int8, _from_int8),
     "int4": (_to_int4, _from_int4),
-    FP8: (_to_fp8, _from_fp8),  # Of checkpoints alone.
+    # Of checkpoints alone.
+    FP4: (partial(_to_bits, FP4), partial(_from_bits, FP4)),
+    FP8: (_to_fp8, _from_fp8),
 }
-METHODS = tuple(name for name in _METHODS if name != FP8)
+METHODS = tuple(name for name in _METHODS if name not in (FP4, FP8))

@@ -33,5 +33,14 @@ def fourierft(w: Operator, site: Scope, *, frequencies: Count = 1000, scale: Pos
     size = site.n * site.m
     count = min(frequencies, size)
     indices, d = site.chosen("indices", count, choice(size), below=size, distinct=True), site.tuned("d", count, 0.0)
-    spectrum = d.new_zeros((*site.shape[:-2], size)).scatter(-1, indices, d).unflatten(-1, (site.n, site.m))
-    return w + scale * Dense(torch.real(torch.fft.ifft2(spectrum)))
+    return w + scale * Dense(_real(indices, d, site.n, site.m))
+
+
+def _real(indices: Tensor, d: Tensor, n: int, m: int) -> Tensor:
+    """Re(F^-1 D), (..., n, m), by half of its columns: another one's transform has the real part of its mirror's."""
+    rows, columns, width = indices // m, indices % m, m // 2 + 1
+    mirrored = columns >= width
+    rows, columns = torch.where(mirrored, -rows % n, rows), torch.where(mirrored, m - columns, columns)
+    values = torch.where(2 * columns % m == 0, d, d / 2)  # All but the first and the middle one count twice.
+    half = d.new_zeros((*d.shape[:-1], n * width)).scatter_add(-1, rows * width + columns, values)
+    return torch.fft.irfft2(half.unflatten(-1, (n, width)), (n, m))

@@ -3,16 +3,17 @@
 import torch
 from torch import Tensor
 
-from rewriter.algebra import Dense, Operator
+from rewriter.algebra import Operator, Patch
 from rewriter.methods.fourierft import drawn
 from rewriter.transforms import Count, Peft, Place, Positive, Scope, choice, same, transform
 
 
-def _haar(x: Tensor) -> Tensor:
-    """One level of synthesis along the rows: means and differences of pairs, to the pairs."""
-    half = x.shape[-2] // 2
-    mean, difference = x[..., :half, :], x[..., half:, :]
-    return torch.stack([mean + difference, mean - difference], -2).flatten(-3, -2) / 2**0.5
+def _haar(places: Tensor, half: int) -> tuple[Tensor, Tensor]:
+    """One level of synthesis, of coefficients at places: (..., 2) each, the pair that one is of, and its signs there.
+    Means come first, then differences."""
+    pair = 2 * (places % half)
+    signs = 1 - 2 * (places >= half).long()
+    return torch.stack([pair, pair + 1], -1), torch.stack([torch.ones_like(signs), signs], -1)
 
 
 def _drawn(config, at: Place) -> Tensor:
@@ -41,5 +42,7 @@ def waveft(w: Operator, site: Scope, *, coefficients: Count = 1000, scale: Posit
     size = 4 * site.divided(2) * site.divided(2, "outputs")
     count = min(coefficients, size)
     indices, d = site.chosen("indices", count, choice(size), below=size, distinct=True), site.tuned("d", count, 0.0)
-    sparse = d.new_zeros((*site.shape[:-2], size)).scatter(-1, indices, d).unflatten(-1, (site.n, site.m))
-    return w + scale * Dense(_haar(_haar(sparse).transpose(-2, -1)).transpose(-2, -1))
+    (rows, up), (columns, across) = _haar(indices // site.m, site.n // 2), _haar(indices % site.m, site.m // 2)
+    places = rows.unsqueeze(-1) * site.m + columns.unsqueeze(-2)
+    signs = 0.5 * scale * (up.unsqueeze(-1) * across.unsqueeze(-2))
+    return Patch(w, places.flatten(-3), (d[..., None, None] * signs).flatten(-3))

@@ -21,6 +21,7 @@ from ..tuned import TunedModel
 from .parallel import processes, share, together, total
 from .recompute import by_layer
 from .schedules import Objective
+from .sharding import shard
 
 Rows = Sequence[Any]
 Collate = Callable[[list], dict[str, Tensor]]
@@ -99,10 +100,7 @@ def predict(model: TunedModel, spec: Spec, rows: Rows, collate: Collate) -> tupl
     if task.writes:  # Rows of like lengths have little padding.
         order = np.argsort([task.length(row) for row in rows], kind="stable")
     chunks = [order[i : i + size].tolist() for i in range(0, len(rows), size)]
-    own = share(range(len(chunks)))
-    # Where weights are shared out every process runs as often as the others: more chunks, that do not count.
-    most = -(-len(chunks) // processes().num_processes) if spec.train.parallel.shard > 1 else max(len(own), 1)
-    turns = [*own, *[0] * (most - len(own))]
+    own, turns = _turns(len(chunks), spec)
     sums, parts = torch.zeros(2, dtype=torch.float64, device=device), []
     # A loader draws a seed; a run that resumes after the evaluation would not have drawn it.
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -137,26 +135,38 @@ def referred(model: TracedModel, spec: Spec, rows: Dataset, collate: Collate) ->
     """Rows with what the task's loss reads of the model before it is tuned, if it reads any.
 
     Args:
-        model: traced, without an adapter; it is left where it was, in eval mode.
+        model: traced, without an adapter; it is left as it was.
     """
     task, size, device = spec.task, spec.train.batch_size, processes().device
     if not task.reference:
         return rows
-    before = next(model.parameters()).device
-    model.to(device).eval()
-    parts, reads = [torch.zeros(0, len(task.reference) + 1, dtype=torch.float64, device=device)], _read(model, spec)
-    for first in share(range(0, len(rows), size)):
-        index = range(first, min(first + size, len(rows)))
+    used, count = model.clone("eval").requires_grad_(False), spec.train.parallel.shard
+    used.recompile()
+    if count > 1:
+        shard(count, (used,), ())
+    used.to(device).eval()
+    parts, reads = [torch.zeros(0, len(task.reference) + 1, dtype=torch.float64, device=device)], _read(used, spec)
+    own, turns = _turns(-(-len(rows) // size), spec)
+    for turn, number in enumerate(turns):
+        index = range(number * size, min((number + 1) * size, len(rows)))
         inputs, targets = split(model, collate([rows[i] for i in index]), device)
         with autocast(spec.train, device):
             found = task.refers(reads(**inputs), targets).double()
-        parts.append(torch.cat([torch.tensor([*index], device=device).double()[:, None], found], dim=1))
-    model.to(before)
+        if turn < len(own):
+            parts.append(torch.cat([torch.tensor([*index], device=device).double()[:, None], found], dim=1))
     every = together(torch.cat(parts)).cpu()
     every = every[every[:, 0].argsort()]
     for k, name in enumerate(task.reference, 1):
         rows = rows.add_column(name, every[:, k].tolist())
     return rows
+
+
+def _turns(count: int, spec: Spec) -> tuple[Sequence[int], list[int]]:
+    """Of so many batches those that are this process's, and those that it runs: at least one, and where weights are
+    shared out as many as the others do; what is more does not count."""
+    own = share(range(count))
+    most = -(-count // processes().num_processes) if spec.train.parallel.shard > 1 else max(len(own), 1)
+    return own, [*own, *[0] * (most - len(own))]
 
 
 def _read(model: TunedModel, spec: Spec) -> TunedModel:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from rewriter import Session, SubspanError
 from tests import tiny
+from tests.tasks.test_preference import written
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
@@ -139,6 +140,17 @@ def test_a_run_of_two_is_that_of_one_also_when_one_of_them_is_killed(tmp_path, m
         else:
             alone.tune(out, resume=True)
         assert apart(tmp_path / "one", out) < 1e-5
+
+
+@slow
+def test_pairs_are_read_beside_a_model_that_is_shared_out(tmp_path):
+    """The reference of 24 and of 8 pairs in batches of 10: three batches and one, for two processes."""
+    spec = written(tmp_path)
+    alone = Session(spec, "train.batch_size=10")
+    alone.tune(tmp_path / "one")
+    line = [str(ROOT / "pipelines/train.py"), str(spec), "--out", str(tmp_path / "two")]
+    done(launched(2, *line, "--set", "train.batch_size=10", "--set", "train.parallel.shard=2"))
+    assert apart(tmp_path / "one", tmp_path / "two") < 1e-5
 
 
 def test_what_is_written_is_not_shared_out(tmp_path):
