@@ -1,6 +1,6 @@
 """DEFT: a subspace of the outputs is taken away and filled anew."""
 
-from rewriter.algebra import Dense, Identity, Operator
+from rewriter.algebra import Dense, Operator
 from rewriter.methods.lora import scaled
 from rewriter.transforms import Alpha, Peft, Rank, Scope, normal, same, transform, transposed
 
@@ -19,6 +19,6 @@ def deft(w: Operator, site: Scope, *, rank: Rank, alpha: Alpha = None) -> Operat
     """W (I - relu(P) Pt) + s R Pt, P (m, r) and R (n, r); P = 0.02 normal and s R = W relu(P) at the start.
     arXiv 2509.22793"""
     s, p = scaled(site, rank, alpha), site.tuned("p", (site.m, rank), normal(0.02))
-    right, pt = Dense(p.relu()), Dense(p.transpose(-2, -1))
-    r = Dense(site.tuned("r", (site.n, rank), w.dense() @ p.relu() / s))
-    return w @ (Identity() - right @ pt) + s * (r @ pt)
+    taken = w.dense() @ p.relu()
+    filled = s * site.tuned("r", (site.n, rank), taken / s)
+    return w + Dense(filled - taken) @ Dense(p.transpose(-2, -1))

@@ -37,10 +37,12 @@ def fourierft(w: Operator, site: Scope, *, frequencies: Count = 1000, scale: Pos
 
 
 def _real(indices: Tensor, d: Tensor, n: int, m: int) -> Tensor:
-    """Re(F^-1 D), (..., n, m), by half of its columns: another one's transform has the real part of its mirror's."""
+    """Re(F^-1 D), (..., n, m), by half of its columns: another one's transform has the real part of its mirror's. In
+    float32 or wider."""
     rows, columns, width = indices // m, indices % m, m // 2 + 1
     mirrored = columns >= width
     rows, columns = torch.where(mirrored, -rows % n, rows), torch.where(mirrored, m - columns, columns)
     values = torch.where(2 * columns % m == 0, d, d / 2)  # All but the first and the middle one count twice.
     half = d.new_zeros((*d.shape[:-1], n * width)).scatter_add(-1, rows * width + columns, values)
-    return torch.fft.irfft2(half.unflatten(-1, (n, width)), (n, m))
+    wide = half.unflatten(-1, (n, width)).to(torch.promote_types(d.dtype, torch.float32))
+    return torch.fft.irfft2(wide, (n, m)).to(d.dtype)

@@ -44,5 +44,5 @@ def waveft(w: Operator, site: Scope, *, coefficients: Count = 1000, scale: Posit
     indices, d = site.chosen("indices", count, choice(size), below=size, distinct=True), site.tuned("d", count, 0.0)
     (rows, up), (columns, across) = _haar(indices // site.m, site.n // 2), _haar(indices % site.m, site.m // 2)
     places = rows.unsqueeze(-1) * site.m + columns.unsqueeze(-2)
-    signs = 0.5 * scale * (up.unsqueeze(-1) * across.unsqueeze(-2))
-    return Patch(w, places.flatten(-3), (d[..., None, None] * signs).flatten(-3))
+    signs = (up.unsqueeze(-1) * across.unsqueeze(-2)).to(d.dtype)
+    return Patch(w, places.flatten(-3), (0.5 * scale * d[..., None, None] * signs).flatten(-3))

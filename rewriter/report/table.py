@@ -79,7 +79,7 @@ def print_plan(plan: Plan, console: Console, tokens: int, step: StepCost | None 
                 f"{step.weights / 1e6:,.1f} MB of weights" * (step.processes > 1 or step.offloaded > 0)
             )
             + (f"; {step.layers} layers are computed again in the backward, to meet the limit" if step.layers else "")
-            + (f"; the weights of {step.offloaded} layers stay in the CPU's memory" if step.offloaded else ""),
+            + (f"; weights of {step.offloaded} of the layers stay in the CPU's memory" if step.offloaded else ""),
             highlight=False,
         )
     for note in plan.notes:

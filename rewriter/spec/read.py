@@ -160,13 +160,14 @@ def dump_spec(spec: Spec) -> str:
     return _written(spec.model_dump(mode="json", by_alias=True, exclude_none=False))
 
 
-_SHARED = {"train": {"parallel"}}  # Which processes share the work: a run goes on in others.
+# Which processes share the work, and what stays off a device: a run goes on with others.
+_PLACED = {"train": {"parallel"}, "limits": {"weight_memory"}}
 
 
 def differing(one: Spec, other: Spec) -> list[str]:
-    """The settings that two specs differ in, as they are written, but for which processes share the work: dotted keys;
-    lists are compared whole."""
-    first, second = (spec.model_dump(mode="json", by_alias=True, exclude=_SHARED) for spec in (one, other))
+    """The settings that two specs differ in, as they are written, but for where the work is done: dotted keys; lists
+    are compared whole."""
+    first, second = (spec.model_dump(mode="json", by_alias=True, exclude=_PLACED) for spec in (one, other))
     if _written(first) == _written(second):
         return []
     first, second = _flat(first), _flat(second)
@@ -183,7 +184,7 @@ def _flat(value: Any, place: str = "") -> dict[str, str]:
 def decisive(spec: Spec) -> dict[str, Any]:
     """What of a spec decides what is tuned: less where the model and the data lie, what is exported, which processes
     share the work, and notes."""
-    left_out = _SHARED | {"export": True, "meta": True, "limits": True, "model": {"name", "gguf", "revision"}}
+    left_out = _PLACED | {"export": True, "meta": True, "limits": True, "model": {"name", "gguf", "revision"}}
     left_out["data"] = {"files": True, "mixture": {"__all__": {"files"}}}
     return spec.model_dump(mode="json", by_alias=True, exclude=left_out)
 

@@ -81,7 +81,7 @@ Offloaded.kept = {**Stored.kept, torch.ops.aten._to_copy.default: _moved}
 
 
 def layers_to_offload(model: nn.Module, most: float | None, without: Collection[str]) -> dict[str, list[str]]:
-    """Layer -> names of its frozen parameters, of the fewest layers, from the first on, that leave a device with at
+    """Layer -> names of its frozen matrices, of the fewest layers, from the first on, that leave a device with at
     most `most` bytes of weights, the largest of the others too, which has to be there while an op reads it.
 
     Args:
@@ -90,14 +90,14 @@ def layers_to_offload(model: nn.Module, most: float | None, without: Collection[
         without: names of parameters that are no weights of the base.
 
     Raises:
-        SpecError: what is in no layer is more already.
+        SpecError: what is no layer's matrix is more already.
     """
     if most is None:
         return {}
     named = {name: one for name, one in model.named_parameters() if name not in without}
     layers: dict[str, list[str]] = {}
-    for name in named:
-        if layer := layer_of(name):
+    for name, one in named.items():
+        if one.ndim > 1 and (layer := layer_of(name)):  # A vector is not worth a transfer.
             layers.setdefault(layer, []).append(name)
     left, largest, found = sum(map(held_bytes, named.values())), 0, {}
     for layer, names in layers.items():
@@ -107,8 +107,8 @@ def layers_to_offload(model: nn.Module, most: float | None, without: Collection[
         left -= sum(held_bytes(named[name]) for name in names)
         largest = max(largest, *(named[name].numel() * named[name].element_size() for name in names))
     if left + largest > most:
-        said = f"{left:,} bytes of weights are in no layer" if found else f"the weights are {left:,} bytes in no layers"
-        said += f", and the largest of the layers' has {largest:,}" if found else ""
+        said = f", and the largest of the layers' matrices has {largest:,}" if found else ""
+        said = f"{left:,} bytes of weights are no matrices of layers{said}"
         raise SpecError(f"{said}: more than the limit of {most:,.0f} bytes", PATH)
     return found
 

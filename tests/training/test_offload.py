@@ -1,6 +1,7 @@
 """Frozen weights that stay in the CPU's memory: which, where, and that nothing else changes."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -63,9 +64,9 @@ def test_as_few_layers_go_as_leave_room_for_the_rest_and_the_largest_weight(most
 
 
 def test_what_is_in_no_layer_has_to_fit():
-    with pytest.raises(SpecError, match=r"6,400 bytes of weights are in no layer, and the largest .* 20,480: more"):
+    with pytest.raises(SpecError, match=r"6,400 bytes of weights are no matrices of layers, and .* 20,480: more"):
         layers_to_offload(Layers(), OUTSIDE + ONE - 1, ())
-    with pytest.raises(SpecError, match="the weights are 6,400 bytes in no layers: more than the limit of 10 bytes"):
+    with pytest.raises(SpecError, match="6,400 bytes of weights are no matrices of layers: more than the limit of 10"):
         layers_to_offload(Layers(0), 10, ())
 
 
@@ -124,12 +125,15 @@ def test_a_run_is_the_same_and_goes_on_without(tmp_path):
     assert all(torch.equal(one, tensors[1][name]) for name, one in tensors[0].items())
     one, other = (json.loads((run / "metrics.json").read_text()) for run in runs)
     assert one["validation"] == other["validation"]
+    (runs[1] / "metrics.json").unlink()
+    shutil.rmtree(runs[1] / "adapter")
+    assert Session(folder).tune(runs[1], resume=True)["validation"] == other["validation"]
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ([f"{LIMIT}=1 kB"], "limits.weight_memory: .* bytes of weights are in no layer.*more than the limit of 1,000"),
+        ([f"{LIMIT}=1 kB"], "limits.weight_memory: .* bytes of weights are no matrices of layers.*limit of 1,000"),
         ([f"{LIMIT}=1 GB", "train.parallel.shard=2"], "shared out among processes, or kept in the CPU's memory"),
         ([f"{LIMIT}=many"], "expected bytes, or a size such as 8 GiB"),
     ],
