@@ -165,7 +165,7 @@ def _turns(count: int, spec: Spec) -> tuple[Sequence[int], list[int]]:
     """Of so many batches those that are this process's, and those that it runs: at least one, and where weights are
     shared out as many as the others do; what is more does not count."""
     own = share(range(count))
-    most = -(-count // processes().num_processes) if spec.train.parallel.shard > 1 else max(len(own), 1)
+    most = -(-count // processes().num_processes) if spec.train.parallel.shard > 1 else max(len(own), min(count, 1))
     return own, [*own, *[0] * (most - len(own))]
 
 
