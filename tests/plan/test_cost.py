@@ -110,7 +110,7 @@ def test_overhead_of_a_step():
 
 BOUNDS = dict.fromkeys(("lora", "trilora", "adalora", "flora", "lora_fa", "lora_xs", "vera", "delora", "tied_lora"), 2)
 BOUNDS |= {"miss": 2, "lokr": 2, "spectral": 4, "pissa": 4, "milora": 4, "loha": 4, "pafi": 1}
-BOUNDS |= {"adamss": 2, "psoft": 2, "tinylora": 2, "peanut": 2, "super_tuning": 3}
+BOUNDS |= {"adamss": 2, "psoft": 2, "deft": 2, "tinylora": 2, "peanut": 2, "super_tuning": 3}
 
 
 @pytest.mark.parametrize("name", PLAIN)
