@@ -8,7 +8,7 @@ from .maps import NONLINEARITIES, Affine, Computed, Dropout, Pointwise, Prepend,
 from .norms import column_norm, detach
 from .operators import Concat, Dense, Diag, Identity, Operator, Product, Scale, Sum, tensors_of
 from .quantised import Format, Quantised
-from .stored import Stored, as_dense, held_bytes, parts_of
+from .stored import Elsewhere, Stored, as_dense, held_bytes, maker_of, parts_of
 from .structured import Blocks, Circulant, Hadamard, Kronecker, Patch, Shuffle
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Dense",
     "Diag",
     "Dropout",
+    "Elsewhere",
     "Format",
     "Hadamard",
     "Identity",
@@ -39,6 +40,7 @@ __all__ = [
     "column_norm",
     "detach",
     "held_bytes",
+    "maker_of",
     "moved_by",
     "parts_of",
     "rows_of",

@@ -4,6 +4,7 @@ An op with one makes it dense for as long as the op takes; autograd keeps what i
 """
 
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, ClassVar, Self
 
 import torch
@@ -64,6 +65,54 @@ class Stored(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
 
+class Elsewhere(Stored):
+    """A frozen weight whose tensors are brought here, whole, each time that it is made dense.
+
+    Attributes:
+        held: what is held of the tensors that the weight is stored as.
+        made: of those tensors, brought, the dense weight.
+        flipped: whether the last two dimensions are the other way round.
+    """
+
+    held: tuple[Tensor, ...]
+    made: Callable[[Sequence[Tensor]], Tensor]
+    flipped: bool
+
+    @staticmethod
+    def __new__(
+        cls,
+        held: tuple[Tensor, ...],
+        made: Callable[[Sequence[Tensor]], Tensor],
+        like: Tensor,
+        device: torch.device,
+        flipped: bool = False,
+    ) -> Self:
+        out = Tensor._make_wrapper_subclass(cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device)
+        out.held, out.made, out.flipped = held, made, flipped
+        return out
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        return self.held
+
+    def brought(self) -> Sequence[Tensor]:
+        """The tensors that the weight is stored as, on its device."""
+        raise NotImplementedError
+
+    def alike(self, held: tuple[Tensor, ...], like: Tensor, flipped: bool) -> Self:
+        """The same weight of other tensors, with the shape and the strides of another."""
+        raise NotImplementedError
+
+    def dense(self) -> Tensor:
+        whole = self.made(self.brought())
+        return whole.transpose(-2, -1) if self.flipped else whole
+
+    def again(self, fn: Callable[[Tensor], Tensor] = lambda one: one, flip: bool = False) -> Self:
+        like = torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device="meta")
+        like = like.transpose(-2, -1) if flip else like
+        return self.alike(tuple(map(fn, self.held)), like, self.flipped != flip)
+
+
 def _same(weight: Stored, *_: Any, **__: Any) -> Stored:
     return weight.again()
 
@@ -97,6 +146,11 @@ Stored.kept = {
 def parts_of(tensor: Tensor) -> tuple[Tensor, ...]:
     """The tensors that one is held in: itself, unless it is stored otherwise."""
     return tensor.parts if isinstance(tensor, Stored) else (tensor,)
+
+
+def maker_of(tensor: Tensor) -> Callable[[Sequence[Tensor]], Tensor]:
+    """A function from tensors like `parts_of` one to what they stand for."""
+    return tensor.of_parts() if isinstance(tensor, Stored) else itemgetter(0)
 
 
 def held_bytes(tensor: Tensor) -> int:

@@ -1,13 +1,12 @@
 """Frozen weights that stay in the CPU's memory: an op that reads one copies it to its device for the time it takes."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from operator import itemgetter
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from ..algebra import Stored, held_bytes, parts_of
+from ..algebra import Elsewhere, held_bytes, maker_of, parts_of
 from ..errors import SpecError
 from ..graph.traced import assign
 from .recompute import layer_of
@@ -15,59 +14,24 @@ from .recompute import layer_of
 PATH = ("limits", "weight_memory")
 
 
-class Offloaded(Stored):
-    """A frozen weight of a model on some device, held in the CPU's memory; page-locked for a CUDA device.
-
-    Attributes:
-        held: the tensors that the weight is stored as, on the CPU.
-        made: of those tensors, copied, the dense weight.
-        flipped: whether the last two dimensions are the other way round.
-    """
-
-    held: tuple[Tensor, ...]
-    made: Callable[[Sequence[Tensor]], Tensor]
-    flipped: bool
-
-    @staticmethod
-    def __new__(
-        cls,
-        held: tuple[Tensor, ...],
-        made: Callable[[Sequence[Tensor]], Tensor],
-        like: Tensor,
-        device: torch.device,
-        flipped: bool = False,
-    ) -> Self:
-        out = Tensor._make_wrapper_subclass(cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device)
-        out.held, out.made, out.flipped = held, made, flipped
-        return out
+class Offloaded(Elsewhere):
+    """A frozen weight of a model on some device, held in the CPU's memory; page-locked for a CUDA device."""
 
     @classmethod
     def of(cls, weight: Tensor) -> Self:
         """A weight on the CPU."""
-        made = weight.of_parts() if isinstance(weight, Stored) else itemgetter(0)
-        return cls(parts_of(weight.detach()), made, weight, weight.device)
+        return cls(parts_of(weight.detach()), maker_of(weight), weight, weight.device)
 
-    @property
-    def parts(self) -> tuple[Tensor, ...]:
-        return self.held
+    def brought(self) -> list[Tensor]:
+        return [one.to(self.device, non_blocking=True) for one in self.held]
 
-    def dense(self) -> Tensor:
-        """The weight on the model's device."""
-        whole = self.made([one.to(self.device, non_blocking=True) for one in self.held])
-        return whole.transpose(-2, -1) if self.flipped else whole
-
-    def again(self, fn: Callable[[Tensor], Tensor] = lambda one: one, flip: bool = False) -> "Offloaded":
-        return self._like(tuple(map(fn, self.held)), self.device, flip)
+    def alike(self, held: tuple[Tensor, ...], like: Tensor, flipped: bool) -> "Offloaded":
+        return Offloaded(held, self.made, like, self.device, flipped)
 
     def at(self, device: torch.device) -> "Offloaded":
         """The same weight of a model on another device."""
-        locked = device.type == "cuda"
-        return self._like(tuple(one.pin_memory() if locked else one for one in self.held), device)
-
-    def _like(self, held: tuple[Tensor, ...], device: torch.device, flip: bool = False) -> "Offloaded":
-        like = torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device="meta")
-        like = like.transpose(-2, -1) if flip else like
-        return Offloaded(held, self.made, like, device, self.flipped != flip)
+        held = tuple(one.pin_memory() if device.type == "cuda" else one for one in self.held)
+        return Offloaded(held, self.made, self, device, self.flipped)
 
     def __repr__(self) -> str:
         return f"Offloaded({tuple(self.shape)}, device={self.device})"
@@ -77,7 +41,7 @@ def _moved(weight: Offloaded, *, dtype: Any = None, device: Any = None, **_: Any
     return weight.at(torch.device(device or weight.device)) if dtype in (None, weight.dtype) else None
 
 
-Offloaded.kept = {**Stored.kept, torch.ops.aten._to_copy.default: _moved}
+Offloaded.kept = {**Elsewhere.kept, torch.ops.aten._to_copy.default: _moved}
 
 
 def layers_to_offload(model: nn.Module, most: float | None, without: Collection[str]) -> dict[str, list[str]]:

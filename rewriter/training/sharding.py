@@ -1,16 +1,15 @@
 """Frozen weights shared out among processes: each holds a part, and an op that reads one gathers the others' first."""
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..algebra import Stored, parts_of
+from ..algebra import Elsewhere, maker_of, parts_of
 from ..graph.traced import assign, released
 from .parallel import processes
 
@@ -40,35 +39,15 @@ class _Cut:
         return made[: math.prod(self.shape)].view(self.shape)
 
 
-class Sharded(Stored):
-    """A frozen weight of which this process holds a part.
+class Sharded(Elsewhere):
+    """A frozen weight of which this process holds a part: every process of the group has to ask for it.
 
     Attributes:
-        held: its part of each tensor that the weight is stored as.
-        cuts: how each of them is cut.
-        made: of those tensors, gathered, the dense weight.
-        flipped: whether the last two dimensions are the other way round.
+        cuts: how each of the tensors that the weight is stored as is cut.
     """
 
     together = True
-    held: tuple[Tensor, ...]
     cuts: tuple[_Cut, ...]
-    made: Callable[[Sequence[Tensor]], Tensor]
-    flipped: bool
-
-    @staticmethod
-    def __new__(
-        cls,
-        held: tuple[Tensor, ...],
-        cuts: tuple[_Cut, ...],
-        made: Callable[[Sequence[Tensor]], Tensor],
-        like: Tensor,
-        flipped: bool = False,
-    ) -> Self:
-        shape, strides, device = like.shape, like.stride(), held[0].device
-        out = Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=like.dtype, device=device)
-        out.held, out.cuts, out.made, out.flipped = held, cuts, made, flipped
-        return out
 
     @classmethod
     def of(cls, weight: Tensor, group: dist.ProcessGroup) -> Self:
@@ -76,22 +55,20 @@ class Sharded(Stored):
         parts = parts_of(weight.detach())
         cuts = tuple(_Cut(one.shape, group) for one in parts)
         held = tuple(cut.part(one) for cut, one in zip(cuts, parts, strict=True))
-        made = weight.of_parts() if isinstance(weight, Stored) else itemgetter(0)
-        return cls(held, cuts, made, torch.empty(weight.shape, dtype=weight.dtype, device="meta"))
+        like = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+        return cls._cut(held, cuts, maker_of(weight), like)
 
-    @property
-    def parts(self) -> tuple[Tensor, ...]:
-        return self.held
+    @classmethod
+    def _cut(cls, held: tuple[Tensor, ...], cuts: tuple[_Cut, ...], made: Any, like: Tensor, flipped: bool = False):
+        out = cls(held, made, like, held[0].device, flipped)
+        out.cuts = cuts
+        return out
 
-    def dense(self) -> Tensor:
-        """The weight, gathered: every process of the group has to ask for it."""
-        whole = self.made([cut.whole(part) for cut, part in zip(self.cuts, self.held, strict=True)])
-        return whole.transpose(-2, -1) if self.flipped else whole
+    def brought(self) -> list[Tensor]:
+        return [cut.whole(part) for cut, part in zip(self.cuts, self.held, strict=True)]
 
-    def again(self, fn: Callable[[Tensor], Tensor] = lambda one: one, flip: bool = False) -> "Sharded":
-        like = torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device="meta")
-        like = like.transpose(-2, -1) if flip else like
-        return Sharded(tuple(map(fn, self.held)), self.cuts, self.made, like, self.flipped != flip)
+    def alike(self, held: tuple[Tensor, ...], like: Tensor, flipped: bool) -> "Sharded":
+        return self._cut(held, self.cuts, self.made, like, flipped)
 
     def __repr__(self) -> str:
         return f"Sharded({len(self.held[0])} of {math.prod(self.cuts[0].shape)} entries, {tuple(self.shape)})"
