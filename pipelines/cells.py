@@ -53,9 +53,8 @@ def run_cells(
     if name and "/" in name:
         raise SubspanError(f"--name {name}: a name, not a path")
     out.mkdir(parents=True, exist_ok=True)
-    storage = _storage(out, server)
-    with _alone(storage, out, server):
-        study = _study(storage)
+    with _alone(out, server):
+        study = _study(out, server)
         known = latest(study)
         for attributes in list(_cells(specs, seeds, rows, settings, name)):
             before = known.get(attributes["cell"])
@@ -109,44 +108,60 @@ def open_study(out: Path, server: str | None = None) -> optuna.Study:
     Raises:
         SubspanError: it can't be reached, or is none that is known.
     """
-    return _study(_storage(out, server))
+    with _alone(out, server):
+        return _study(out, server)
 
 
-def _study(storage: optuna.storages.RDBStorage) -> optuna.Study:
+def _study(out: Path, server: str | None) -> optuna.Study:
+    """What makes tables, and the study, where there are none: for one process at a time."""
+    url, connection = _address(out, server)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings(), _reached():
+        # Optuna calls heartbeats experimental, at every call.
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        storage = optuna.storages.RDBStorage(
+            url,
+            engine_kwargs={"connect_args": connection},
+            heartbeat_interval=HEARTBEAT,
+            grace_period=GRACE,
+            heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
+        )
     return optuna.create_study(storage=storage, study_name="study", load_if_exists=True, direction="maximize")
 
 
-def _storage(out: Path, server: str | None) -> optuna.storages.RDBStorage:
-    if server is not None and not server.startswith(SERVER):
+def _address(out: Path, server: str | None) -> tuple[str, dict[str, int]]:
+    """The database's URL, and how long, in seconds, it is waited for."""
+    if server is None:
+        return f"sqlite:///{out / 'study.db'}", {"timeout": 60}
+    if not server.startswith(SERVER):
         raise SubspanError(f"--storage: a database server is named {SERVER}user:password@host/database")
-    if server is not None and find_spec("psycopg") is None:
+    if find_spec("psycopg") is None:
         raise SubspanError("--storage: its driver is missing: pip install 'subspan[cluster]'")
-    url = f"sqlite:///{out / 'study.db'}" if server is None else f"postgresql+psycopg://{server.removeprefix(SERVER)}"
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with warnings.catch_warnings():
-        # Optuna calls heartbeats experimental, at every call.
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        try:
-            return optuna.storages.RDBStorage(
-                url,
-                engine_kwargs={"connect_args": {"timeout": 60} if server is None else {"connect_timeout": 60}},
-                heartbeat_interval=HEARTBEAT,
-                grace_period=GRACE,
-                heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
-            )
-        except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
-            raise SubspanError(f"--storage: the server can't be reached: {reason(error.__cause__ or error)}") from None
+    return f"postgresql+psycopg://{server.removeprefix(SERVER)}", {"connect_timeout": 60}
 
 
 @contextlib.contextmanager
-def _alone(storage: optuna.storages.RDBStorage, out: Path, server: str | None) -> Iterator[None]:
-    """One process at a time looks which cells there are, and adds those that are missing."""
+def _reached() -> Iterator[None]:
+    try:
+        yield
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
+        raise SubspanError(f"--storage: the server can't be reached: {reason(error.__cause__ or error)}") from None
+
+
+@contextlib.contextmanager
+def _alone(out: Path, server: str | None) -> Iterator[None]:
+    """One process at a time makes the study, looks which cells there are, and adds those that are missing."""
     if server is None:
         with filelock.FileLock(out / "study.lock"):
             yield
         return
-    with storage.engine.begin() as connection:  # Until the transaction ends, however that is.
-        connection.execute(sqlalchemy.text(f"SELECT pg_advisory_xact_lock({_LOCK})"))
+    url, arguments = _address(out, server)
+    with contextlib.ExitStack() as held:
+        with _reached():
+            engine = sqlalchemy.create_engine(url, connect_args=arguments, poolclass=sqlalchemy.pool.NullPool)
+            connection = held.enter_context(engine.begin())
+            # Until the transaction ends, however that is.
+            connection.execute(sqlalchemy.text(f"SELECT pg_advisory_xact_lock({_LOCK})"))
         yield
 
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import optuna
@@ -145,6 +146,16 @@ def test_two_machines_share_the_cells_of_a_server_and_one_of_them_dies(spec, tmp
     told = CliRunner().invoke(study.app, ["report", "--out", str(outs[1]), "--to", str(tmp_path / "docs"), *more])
     assert told.exit_code == 0, told.output
     assert len(json.loads((tmp_path / "docs/results.json").read_text())) == 4
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_processes_that_begin_a_study_at_once_make_it_once(tmp_path, shared, request):
+    """Eight look for its tables while there are none: each makes what it does not see."""
+    url = request.getfixturevalue("server") if shared else None
+    with ThreadPoolExecutor(8) as pool:
+        studies = list(pool.map(lambda _: cells.open_study(tmp_path, url), range(8)))
+    studies[0].enqueue_trial({}, user_attrs={"cell": "tiny/lora/0"})
+    assert [len(one.get_trials()) for one in studies] == [1] * 8
 
 
 @pytest.mark.parametrize(
