@@ -46,7 +46,7 @@ from .training.packing import check_packing, packed_inputs
 from .training.parallel import processes
 from .training.recompute import by_layer, fewest
 from .training.schedules import allocate
-from .training.sharding import shard
+from .training.sharding import shard, shared_bytes
 from .training.start import check_start, choices_of, keep_start, start_values, started_from
 from .tuned import TunedModel
 
@@ -197,7 +197,9 @@ class Session:
         away = layers_to_offload(traced, spec.limits.weights, found.new)
         names = {name for some in away.values() for name in some}
         held = [one for name, one in traced.named_parameters() if name not in names]
-        weights = sum(-(-held_bytes(one) // parallel.shard) for one in held)
+        weights = sum(map(held_bytes, held))
+        if parallel.shard > 1:
+            weights = shared_bytes(parallel.shard, traced, found.new)
         cost = step_cost(traced, tuned, batch, loss, entries)
         cost = replace(cost, layers=layers, processes=parallel.least, weights=weights, offloaded=len(away))
         raise_all(exceeded(spec.limits, found, cost))

@@ -59,6 +59,11 @@ class Stored(Tensor):
         for value, argument in zip(args, func._schema.arguments, strict=False):
             if argument.is_write and isinstance(value, Stored):
                 raise NotImplementedError(f"{func} would write to a frozen weight that is stored otherwise")
+        return cls.computed(func, args, kwargs)
+
+    @classmethod
+    def computed(cls, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What an op gives for the dense weights among its arguments."""
         args, kwargs = pytree.tree_map_only(Stored, lambda one: one.dense(), (args, kwargs))
         return func(*args, **kwargs)
 

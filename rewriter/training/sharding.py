@@ -1,102 +1,132 @@
-"""Frozen weights shared out among processes: each holds a part, and an op that reads one gathers the others' first."""
+"""Frozen weights shared out among processes by FSDP2: each holds a part, and a layer is gathered when an op reads it.
 
-import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+What is gathered stays until an op reads another layer, in the forward as in the backward, so that a pass over the model
+gathers each layer once.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Self
+from weakref import WeakSet
 
 import torch
-import torch.distributed as dist
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from ..algebra import Elsewhere, maker_of, parts_of
+from ..algebra import Elsewhere, held_bytes, maker_of, parts_of
 from ..graph.traced import assign, released
 from .parallel import processes
+from .recompute import layer_of
 
 _LEAST = 2**8  # Entries: what is smaller is not worth a transfer.
-
-
-@dataclass(frozen=True)
-class _Cut:
-    """How a tensor is cut: its shape, and the processes that have a part each."""
-
-    shape: torch.Size
-    group: dist.ProcessGroup
-
-    def part(self, whole: Tensor) -> Tensor:
-        """This process's, of one dimension; the last ones are filled up."""
-        count = dist.get_world_size(self.group)
-        size = -(-whole.numel() // count)
-        start = dist.get_rank(self.group) * size
-        own = whole.reshape(-1)[start : start + size]
-        return torch.cat([own, own.new_zeros(size - len(own))])
-
-    def whole(self, part: Tensor) -> Tensor:
-        """Gathered as bytes, since not every type has a transfer of its own."""
-        count = dist.get_world_size(self.group)
-        made = part.new_empty(len(part) * count)
-        dist.all_gather(list(made.view(torch.uint8).chunk(count)), part.view(torch.uint8), group=self.group)
-        return made[: math.prod(self.shape)].view(self.shape)
+_whole: WeakSet[FSDPModule] = WeakSet()
 
 
 class Sharded(Elsewhere):
     """A frozen weight of which this process holds a part: every process of the group has to ask for it.
 
     Attributes:
-        cuts: how each of the tensors that the weight is stored as is cut.
+        layer: has the tensors that the weight is stored as, and those of the layer's other weights.
+        names: of them in it.
     """
 
     together = True
-    cuts: tuple[_Cut, ...]
+    layer: FSDPModule
+    names: tuple[str, ...]
 
     @classmethod
-    def of(cls, weight: Tensor, group: dist.ProcessGroup) -> Self:
-        """A weight that all processes of a group have whole."""
-        parts = parts_of(weight.detach())
-        cuts = tuple(_Cut(one.shape, group) for one in parts)
-        held = tuple(cut.part(one) for cut, one in zip(cuts, parts, strict=True))
+    def of(cls, weight: Tensor, layer: FSDPModule, names: tuple[str, ...]) -> Self:
+        """A weight whose tensors a layer has."""
         like = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
-        return cls._cut(held, cuts, maker_of(weight), like)
+        held = tuple(layer.get_parameter(name).to_local() for name in names)
+        return cls._of(held, maker_of(weight), like, layer, names)
 
     @classmethod
-    def _cut(cls, held: tuple[Tensor, ...], cuts: tuple[_Cut, ...], made: Any, like: Tensor, flipped: bool = False):
+    def _of(cls, held: tuple[Tensor, ...], made: Any, like: Tensor, layer: Any, names: Any, flipped: bool = False):
         out = cls(held, made, like, held[0].device, flipped)
-        out.cuts = cuts
+        out.layer, out.names = layer, names
         return out
 
     def brought(self) -> list[Tensor]:
-        return [cut.whole(part) for cut, part in zip(self.cuts, self.held, strict=True)]
+        return [self.layer.get_parameter(name).detach() for name in self.names]
+
+    def dense(self) -> Tensor:
+        _gather((self.layer,))
+        return _kept(super().dense(), (self,))
 
     def alike(self, held: tuple[Tensor, ...], like: Tensor, flipped: bool) -> "Sharded":
-        return self._cut(held, self.cuts, self.made, like, flipped)
+        return self._of(held, self.made, like, self.layer, self.names, flipped)
+
+    @classmethod
+    def computed(cls, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        own = [one for one in pytree.tree_leaves((args, kwargs)) if isinstance(one, Sharded)]
+        _gather([one.layer for one in own])
+        args, kwargs = pytree.tree_map_only(Sharded, Elsewhere.dense, (args, kwargs))
+        return pytree.tree_map_only(Tensor, lambda one: _kept(one, own), super().computed(func, args, kwargs))
 
     def __repr__(self) -> str:
-        return f"Sharded({len(self.held[0])} of {math.prod(self.cuts[0].shape)} entries, {tuple(self.shape)})"
+        return f"Sharded({sum(one.numel() for one in self.held)} entries here, {tuple(self.shape)})"
+
+
+def _gather(layers: Collection[FSDPModule]) -> None:
+    """Have the weights of these layers whole, and of no others."""
+    for one in [one for one in _whole if one not in layers]:
+        one.reshard()
+        _whole.discard(one)
+    for one in layers:
+        if one not in _whole:
+            one.unshard()
+            _whole.add(one)
+
+
+def _kept(tensor: Tensor, weights: Iterable[Sharded]) -> Tensor:
+    """A tensor that is there too when the gathered weights are gone."""
+    gone = {part.untyped_storage().data_ptr() for one in weights for part in one.brought()}
+    return tensor.clone() if tensor.untyped_storage().data_ptr() in gone else tensor
 
 
 def shard(count: int, models: Sequence[nn.Module], without: Collection[str]) -> None:
-    """Share the frozen parameters of models out among every `count` processes. In place, one at a time.
+    """Share the frozen parameters of models out among every `count` processes. In place, a layer at a time.
 
     Args:
         models: with the same names for the same parameters.
         without: names of parameters that every process keeps whole.
     """
-    first, group = models[0], _group(count)
-    names = [{name for name, _ in one.named_parameters(remove_duplicate=False)} for one in models]
-    for name in [name for name, one in first.named_parameters() if not one.requires_grad and name not in without]:
-        weight = first.get_parameter(name)
-        if weight.numel() < _LEAST:
-            continue
-        made = nn.Parameter(Sharded.of(weight, group), requires_grad=False)
-        for model, own in zip(models, names, strict=True):
-            if name in own:
-                assign(model, {name: made})
-        released(weight)
+    first, state = models[0], processes()
+    order = torch.arange(state.num_processes).view(-1, count)
+    mesh = DeviceMesh(state.device.type, order, mesh_dim_names=("data", "shard"))["shard"]
+    own = [{name for name, _ in one.named_parameters(remove_duplicate=False)} for one in models]
+    frozen = {name: one for name, one in first.named_parameters() if not one.requires_grad}
+    for names in _layers(frozen, without):
+        layer, held = nn.Module(), {}
+        for name in names:
+            parts = parts_of(first.get_parameter(name).detach())
+            held[name] = {f"{len(held)}_{i}": nn.Parameter(one.contiguous(), False) for i, one in enumerate(parts)}
+            for key, part in held[name].items():
+                layer.register_parameter(key, part)
+        fully_shard(layer, mesh=mesh)
+        for name in names:
+            weight = frozen[name]
+            made = nn.Parameter(Sharded.of(weight, layer, tuple(held[name])), requires_grad=False)
+            for model, there in zip(models, own, strict=True):
+                if name in there:
+                    assign(model, {name: made})
+            released(weight)
 
 
-def _group(count: int) -> dist.ProcessGroup:
-    """The `count` processes after each other of which this is one."""
-    state = processes()
-    starts = range(0, state.num_processes, count)
-    made = [dist.new_group(list(range(start, start + count))) for start in starts]
-    return made[state.process_index // count]
+def shared_bytes(count: int, model: nn.Module, without: Collection[str]) -> int:
+    """Bytes of the weights of a model, all frozen, that each of `count` processes holds: its part, what is whole
+    everywhere, and the layer that is gathered, for which the largest counts. See `shard`."""
+    named = dict(model.named_parameters())
+    sizes = [sum(held_bytes(named[name]) for name in names) for names in _layers(named, without)]
+    return sum(map(held_bytes, named.values())) - sum(sizes) + sum(-(-one // count) for one in sizes) + max([0, *sizes])
+
+
+def _layers(named: Mapping[str, Tensor], without: Collection[str]) -> list[list[str]]:
+    """The names of what is shared out, by layer; what is of no layer is as one."""
+    layers: dict[str, list[str]] = {}
+    for name, weight in named.items():
+        if name not in without and weight.numel() >= _LEAST:
+            layers.setdefault(layer_of(name) or name, []).append(name)
+    return list(layers.values())
