@@ -31,6 +31,7 @@ CHAINS = {
     "delora": [{"delora": {"rank": 2}}],
     "vera": [{"vera": {"rank": 2}}],
     "c3a": [{"c3a": {"block": 4}}],
+    "deft": [{"deft": {"rank": 2}}],
     "randlora": [{"randlora": {"rank": 4, "alpha": 0.1}}],
     "both": [{"lora": {"rank": 2}}, "ssb"],
 }
@@ -169,6 +170,18 @@ def test_terms_are_added_where_the_product_lies():
     cuda = model.clone()
     for_steps(cuda, Context("train", device="cuda"))
     assert not cuda.graphs["train"].find_nodes(op="call_function", target=torch.ops.aten.t.default)
+
+
+def test_weights_are_multiplied_as_they_are_stored():
+    """Of DEFT: relu(P)^t W in the place of W^t relu(P), and P^t, the other factor, is contiguous."""
+    model, _ = made("bert", "deft")
+    graph = for_step(model).graphs["train"]
+    products = graph.find_nodes(op="call_function", target=torch.ops.aten.matmul.default)
+    weights = {site.place for site in model.plan.sites}
+    assert {node.args[1].target for node in products} == weights
+    turned = [node for node in graph.nodes if node.target is torch.ops.aten.transpose.int and node.args[1:] == (-2, -1)]
+    copied = {user.target for node in turned if "deft" in str(node.args[0].target) for user in node.users}
+    assert copied == {torch.ops.aten.contiguous.default}
 
 
 def test_a_scale_of_zero_has_its_gradient():
