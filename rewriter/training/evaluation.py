@@ -1,6 +1,7 @@
 """A model on rows: the loss, and what is measured."""
 
 import contextlib
+import gc
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -154,6 +155,8 @@ def referred(model: TracedModel, spec: Spec, rows: Dataset, collate: Collate) ->
             found = task.refers(reads(**inputs), targets).double()
         if turn < len(own):
             parts.append(torch.cat([torch.tensor([*index], device=device).double()[:, None], found], dim=1))
+    del used, reads
+    gc.collect()  # What is shared out is held in cycles.
     every = together(torch.cat(parts)).cpu()
     every = every[every[:, 0].argsort()]
     for k, name in enumerate(task.reference, 1):

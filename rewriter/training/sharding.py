@@ -86,6 +86,14 @@ def _kept(tensor: Tensor, weights: Iterable[Sharded]) -> Tensor:
     return tensor.clone() if tensor.untyped_storage().data_ptr() in gone else tensor
 
 
+def _moved(weight: Sharded, *, dtype: Any = None, device: Any = None, **_: Any) -> Sharded | None:
+    here = device is None or torch.device(device).type == weight.device.type
+    return weight.again() if here and dtype in (None, weight.dtype) else None
+
+
+Sharded.kept = {**Elsewhere.kept, torch.ops.aten._to_copy.default: _moved}
+
+
 def shard(count: int, models: Sequence[nn.Module], without: Collection[str]) -> None:
     """Share the frozen parameters of models out among every `count` processes. In place, a layer at a time.
 
@@ -97,18 +105,17 @@ def shard(count: int, models: Sequence[nn.Module], without: Collection[str]) -> 
     order = torch.arange(state.num_processes).view(-1, count)
     mesh = DeviceMesh(state.device.type, order, mesh_dim_names=("data", "shard"))["shard"]
     own = [{name for name, _ in one.named_parameters(remove_duplicate=False)} for one in models]
-    frozen = {name: one for name, one in first.named_parameters() if not one.requires_grad}
-    for names in _layers(frozen, without):
+    for names in _layers({name: one for name, one in first.named_parameters() if not one.requires_grad}, without):
         layer, held = nn.Module(), {}
         for name in names:
             parts = parts_of(first.get_parameter(name).detach())
-            held[name] = {f"{len(held)}_{i}": nn.Parameter(one.contiguous(), False) for i, one in enumerate(parts)}
-            for key, part in held[name].items():
-                layer.register_parameter(key, part)
+            held[name] = tuple(f"{len(held)}_{i}" for i in range(len(parts)))
+            for key, part in zip(held[name], parts, strict=True):
+                layer.register_parameter(key, nn.Parameter(part.contiguous(), requires_grad=False))
         fully_shard(layer, mesh=mesh)
         for name in names:
-            weight = frozen[name]
-            made = nn.Parameter(Sharded.of(weight, layer, tuple(held[name])), requires_grad=False)
+            weight = first.get_parameter(name)
+            made = nn.Parameter(Sharded.of(weight, layer, held[name]), requires_grad=False)
             for model, there in zip(models, own, strict=True):
                 if name in there:
                     assign(model, {name: made})
@@ -116,11 +123,14 @@ def shard(count: int, models: Sequence[nn.Module], without: Collection[str]) -> 
 
 
 def shared_bytes(count: int, model: nn.Module, without: Collection[str]) -> int:
-    """Bytes of the weights of a model, all frozen, that each of `count` processes holds: its part, what is whole
+    """Bytes of the weights of a model, all frozen, that the fullest of `count` processes holds: its part, what is whole
     everywhere, and the layer that is gathered, for which the largest counts. See `shard`."""
     named = dict(model.named_parameters())
-    sizes = [sum(held_bytes(named[name]) for name in names) for names in _layers(named, without)]
-    return sum(map(held_bytes, named.values())) - sum(sizes) + sum(-(-one // count) for one in sizes) + max([0, *sizes])
+    layers = [[named[name] for name in names] for names in _layers(named, without)]
+    sizes = [sum(map(held_bytes, one)) for one in layers]
+    parts = [part for one in layers for weight in one for part in parts_of(weight)]
+    rows = sum(-(-len(part) // count) * (part.nbytes // len(part)) for part in parts)
+    return sum(map(held_bytes, named.values())) - sum(sizes) + rows + max([0, *sizes])
 
 
 def _layers(named: Mapping[str, Tensor], without: Collection[str]) -> list[list[str]]:
