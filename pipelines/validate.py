@@ -140,7 +140,7 @@ def check_all(
             elif finding.kind != "warning":
                 print(f"error: {finding}", file=sys.stderr)
         if format is Format.text and not any(one.kind != "warning" for one in result["findings"]):
-            show(result)
+            show(result, served)
     return results
 
 
@@ -217,14 +217,15 @@ def _json(result: dict[str, Any]) -> dict[str, Any]:
     return out | {"findings": [finding.to_dict() for finding in found]}
 
 
-def show(result: dict[str, Any]) -> None:
-    """Print one plan."""
+def show(result: dict[str, Any], served: Consumer | None = None) -> None:
+    """Print one plan, and what could serve its adapter."""
     from rewriter import print_plan
 
     session = result["session"]
     meta = "".join(f", {key} {value}" for key, value in session.spec.meta.items())
     label = escape(printable(f"{result['file']}{meta}"))
-    console.print(f"[bold green]{label}[/] is valid", soft_wrap=True, highlight=False)
+    said = f", and {served.value} can serve its adapter" if served and result["plan"] else ""
+    console.print(f"[bold green]{label}[/] is valid{said}", soft_wrap=True, highlight=False)
     if result["plan"]:
         print_plan(result["plan"], console, session.tokens, result["step"])
 

@@ -328,6 +328,8 @@ def _each(weights: Sequence[float], runs: int, how: str, density: float | None) 
         raise SubspanError(f"--weight {next(one for one in weights if not math.isfinite(one))}: is no number")
     if not runs or len(weights) != runs:
         raise SubspanError(f"{len(weights)} weights for {runs} runs: give one for each, or one for all")
+    if not any(weights):
+        raise SubspanError("--weight 0: of no run anything is left, which is the base")
     return weights
 
 

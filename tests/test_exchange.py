@@ -325,6 +325,7 @@ COMBINATIONS = [
     ({"density": 0.5}, "--density, in"),
     ({"how": "dare_linear", "density": 0.0}, "--density, in"),
     ({"weights": [float("nan")]}, "--weight nan: is no number"),
+    ({"weights": [0.0]}, "--weight 0: of no run anything is left"),
     ({"rank": 0}, "--rank is 1 or more"),
     ({"runs": []}, "0 weights for 0 runs"),
     ({"how": "slerp"}, "--how slerp: one of linear, ties"),

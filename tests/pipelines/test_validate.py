@@ -173,6 +173,14 @@ def test_what_there_is_to_say_of_rows_is_said(spec, tmp_path):
     assert "rows are cut to 3 tokens" in report[0]["notes"][-2] and report[0]["findings"] == []
 
 
+def test_who_can_serve_the_adapter_is_said(tmp_path):
+    spec = tiny.project(tmp_path)
+    for name, code in (("{lora: {rank: 2}}", 0), ("ssb", 1)):
+        said = call("validate", spec, "--set", f"rules.0.apply=[{name}]", "--for", "peft")
+        assert said.exit_code == code
+        assert ("is valid, and peft can serve its adapter" in " ".join(said.stdout.split())) == (code == 0)
+
+
 def test_github_annotations(spec, tmp_path):
     wrong = tmp_path / "a,b:c.yaml"
     wrong.write_text(spec.read_text().replace("rank: 4", "rank: 400"))
